@@ -1,0 +1,1 @@
+"""Raw data becomes one cohort on disk."""

@@ -1,0 +1,67 @@
+"""Where raw data come from. A source lists its patients, tells its problems, and reads one patient at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a source, and the cure."""
+
+    level: Literal["error", "warning", "note"]
+    patient: str
+    file: str
+    what: str
+    cure: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one worker reads at a time: one patient, its files, and the patient's own label ("" when only samples have labels)."""
+
+    patient: str
+    label: str
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The samples of one patient, ready for the store.
+
+    Attributes:
+        rows: one dictionary a sample with keys ``sample`` (unique), ``label``, ``slice`` (its index, -1 when it has none),
+            ``source`` (file or case it came from), ``split`` ("" unless the source gives one).
+        pixels: channel -> ``(n, height, width)`` uint8, resized and normalised.
+        tally: counts worth reporting, such as slices discarded by each label rule.
+    """
+
+    rows: list[dict[str, Any]]
+    pixels: dict[str, np.ndarray]
+    tally: dict[str, int]
+
+
+class Source(Protocol):
+    """What ``verify`` and ``prepare`` ask of raw data. Sources are picklable, so that workers can read."""
+
+    kind: str
+    channels: tuple[str, ...]
+
+    def units(self) -> list[Unit]:
+        """Patients in a stable order."""
+
+    def classes(self) -> tuple[str, ...]:
+        """Class names in a stable order: a background class (healthy) first when there is one."""
+
+    def problems(self) -> list[Problem]:
+        """What can be told without decoding pixels."""
+
+    def read(self, unit: Unit, size: tuple[int, int]) -> Slices:
+        """Decode one patient at ``(height, width)``; raises DataError when that cannot be done."""
+
+    def settings(self) -> dict[str, Any]:
+        """What determines the outcome, for provenance: JSON-like."""
