@@ -1,0 +1,349 @@
+"""The verbs of the command line: each parses, calls one function and prints."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raredistill.errors import RareDistillError
+
+if TYPE_CHECKING:
+    from raredistill.config import StudyConfig
+    from raredistill.study.plan import Run
+    from raredistill.study.run import Study
+
+app = typer.Typer(
+    help="Does a teacher help the rare class? Patient-grouped evidence on knowledge distillation for imbalanced images.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+Out = Annotated[Path, typer.Option("--out", help="folder to write; new, empty, or written by this command before")]
+Kind = Annotated[str, typer.Argument(help="brats_nifti, brats_hdf5, image_folder, table (CSV) or arrays (npz)")]
+RawPath = Annotated[Path, typer.Argument(help="folder or file of the raw data")]
+Options = Annotated[
+    list[str] | None,
+    typer.Argument(help="options of the source as key=value, such as grades=grades.csv or rule=thesis", metavar="[KEY=VALUE]..."),
+]
+Workers = Annotated[int | None, typer.Option(help="processes; all cores by default")]
+
+
+def main() -> None:
+    """Run the command line: 0 done; 1 finished, but runs failed; 2 bad input; 130 and 143 interrupted and resumable."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    try:
+        app(standalone_mode=False)
+    except RareDistillError as error:
+        _stop(str(error), 2)
+    except (typer.Abort, KeyboardInterrupt):
+        _stop(f"interrupted; go on with: {shlex.join(['raredistill', *sys.argv[1:]])}", 130)
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        _usage(error)
+
+
+def _usage(error: Any) -> None:
+    if hasattr(error, "format_message"):
+        _stop(f"{error.format_message()} (see raredistill --help)", 2)
+    sys.exit(error.exit_code)
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"raredistill: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def demo(out: Out = Path("out/demo"), patients: Annotated[int, typer.Option(help="generated patients")] = 40) -> None:
+    """Run the main job end to end on a generated cohort, in a few minutes."""
+    from importlib.resources import files
+
+    raw = out / "raw"
+    if not (raw / "name_mapping.csv").exists():
+        _phantom(raw, patients, "nifti", (96, 96, 48), 0.35, 0, None)
+    _study(Path(str(files("raredistill") / "demo.yaml")), out / "study", [f"cohort.path={raw}"])
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    patients: Annotated[int, typer.Option(help="how many")] = 24,
+    layout: Annotated[str, typer.Option(help="nifti, hdf5 (as the Kaggle archive) or both")] = "nifti",
+    size: Annotated[tuple[int, int, int], typer.Option(help="voxels; BraTS has 240 240 155")] = (120, 120, 78),
+    rare_share: Annotated[float, typer.Option(help="share of LGG patients; BraTS2020 has 76 of 369")] = 76 / 369,
+    seed: int = 0,
+    workers: Workers = None,
+) -> None:
+    """Write a generated data set in BraTS2020's layout, for trying things out: it is not medical data."""
+    _phantom(out, patients, layout, size, rare_share, seed, workers)
+    _next(f"raredistill verify brats_{'hdf5' if layout == 'hdf5' else 'nifti'} {shlex.quote(str(out))}")
+
+
+def _phantom(out: Path, patients: int, layout: str, size: tuple[int, int, int], rare_share: float, seed: int, workers: int | None) -> None:
+    from raredistill.console import Progress
+    from raredistill.phantom import write_phantom
+
+    with Progress("generated patients") as progress:
+        write_phantom(
+            out, patients=patients, layout=layout, size=size, rare_share=rare_share, seed=seed, workers=workers, progress=progress
+        )
+
+
+@app.command()
+def verify(kind: Kind, path: RawPath, options: Options = None, workers: Workers = None) -> None:
+    """Read a source once and list every problem with its cure; exit code 2 when there is an error."""
+    from dataclasses import asdict
+
+    from raredistill.cohort.sources.registry import open_source
+    from raredistill.cohort.verify import verify as find_problems
+    from raredistill.console import Progress, show_table
+
+    source = open_source(kind, path, **_options(options))
+    with Progress("verified patients") as progress:
+        problems = find_problems(source, workers=workers, progress=progress)
+    show_table([asdict(problem) for problem in problems])
+    errors = sum(problem.level == "error" for problem in problems)
+    print(f"{len(source.units())} patients with labels; {errors} errors, {len(problems) - errors} warnings and notes")
+    if errors:
+        _stop(f"{errors} errors in {path}; mend them, or leave those patients out with prepare --leave-out-bad", 2)
+    _next(shlex.join(["raredistill", "prepare", kind, str(path), *(options or []), "--out", "cohort"]))
+
+
+@app.command()
+def prepare(
+    kind: Kind,
+    path: RawPath,
+    options: Options = None,
+    out: Out = Path("cohort"),
+    size: Annotated[int, typer.Option(help="side of the square slices, in pixels")] = 224,
+    workers: Workers = None,
+    leave_out_bad: Annotated[
+        bool, typer.Option("--leave-out-bad", help="go on without patients that cannot be read, and write down which")
+    ] = False,
+) -> None:
+    """Turn raw data into one cohort on disk: decoded, checked, normalised and resized once."""
+    from raredistill.cohort.prepare import prepare as make_cohort
+    from raredistill.cohort.sources.registry import open_source
+    from raredistill.console import Progress
+
+    source = open_source(kind, path, **_options(options))
+    with Progress("prepared patients") as progress:
+        cohort = make_cohort(source, out, size=(size, size), workers=workers, leave_out_bad=leave_out_bad, progress=progress)
+    _show_cohort(cohort)
+    _next(f"raredistill inspect {shlex.quote(str(out))}")
+
+
+def _show_cohort(cohort: Any) -> None:
+    from raredistill.console import show_table
+
+    show_table(cohort.counts().to_dict("records"), f"{cohort.name}: {len(cohort.samples)} samples, channels {', '.join(cohort.channels)}")
+    tally = cohort.provenance.get("tally", {})
+    if tally:
+        print("label rules: " + "; ".join(f"{name} {count}" for name, count in sorted(tally.items())))
+
+
+@app.command()
+def inspect(
+    cohort: Annotated[Path, typer.Argument(help="a prepared cohort")],
+    out: Annotated[Path | None, typer.Option(help="picture to write")] = None,
+) -> None:
+    """Show counts by class, patient and source, and write a contact sheet of slices by class."""
+    from raredistill.cohort.inspect import contact_sheet, summary
+    from raredistill.cohort.store import Cohort
+    from raredistill.console import show_table
+
+    loaded = Cohort.load(cohort)
+    show_table(
+        summary(loaded).to_dict("records"), f"{loaded.name}: {loaded.provenance.get('kind', '')}, {loaded.size[0]} x {loaded.size[1]}"
+    )
+    picture = out or cohort / "contact_sheet.png"
+    contact_sheet(loaded, picture)
+    print(f"contact sheet: {picture}")
+    _next(f"raredistill study CONFIG --out study cohort={shlex.quote(str(cohort))}")
+
+
+@app.command()
+def methods() -> None:
+    """List distillers and losses: name, family, source, what they need, and for how many classes they are sound."""
+    from raredistill.console import show_table
+    from raredistill.distill.registry import methods_table
+    from raredistill.losses import losses_table
+
+    show_table(methods_table(), "distillers (method:)")
+    show_table(losses_table(), "losses (training.loss:)")
+    _next("raredistill study CONFIG runs.1.method=NAME")
+
+
+@app.command()
+def study(
+    config: Annotated[Path, typer.Argument(help="YAML file of the study")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings to change, such as training.epochs=5", metavar="[KEY=VALUE]...")
+    ] = None,
+    out: Out = Path("study"),
+) -> None:
+    """Train every run of a study that is not done yet, and write its report."""
+    _study(config, out, overrides or [])
+
+
+def _study(config_path: Path, out: Path, overrides: list[str]) -> None:
+    from raredistill.config import load_config, make_study
+    from raredistill.console import show_table
+    from raredistill.study.run import run_study
+
+    config = load_config(config_path, overrides)
+    made = make_study(config, _cohort(config, out), shlex.join(["raredistill", *sys.argv[1:]]))
+    show_table(made.counts().to_dict("records"), "what is trained and tested on")
+    with StudyProgress(made) as watcher:
+        records = run_study(made, out, watcher)
+    _finish(out, records)
+
+
+def _cohort(config: StudyConfig, out: Path) -> Any:
+    from raredistill.cohort.prepare import prepare as make_cohort
+    from raredistill.cohort.sources.registry import open_source
+    from raredistill.cohort.store import Cohort
+    from raredistill.config import cohort_folder
+    from raredistill.console import Progress
+    from raredistill.files import claim_folder
+
+    if isinstance(config.cohort, Path):
+        return Cohort.load(config.cohort)
+    raw = config.cohort
+    claim_folder(out, "study.json") if not any(out.glob("cohort-*")) else None
+    source = open_source(raw.source, raw.path, **raw.options)
+    with Progress("prepared patients") as progress:
+        return make_cohort(
+            source, cohort_folder(config, out), size=(raw.size, raw.size), leave_out_bad=raw.leave_out_bad, progress=progress
+        )
+
+
+def _finish(out: Path, records: list[dict[str, Any]]) -> None:
+    from raredistill.console import show_table
+    from raredistill.report import summary_table
+
+    show_table(summary_table(out).to_dict("records"), "test results, mean over folds and seeds")
+    _report(out)
+    failed = [record for record in records if record["status"] == "failed"]
+    for record in failed:
+        print(f"failed: {record['id']}: {record['error']}", file=sys.stderr)
+    if failed:
+        _stop(f"{len(failed)} of {len(records)} runs failed; the same command tries them again", 1)
+
+
+class StudyProgress:
+    """Progress over a whole study, in epochs of all its runs."""
+
+    def __init__(self, study: Study) -> None:
+        from raredistill.console import Progress
+
+        self.total = sum(run.entry.settings.epochs for run in study.plan())
+        self.done = 0
+        self.at: dict[str, int] = {}
+        self.progress = Progress("epochs")
+
+    def __enter__(self) -> StudyProgress:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.__exit__(*error)
+
+    def run_started(self, run: Run, epochs: int) -> None:
+        """A run begins to train."""
+        self.at[run.id] = 0
+
+    def epoch_done(self, run: Run, record: dict[str, Any]) -> None:
+        """Count an epoch and show where the study is."""
+        self.at[run.id] += 1
+        self.done += 1
+        score = record.get("validation", record["train"])["macro_f1"]
+        self.progress(self.done, self.total, f"{run.id.rsplit('-', 1)[0]} macro F1 {score:.3f}")
+
+    def run_done(self, run: Run, record: dict[str, Any], *, reused: bool) -> None:
+        """Count the epochs that a finished run did not need."""
+        left = run.entry.settings.epochs - self.at.get(run.id, 0)
+        if reused:
+            self.total -= left
+        else:
+            self.done += left
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="a run's folder: STUDY/runs/NAME")],
+    cohort: Annotated[Path, typer.Argument(help="a prepared cohort with the same classes and channels")],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write")] = Path("predictions.parquet"),
+    checkpoint: Annotated[str, typer.Option(help="best or last")] = "best",
+) -> None:
+    """Apply a trained run to any cohort and write the table of logits."""
+    from raredistill.cohort.store import Cohort
+    from raredistill.study.predict import predict as apply
+
+    table = apply(run, Cohort.load(cohort), out, which=checkpoint)
+    print(f"{out}: {len(table)} samples of {table['patient'].nunique()} patients")
+    _next(f"raredistill evaluate {shlex.quote(str(out))}")
+
+
+@app.command()
+def evaluate(predictions: Annotated[Path, typer.Argument(help="a predictions table (Parquet or CSV), also one made elsewhere")]) -> None:
+    """Print metrics by slice and by patient for the test part of a predictions table."""
+    from raredistill.console import show_table
+    from raredistill.predictions import read
+    from raredistill.report import metrics_rows
+
+    for level, rows in metrics_rows(read(predictions)).items():
+        show_table(rows, level)
+
+
+@app.command()
+def report(study: Annotated[Path, typer.Argument(help="a study's folder, also an unfinished one")]) -> None:
+    """Write a study's report: one self-contained HTML file, tables and figures."""
+    _report(study)
+
+
+def _report(study: Path) -> None:
+    from raredistill.console import Progress
+    from raredistill.report import write_report
+
+    with Progress("report") as progress:
+        page = write_report(study, progress=progress)
+    _next(f"open {page}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="a run's folder or a predictions file: the control")],
+    second: Annotated[Path, typer.Argument(help="the one compared with it, on the same samples")],
+    metric: Annotated[str, typer.Option(help="macro_f1, or for one class f1:LGG, recall:LGG, auprc:LGG ...")] = "macro_f1",
+) -> None:
+    """Compare two sets of test predictions: the difference (second minus first) with its interval over patients."""
+    from raredistill.evaluation.bootstrap import paired_patient_bootstrap
+    from raredistill.predictions import read
+
+    sides = [read(path / "predictions.parquet" if path.is_dir() else path).part("test", "best") for path in (first, second)]
+    difference, low, high, p = paired_patient_bootstrap(sides[1], sides[0], metric)
+    print(
+        f"{metric}: {second} - {first} = {difference:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}], p = {p:.3f} (bootstrap over patients)"
+    )
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for pair in pairs or []:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise RareDistillError(f"{pair}: write an option as key=value, such as rule=thesis")
+        found[key] = yaml.safe_load(value)
+    return found
+
+
+def _next(command: str) -> None:
+    print(f"next: {command}")

@@ -1,0 +1,220 @@
+"""The configuration of a study: one YAML file and ``key=value``, checked whole, every mistake told at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from annotated_types import Ge, Interval, MinLen
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from raredistill.cohort.store import Cohort
+from raredistill.distill.registry import make_method
+from raredistill.errors import ConfigError
+from raredistill.files import fingerprint
+from raredistill.losses import make_loss
+from raredistill.models import facts
+from raredistill.splits import make_splits
+from raredistill.study.plan import Entry, External
+from raredistill.study.run import Study
+from raredistill.training.settings import Settings
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceConfig(_Strict):
+    """Raw data that the study prepares into ``OUT/cohort`` first."""
+
+    source: str
+    path: Path
+    size: Annotated[int, Interval(ge=8, le=1024)] = 224
+    options: dict[str, Any] = {}
+    leave_out_bad: bool = False
+
+
+class SplitConfig(_Strict):
+    """How patients are divided; see ``raredistill.splits.make_splits``."""
+
+    protocol: Literal["outer", "holdout", "given"] = "outer"
+    folds: Annotated[int, Ge(2)] = 5
+    repeats: Annotated[int, Ge(1)] = 1
+    validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.2
+    test_share: Annotated[float, Interval(gt=0, lt=1)] = 0.3
+    seed: int = 0
+    rarefy: dict[str, Annotated[float, Interval(gt=0, le=1)]] = {}
+    truncate_validation: bool = False
+
+
+class ExternalConfig(_Strict):
+    """A teacher trained elsewhere; see ``raredistill.study.plan.External``."""
+
+    weights: Path
+    model: str = ""
+    classes: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    image_size: int = 0
+    training_patients: Path | None = None
+    external: bool = False
+
+
+class RunConfig(_Strict):
+    """One line of the grid. ``training`` overrides the study's settings for this entry."""
+
+    name: Annotated[str, MinLen(1)]
+    model: str
+    pretrained: bool | Path = False
+    mean: float | None = None
+    std: float | None = None
+    head: Literal["linear", "thesis"] = "linear"
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    channels: tuple[str, ...] | None = None
+    teacher: str | ExternalConfig | None = None
+    method: str = "kd"
+    method_options: dict[str, Any] = {}
+    ce_weight: Annotated[float, Ge(0)] = 1.0
+    kd_weight: Annotated[float, Ge(0)] = 1.0
+    training: dict[str, Any] = {}
+
+
+class StudyConfig(_Strict):
+    """A study: which data, which splits, how to train, and a grid of runs."""
+
+    name: str
+    cohort: Path | SourceConfig
+    channels: tuple[str, ...] | None = None
+    splits: SplitConfig = SplitConfig()
+    seeds: Annotated[tuple[int, ...], MinLen(1)] = (0,)
+    training: dict[str, Any] = {}
+    runs: Annotated[tuple[RunConfig, ...], MinLen(1)]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study's YAML and apply ``key=value`` overrides such as ``training.epochs=5`` or ``runs.0.model=resnet50``.
+
+    Raises:
+        ConfigError: the file cannot be read, or keys or values are wrong; every mistake is listed.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a study is a mapping of keys such as name, cohort and runs")
+    for override in overrides:
+        _override(raw, override)
+    return _checked(raw, path)
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign:
+        raise ConfigError(f"{override}: write an override as key=value, for instance training.epochs=5")
+    *parents, last = key.split(".")
+    place: Any = raw
+    for parent in parents:
+        place = _step(place, parent, override)
+    place[int(last) if isinstance(place, list) and last.isdigit() else last] = yaml.safe_load(text)
+
+
+def _step(place: Any, key: str, override: str) -> Any:
+    try:
+        return place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+    except (ValueError, IndexError, AttributeError):
+        raise ConfigError(f"{override}: there is no {key} to set something in") from None
+
+
+def _checked(raw: dict[str, Any], path: Path) -> StudyConfig:
+    mistakes: list[str] = []
+    try:
+        config = StudyConfig.model_validate(raw)
+    except ValidationError as error:
+        mistakes += _mistakes(error, StudyConfig)
+    for where, training in _trainings(raw):
+        try:
+            TypeAdapter(Settings).validate_python(training)
+        except ValidationError as error:
+            mistakes += [f"{where}.{mistake}" for mistake in _mistakes(error, Settings)]
+    if mistakes:
+        raise ConfigError(f"{path}:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
+    return config
+
+
+def _trainings(raw: dict[str, Any]) -> list[tuple[str, Any]]:
+    own = raw.get("training", {})
+    runs = raw.get("runs") if isinstance(raw.get("runs"), list) else []
+    found = [(f"runs.{n}.training", run["training"]) for n, run in enumerate(runs or []) if isinstance(run, dict) and "training" in run]
+    return [("training", own), *found]
+
+
+def _mistakes(error: ValidationError, model: Any) -> list[str]:
+    return [_mistake(dict(item), model) for item in error.errors()]
+
+
+def _mistake(item: dict[str, Any], model: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{where}: {item['msg'].lower()} (it is {item['input']!r:.60})"
+    known = _known_keys(model)
+    close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+    return f"{where}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _known_keys(model: Any) -> list[str]:
+    if model is Settings:
+        return list(Settings.__dataclass_fields__)
+    models = (StudyConfig, SplitConfig, RunConfig, SourceConfig, ExternalConfig)
+    return [key for each in models for key in each.model_fields]
+
+
+def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
+    """Turn a configuration and its cohort into a study.
+
+    Raises:
+        ConfigError: a channel, class or model is unknown.
+        SplitError: the patients cannot be divided as asked.
+    """
+    splits = make_splits(cohort, **config.splits.model_dump())
+    entries = [_entry(run, config, cohort) for run in config.runs]
+    for entry in entries:
+        _check(entry, cohort)
+    plain = config.model_dump(mode="json")
+    return Study(config.name, cohort, splits, entries, config.seeds, config.splits.protocol, plain, command)
+
+
+def _entry(run: RunConfig, config: StudyConfig, cohort: Cohort) -> Entry:
+    channels = run.channels or config.channels or cohort.channels
+    if unknown := [channel for channel in channels if channel not in cohort.channels]:
+        raise ConfigError(f"runs {run.name}: the cohort has no channel {unknown[0]}; it has {', '.join(cohort.channels)}")
+    settings = TypeAdapter(Settings).validate_python({**config.training, **run.training})
+    taken = run.model_dump(exclude={"training", "channels", "teacher"})
+    return Entry(**taken, channels=tuple(channels), settings=settings, teacher=_teacher(run.teacher))
+
+
+def _check(entry: Entry, cohort: Cohort) -> None:
+    # Everything that a name can get wrong is found before the first run, not hours later.
+    counts, classes = torch.ones(len(cohort.classes)), len(cohort.classes)
+    facts(entry.model, channels=len(entry.channels), classes=classes, image_size=cohort.size[0], head=entry.head)
+    make_loss(entry.settings.loss, counts=counts, **entry.settings.loss_options)
+    if entry.teacher is not None:
+        make_method(entry.method, counts=counts, classes=classes, **entry.method_options)
+
+
+def _teacher(teacher: str | ExternalConfig | None) -> str | External | None:
+    return External(**teacher.model_dump()) if isinstance(teacher, ExternalConfig) else teacher
+
+
+def cohort_folder(config: StudyConfig, out: Path) -> Path:
+    """Where the study's cohort is, or will be prepared: named by what determines it, so that a changed source is a new cohort."""
+    if isinstance(config.cohort, Path):
+        return config.cohort
+    return out / f"cohort-{fingerprint(config.cohort.model_dump(mode='json'))[:8]}"

@@ -1,0 +1,73 @@
+"""What a person sees while work goes on: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+LINE_EVERY = 10.0
+
+
+class Progress:
+    """Counts towards a total with the time left; used as a context manager."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.start, self.last = what, time.monotonic(), 0.0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+            )
+            self._task = self._bar.add_task(self.what, total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Tell that ``done`` of ``total`` steps are over."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, description=f"{self.what} {note}".strip())
+        elif done == total or time.monotonic() - self.last > LINE_EVERY:
+            self.last = time.monotonic()
+            print(f"{self.what}: {done}/{total}{self._left(done, total)} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def _left(self, done: int, total: int) -> str:
+        if not 0 < done < total:
+            return ""
+        return f", about {duration((time.monotonic() - self.start) / done * (total - done))} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``45 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def show_table(rows: list[dict[str, Any]], title: str = "") -> None:
+    """Print records as a table: numbers to the right, floats to three decimals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(title=title or None, title_justify="left")
+    for name, value in rows[0].items():
+        table.add_column(name, justify="right" if isinstance(value, (int, float)) else "left")
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=160).print(table)

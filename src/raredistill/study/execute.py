@@ -1,0 +1,231 @@
+"""Carry out a plan in this process: reuse what is done, train what is not, write predictions."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning.fabric import Fabric
+
+from raredistill import checkpoint, predictions
+from raredistill.augment import PRESETS
+from raredistill.batches import Batches
+from raredistill.checkpoint import Promise
+from raredistill.cohort.store import Cohort
+from raredistill.distill.registry import make_method
+from raredistill.files import locked, new_folder, read_json, write_json
+from raredistill.losses import carried_prior, make_loss
+from raredistill.models import Network, create, facts
+from raredistill.study.plan import External, Run
+from raredistill.study.predict import plain_batches, prediction_table
+from raredistill.study.teachers import load_teacher, teacher_channels, teacher_name
+from raredistill.training.devices import make_fabric
+from raredistill.training.loop import Fitted, fit, predict_logits
+from raredistill.training.objectives import Distilled, Objective, Supervised
+
+Record = dict[str, Any]
+
+
+class Watcher(Protocol):
+    """Who is told how a study goes."""
+
+    def run_started(self, run: Run, epochs: int) -> None:
+        """A run begins to train."""
+
+    def epoch_done(self, run: Run, record: Record) -> None:
+        """An epoch is over."""
+
+    def run_done(self, run: Run, record: Record, *, reused: bool) -> None:
+        """A run is done, was done before, or failed."""
+
+
+def execute(plan: Sequence[Run], cohort: Cohort, out: Path, watcher: Watcher, on_record: Callable[[Record], None]) -> list[Record]:
+    """Carry out every run; a run that fails is recorded and those that wait for it are skipped, the others go on.
+
+    Args:
+        plan: runs, each after its teacher.
+        cohort: what they read.
+        out: study folder; run ``id`` goes to ``out/runs/id``.
+        watcher: is told of progress.
+        on_record: called with each run's record as soon as it is known.
+    """
+    records: dict[str, Record] = {}
+    for run in plan:
+        if run.teacher is not None and records[run.teacher.id]["status"] == "failed":
+            record = {**describe(run, cohort), "status": "failed", "error": f"its teacher {run.teacher.id} failed"}
+            reused = False
+        else:
+            record, reused = _one(run, cohort, out, watcher)
+        records[run.id] = record
+        on_record(record)
+        watcher.run_done(run, record, reused=reused)
+    return list(records.values())
+
+
+def _one(run: Run, cohort: Cohort, out: Path, watcher: Watcher) -> tuple[Record, bool]:
+    folder = out / "runs" / run.id
+    with locked(out / "runs" / f".{run.id}.lock"):
+        if folder.is_dir():
+            return {**read_json(folder / "run.json"), "name": run.entry.name}, True
+        try:
+            return _train(run, cohort, folder, watcher), False
+        except Exception as error:
+            # One run's failure must not take the others with it; the record and the log say what happened.
+            (out / "runs" / f"{run.id}.error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            return {**describe(run, cohort), "status": "failed", "error": str(error) or type(error).__name__}, False
+
+
+def describe(run: Run, cohort: Cohort) -> Record:
+    """What the study's files say of a run before it is done."""
+    entry, teacher = run.entry, run.entry.teacher
+    size = facts(entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0], head=entry.head)
+    return {
+        "id": run.id, "name": entry.name, "kind": "baseline" if teacher is None else "distilled", "direction": direction(run, cohort),
+        "model": entry.model, "loss": entry.settings.loss, "method": "" if teacher is None else entry.method,
+        "teacher": run.teacher.id if run.teacher else "", "teacher_name": teacher_name(teacher),
+        "external_teacher": isinstance(teacher, External) and teacher.external,
+        "channels": list(entry.channels), "repeat": run.split.repeat, "fold": run.split.fold, "seed": run.seed,
+        "status": "waiting", "error": "", "parameters": size.parameters, "flops": size.flops, "bytes": size.bytes,
+    }  # fmt: skip
+
+
+def direction(run: Run, cohort: Cohort) -> str:
+    """``large-to-small``, ``small-to-large`` or ``self``, by parameters; empty without a teacher from this study."""
+    if run.teacher is None:
+        return ""
+    if run.teacher.entry.model == run.entry.model:
+        return "self"
+    shared = {"classes": len(cohort.classes), "image_size": cohort.size[0]}
+    taught, teaches = (facts(e.model, channels=len(e.channels), **shared).parameters for e in (run.entry, run.teacher.entry))
+    return "large-to-small" if teaches > taught else "small-to-large"
+
+
+def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher) -> Record:
+    start = time.perf_counter()
+    settings = run.entry.settings
+    watcher.run_started(run, settings.epochs)
+    fabric = make_fabric(settings.accelerator, settings.precision)
+    torch.manual_seed(fold_seed(run))
+    network = _network(run, cohort)
+    with new_folder(folder) as draft:
+        fitted = _fit(run, cohort, network, fabric, draft, watcher)
+        _save_checkpoints(run, cohort, network, fitted, draft)
+        _save_predictions(run, cohort, network, fitted, fabric, draft)
+        seconds = round(time.perf_counter() - start, 2)
+        record = {
+            **describe(run, cohort),
+            "status": "done",
+            "seconds": seconds,
+            "best_epoch": fitted.best_epoch,
+            "epochs": len(fitted.epochs),
+        }
+        write_json(draft / "run.json", record)
+    return record
+
+
+def fold_seed(run: Run) -> int:
+    """The seed of a run: the same for every entry of a fold, repeat and seed, so that comparisons are paired."""
+    return run.seed + 1000 * run.split.fold + 100_000 * run.split.repeat
+
+
+def _network(run: Run, cohort: Cohort) -> Network:
+    entry = run.entry
+    given = None if entry.mean is None or entry.std is None else (entry.mean, entry.std)
+    return create(
+        entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0],
+        pretrained=entry.pretrained, head=entry.head, dropout=entry.dropout, normalisation=given,
+    )  # fmt: skip
+
+
+def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path, watcher: Watcher) -> Fitted:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, SummaryWriter(str(draft / "tensorboard")) as board:
+
+        def on_epoch(record: Record) -> None:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            _to_tensorboard(board, record)
+            watcher.epoch_done(run, record)
+
+        channels, train, validation = _batches(run, cohort, fabric)
+        return fit(
+            network, make_objective(run, cohort, fabric, draft.parent), train, validation, settings=run.entry.settings,
+            channels=channels, classes=cohort.classes, fabric=fabric, on_epoch=on_epoch,
+        )  # fmt: skip
+
+
+def _to_tensorboard(board: Any, record: Record) -> None:
+    for part in ("train", "validation"):
+        for key, value in record.get(part, {}).items():
+            values = value if isinstance(value, dict) else {"all": value}
+            for name, number in values.items():
+                if number is not None:
+                    board.add_scalar(f"{key}/{part}/{name}", number, record["epoch"])
+
+
+def _batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...], Batches, Batches | None]:
+    settings, channels = run.entry.settings, run.entry.channels
+    wanted = (*channels, *(name for name in teacher_channels(run) if name not in channels))
+    train = Batches(
+        cohort, run.split.train, channels=wanted, batch_size=settings.batch_size, device=fabric.device, sampler=settings.sampler,
+        augmentation=PRESETS[settings.augmentation], seed=fold_seed(run), residence=settings.residence, drop_last=len(run.split.train) > settings.batch_size,
+    )  # fmt: skip
+    validation = plain_batches(cohort, run.split.validation, channels, fabric, settings.residence) if len(run.split.validation) else None
+    return channels, train, validation
+
+
+def make_objective(run: Run, cohort: Cohort, fabric: Fabric, runs: Path) -> Objective:
+    """The terms that a run minimises, with its teacher loaded and checked."""
+    entry = run.entry
+    counts = torch.from_numpy(_counts(run, cohort)).to(fabric.device)
+    loss = make_loss(entry.settings.loss, counts=counts, **entry.settings.loss_options)
+    if entry.teacher is None:
+        return Supervised(loss)
+    method = make_method(entry.method, counts=counts, classes=len(cohort.classes), **entry.method_options)
+    return Distilled(loss, method, load_teacher(run, cohort, fabric, runs), ce_weight=entry.ce_weight, kd_weight=entry.kd_weight)
+
+
+def _counts(run: Run, cohort: Cohort) -> np.ndarray:
+    return np.bincount(cohort.labels[run.split.train], minlength=len(cohort.classes))
+
+
+def _save_checkpoints(run: Run, cohort: Cohort, network: Network, fitted: Fitted, draft: Path) -> None:
+    entry = run.entry
+    patients = cohort.samples["patient"].to_numpy()[run.split.train]
+    promise = Promise(
+        model=entry.model, head=entry.head, dropout=entry.dropout, classes=cohort.classes, channels=entry.channels, image_size=cohort.size[0],
+        mean=tuple(network.mean), std=tuple(network.std), prior=_prior(run, cohort),
+        training_patients=tuple(sorted(set(patients))), external=False, split_hash=run.split.hash,
+    )  # fmt: skip
+    checkpoint.save(draft / "best.safetensors", fitted.best, promise)
+    checkpoint.save(draft / "last.safetensors", fitted.last, promise)
+
+
+def _prior(run: Run, cohort: Cohort) -> tuple[float, ...] | None:
+    # What a student's logits carry also depends on its teacher's: unknown.
+    if run.entry.teacher is not None:
+        return None
+    settings = run.entry.settings
+    return carried_prior(settings.loss, counts=torch.from_numpy(_counts(run, cohort)), sampler=settings.sampler, **settings.loss_options)
+
+
+def _save_predictions(run: Run, cohort: Cohort, network: Network, fitted: Fitted, fabric: Fabric, draft: Path) -> None:
+    where, channels = (run.split.repeat, run.split.fold, run.seed), run.entry.channels
+    tables = []
+    for part, rows in (("validation", run.split.validation), ("test", run.split.test)):
+        if not len(rows):
+            continue
+        batches = plain_batches(cohort, rows, channels, fabric, run.entry.settings.residence)
+        for name, weights in (("best", fitted.best), ("last", fitted.last)):
+            network.load_state_dict(weights)
+            logits, _ = predict_logits(network, batches, channels=channels, fabric=fabric)
+            tables.append(prediction_table(cohort, rows, logits.numpy(), run=run.id, split=part, checkpoint=name, where=where))
+    predictions.write(draft / "predictions.parquet", pd.concat(tables, ignore_index=True), cohort.classes, cohort.background)

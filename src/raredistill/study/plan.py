@@ -1,0 +1,161 @@
+"""A grid of entries becomes runs, each with what it waits for and a name that what determines it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raredistill.errors import ConfigError
+from raredistill.files import fingerprint, sha256
+from raredistill.splits import Split
+from raredistill.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class External:
+    """A teacher trained elsewhere.
+
+    Attributes:
+        weights: a checkpoint of raredistill, or a bare safetensors file; the latter needs the fields below.
+        model: name of its network.
+        classes: in the order of its logits.
+        channels: that it takes, in order.
+        mean: of its normalisation, one a channel.
+        std: of its normalisation, one a channel.
+        image_size: side in pixels that it was built for.
+        training_patients: a text file with one patient a line.
+        external: it has seen none of this cohort's patients; the report states that this is the user's word.
+    """
+
+    weights: Path
+    model: str = ""
+    classes: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    image_size: int = 0
+    training_patients: Path | None = None
+    external: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the grid: a network, how it is trained, and who teaches it.
+
+    Attributes:
+        name: unique in the study.
+        model: name of the network.
+        channels: that it takes.
+        settings: how it is trained.
+        pretrained: no, timm's hub, or a local safetensors file.
+        mean: normalisation of local weights where it differs from timm's record of that network; with ``std``.
+        std: see ``mean``.
+        head: ``linear`` or ``thesis``.
+        dropout: before the classifier.
+        teacher: another entry's name, a teacher from elsewhere, or nobody.
+        method: distiller, when there is a teacher.
+        method_options: its hyper-parameters.
+        ce_weight: of the supervised loss, when there is a teacher.
+        kd_weight: of the distillation terms.
+    """
+
+    name: str
+    model: str
+    channels: tuple[str, ...]
+    settings: Settings
+    pretrained: bool | Path = False
+    mean: float | None = None
+    std: float | None = None
+    head: str = "linear"
+    dropout: float = 0.0
+    teacher: str | External | None = None
+    method: str = "kd"
+    method_options: dict[str, float] = field(default_factory=dict)
+    ce_weight: float = 1.0
+    kd_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One entry on one fold with one seed. ``id`` names it; ``teacher`` is the run it waits for."""
+
+    id: str
+    entry: Entry
+    split: Split
+    seed: int
+    teacher: Run | None
+
+
+def make_plan(entries: Sequence[Entry], splits: Sequence[Split], seeds: Sequence[int], *, cohort_hash: str) -> list[Run]:
+    """Order the runs so that each comes after its teacher; a teacher is trained once per fold and seed and shared by its students.
+
+    Raises:
+        ConfigError: two entries share a name, a teacher is unknown, or entries wait for each other in a circle.
+    """
+    order = _in_order(entries)
+    runs: list[Run] = []
+    for split in splits:
+        for seed in seeds:
+            runs.extend(_cell(order, split, seed, cohort_hash))
+    return runs
+
+
+def _cell(order: Sequence[Entry], split: Split, seed: int, cohort_hash: str) -> Iterator[Run]:
+    done: dict[str, Run] = {}
+    for entry in order:
+        teacher = done[entry.teacher] if isinstance(entry.teacher, str) else None
+        done[entry.name] = Run(_name(entry, split, seed, teacher, cohort_hash), entry, split, seed, teacher)
+        yield done[entry.name]
+
+
+def _name(entry: Entry, split: Split, seed: int, teacher: Run | None, cohort_hash: str) -> str:
+    determines: dict[str, Any] = {
+        "entry": {key: value for key, value in asdict(entry).items() if key not in ("name", "teacher")},
+        "teacher": teacher.id.rsplit("-", 1)[1] if teacher else _file_of(entry.teacher),
+        "pretrained": _file_of(entry.pretrained),
+        "cohort": cohort_hash,
+        "split": split.hash,
+        "seed": seed,
+    }
+    return f"{entry.name}-r{split.repeat}f{split.fold}s{seed}-{fingerprint(_plain(determines))[:10]}"
+
+
+def _file_of(value: Any) -> str:
+    path = value.weights if isinstance(value, External) else value
+    if not isinstance(path, Path):
+        return str(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such weights file; check the path in the configuration")
+    return sha256(path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return "file" if isinstance(value, Path) else value
+
+
+def _in_order(entries: Sequence[Entry]) -> list[Entry]:
+    names = [entry.name for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two runs are called {twice[0]}; every run of a study needs its own name")
+    order: list[Entry] = []
+    waiting = list(entries)
+    while waiting:
+        ready = [entry for entry in waiting if _is_ready(entry, [done.name for done in order])]
+        if not ready:
+            raise ConfigError(
+                "these runs wait for each other or for a teacher that does not exist: "
+                + ", ".join(f"{e.name} (teacher {e.teacher})" for e in waiting)
+            )
+        order += ready
+        waiting = [entry for entry in waiting if entry not in ready]
+    return order
+
+
+def _is_ready(entry: Entry, done: Sequence[str]) -> bool:
+    return not isinstance(entry.teacher, str) or entry.teacher in done

@@ -1,0 +1,97 @@
+"""A whole study: plan it, write down what it is, carry it out."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from raredistill.cohort.store import Cohort
+from raredistill.files import claim_folder, locked, write_json
+from raredistill.splits import Split, save_split, split_table
+from raredistill.study.execute import Record, Watcher, describe, execute
+from raredistill.study.plan import Entry, Run, make_plan
+
+MARKER = "study.json"
+LIBRARIES = ("raredistill", "torch", "timm", "lightning", "numpy", "pandas", "scikit-learn", "nibabel")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study is made of. ``config`` and ``command`` are kept for the reader; nothing is computed from them."""
+
+    name: str
+    cohort: Cohort
+    splits: Sequence[Split]
+    entries: Sequence[Entry]
+    seeds: Sequence[int]
+    protocol: str
+    config: dict[str, Any]
+    command: str
+
+    def plan(self) -> list[Run]:
+        """The runs in the order in which they are carried out."""
+        return make_plan(self.entries, self.splits, self.seeds, cohort_hash=self.cohort.hash)
+
+    def counts(self) -> pd.DataFrame:
+        """Slices and patients by split, side and class: what to look at before training."""
+        return split_table(self.cohort, list(self.splits))
+
+
+def run_study(study: Study, out: Path, watcher: Watcher) -> list[Record]:
+    """Carry out a study in ``out``; done runs are reused, and ``study.json`` always says how far it is.
+
+    Raises:
+        DataError: ``out`` holds something else.
+    """
+    claim_folder(out, MARKER)
+    with locked(out / ".lock"):
+        plan = study.plan()
+        records = {run.id: describe(run, study.cohort) for run in plan}
+        write = _writer(study, out)
+        write(list(records.values()))
+        for split in study.splits:
+            save_split(out / "splits" / f"r{split.repeat}f{split.fold}.json", split, study.cohort)
+
+        def on_record(record: Record) -> None:
+            records[record["id"]] = record
+            write(list(records.values()))
+
+        return execute(plan, study.cohort, out, watcher, on_record)
+
+
+def _writer(study: Study, out: Path) -> Callable[[list[Record]], None]:
+    fixed = {
+        "name": study.name, "command": study.command, "config": study.config, "cohort": _cohort(study.cohort), "protocol": study.protocol,
+        "rare": rare_class(study.cohort, study.splits), "split_table": study.counts().to_dict("records"),
+        "splits": [{"repeat": split.repeat, "fold": split.fold, "hash": split.hash} for split in study.splits],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}, "machine": machine(),
+    }  # fmt: skip
+    return lambda runs: write_json(out / MARKER, {**fixed, "runs": runs})
+
+
+def rare_class(cohort: Cohort, splits: Sequence[Split]) -> str:
+    """The minority class that a study is about: fewest training samples over the folds, among the classes that patients carry."""
+    labels = pd.Series([label for split in splits for label in cohort.samples["label"].to_numpy()[split.train]])
+    counts = labels.value_counts()
+    return min(cohort.patient_classes, key=lambda name: int(counts.get(name, 0)))
+
+
+def _cohort(cohort: Cohort) -> dict[str, Any]:
+    return {
+        "name": cohort.name, "hash": cohort.hash, "classes": list(cohort.classes), "background": cohort.background, "channels": list(cohort.channels),
+        "samples": len(cohort.samples), "patients": int(cohort.samples["patient"].nunique()), "provenance": cohort.provenance,
+        "counts": cohort.counts().to_dict("records"), "size": list(cohort.size),
+    }  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """What kind of machine a study ran on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"system": platform.platform(), "processor": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}

@@ -1,0 +1,51 @@
+"""Optimisers with separate decay for biases, and the learning rate as a pure function of the epoch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from raredistill.training.settings import Settings
+
+
+def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """Build the optimiser over the trainable parameters; weights and biases form two groups with their own decay."""
+    named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    bias_decay = settings.weight_decay if settings.bias_weight_decay is None else settings.bias_weight_decay
+    groups = [
+        {"params": [p for name, p in named if not name.endswith("bias")], "weight_decay": settings.weight_decay},
+        {"params": [p for name, p in named if name.endswith("bias")], "weight_decay": bias_decay},
+    ]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    family = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return family(groups, lr=settings.learning_rate)
+
+
+def learning_rate(settings: Settings, epoch: float) -> float:
+    """Learning rate at a point of training, in epochs from the start (fractions are steps within an epoch).
+
+    A pure function, so that a resumed run needs no scheduler state.
+    """
+    if epoch < settings.warmup_epochs:
+        return settings.learning_rate * epoch / settings.warmup_epochs
+    return settings.learning_rate * _decay(settings, epoch)
+
+
+def _decay(settings: Settings, epoch: float) -> float:
+    if settings.schedule == "step":
+        return float(settings.factor ** (int(epoch) // settings.step_epochs))
+    if settings.schedule == "multistep":
+        return float(settings.factor ** sum(epoch >= milestone for milestone in settings.milestones))
+    if settings.schedule == "cosine":
+        span = max(settings.epochs - settings.warmup_epochs, 1e-9)
+        return 0.5 * (1 + math.cos(math.pi * (epoch - settings.warmup_epochs) / span))
+    return 1.0
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the same rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

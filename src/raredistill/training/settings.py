@@ -1,0 +1,64 @@
+"""What a user may set about training, with the defaults that a careful practitioner would choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Interval, Le
+
+Share = Annotated[float, Interval(ge=0, lt=1)]
+Positive = Annotated[float, Gt(0)]
+Count = Annotated[int, Ge(1)]
+Metric = Literal["macro_f1", "balanced_accuracy", "accuracy", "loss", "last"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a network is trained.
+
+    Attributes:
+        epochs: passes over the training part.
+        batch_size: samples a step.
+        optimizer: ``adam`` (coupled L2), ``adamw`` (decoupled) or ``sgd`` (with ``momentum``).
+        learning_rate: the rate after warm-up.
+        weight_decay: strength on weights; ``bias_weight_decay`` on biases (the same when not given).
+        schedule: ``constant``, ``step`` (times ``factor`` every ``step_epochs``), ``multistep`` (at ``milestones``) or ``cosine`` (to 0).
+        warmup_epochs: epochs over which the rate rises linearly from 0.
+        clip_norm: largest gradient norm; none when not given.
+        ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated; none when not given.
+        select: the validation metric that chooses the best checkpoint; ``last`` takes the last epoch, as does a split without validation.
+        patience: stop after so many epochs without improvement; never when not given.
+        sampler: order of samples: ``natural``, ``sqrt`` or ``balanced``.
+        augmentation: preset: ``none``, ``default`` or ``thesis``.
+        loss: name of the supervised loss; ``loss_options`` are its hyper-parameters.
+        precision: ``32-true`` or ``bf16-mixed`` (Lightning Fabric's names).
+        accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        residence: whether pixels stay on the device: ``auto``, ``resident`` or ``streamed``.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    epochs: Count = 50
+    batch_size: Count = 64
+    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
+    learning_rate: Positive = 3e-4
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    bias_weight_decay: Annotated[float, Ge(0)] | None = None
+    momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
+    schedule: Literal["constant", "step", "multistep", "cosine"] = "cosine"
+    step_epochs: Count = 10
+    factor: Annotated[float, Gt(0), Le(1)] = 0.1
+    milestones: tuple[int, ...] = ()
+    warmup_epochs: Annotated[float, Ge(0)] = 0.0
+    clip_norm: Positive | None = None
+    ema_decay: Annotated[float, Gt(0), Interval(lt=1)] | None = None
+    select: Metric = "macro_f1"
+    patience: Count | None = None
+    sampler: Literal["natural", "sqrt", "balanced"] = "natural"
+    augmentation: Literal["none", "default", "thesis"] = "default"
+    loss: str = "cross_entropy"
+    loss_options: dict[str, float] = field(default_factory=dict)
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    residence: Literal["auto", "resident", "streamed"] = "auto"
