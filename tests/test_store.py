@@ -1,0 +1,163 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from raredistill.cohort import store
+from raredistill.cohort.store import Cohort
+from raredistill.errors import DataError
+
+CLASSES = ("healthy", "HGG", "LGG")
+
+
+def _table(n: int = 6) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "sample": [f"s{i}" for i in range(n)],
+            "patient": ["a"] * (n // 2) + ["b"] * (n - n // 2),
+            "patient_label": ["HGG"] * (n // 2) + ["LGG"] * (n - n // 2),
+            "label": ["healthy", "HGG", "HGG", "healthy", "LGG", "LGG"][:n],
+            "slice": range(n),
+            "source": "made",
+            "split": "",
+        }
+    )
+
+
+def _pixels(n: int = 6) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return {channel: generator.integers(0, 256, (n, 4, 5), dtype=np.uint8) for channel in ("flair", "t1")}
+
+
+def _save(root, **changes):
+    arguments = {"samples": _table(), "pixels": _pixels(), "classes": CLASSES, "size": (4, 5), "provenance": {"source": "x"}} | changes
+    return store.save(root, arguments.pop("samples"), arguments.pop("pixels"), **arguments)
+
+
+def test_a_saved_cohort_reads_back_bit_for_bit(tmp_path):
+    _save(tmp_path / "c")
+    cohort = Cohort.load(tmp_path / "c")
+    for channel, expected in _pixels().items():
+        np.testing.assert_array_equal(cohort.pixels(channel), expected)
+    assert cohort.samples["sample"].tolist() == [f"s{i}" for i in range(6)]
+    assert cohort.labels.tolist() == [0, 1, 1, 0, 2, 2]
+    assert (cohort.name, cohort.channels, cohort.classes, cohort.size) == ("c", ("flair", "t1"), CLASSES, (4, 5))
+    assert (cohort.background, cohort.patient_classes) == ("healthy", ("HGG", "LGG"))
+    assert cohort.provenance == {"source": "x"}
+
+
+def test_counts_are_slices_and_patients_of_each_class_also_of_an_absent_one(tmp_path):
+    cohort = _save(tmp_path / "c", classes=(*CLASSES, "rare"))
+    assert cohort.counts().to_dict("records") == [
+        {"class": "healthy", "slices": 2, "patients": 2},
+        {"class": "HGG", "slices": 2, "patients": 1},
+        {"class": "LGG", "slices": 2, "patients": 1},
+        {"class": "rare", "slices": 0, "patients": 0},
+    ]
+
+
+def test_there_is_no_background_when_patients_carry_the_first_class_or_no_label(tmp_path):
+    table = _table().assign(patient_label=lambda t: t["label"])
+    assert _save(tmp_path / "own", samples=table).background is None
+    assert _save(tmp_path / "none", samples=_table().assign(patient_label="")).background is None
+
+
+def test_blocks_and_whole_arrays_give_the_same_cohort_and_the_place_does_not_matter(tmp_path):
+    whole = _save(tmp_path / "whole")
+    blocks = _save(tmp_path / "b", pixels={c: iter([p[:2], p[2:3], p[3:]]) for c, p in _pixels().items()})
+    assert whole.hash == blocks.hash
+
+
+@pytest.mark.parametrize("change", ["pixel", "label", "class order"])
+def test_the_hash_tells_different_cohorts_apart(tmp_path, change):
+    pixels, table, classes = _pixels(), _table(), CLASSES
+    if change == "pixel":
+        pixels["t1"][3, 2, 1] ^= 1
+    elif change == "label":
+        table.loc[1, "label"] = "healthy"
+    else:
+        classes = ("healthy", "LGG", "HGG")
+    assert _save(tmp_path / "a").hash != _save(tmp_path / "b", pixels=pixels, samples=table, classes=classes).hash
+
+
+def test_pixels_are_read_only(tmp_path):
+    pixels = _save(tmp_path / "c").pixels("t1")
+    with pytest.raises(ValueError, match="read-only"):
+        pixels[0, 0, 0] = 1
+
+
+def test_an_unknown_channel_names_the_known_ones(tmp_path):
+    with pytest.raises(DataError, match="'t2'; it has flair, t1"):
+        _save(tmp_path / "c").pixels("t2")
+
+
+def test_damage_is_noticed_on_loading(tmp_path):
+    root = tmp_path / "c"
+    _save(root)
+    pixel_file = root / "pixels" / "t1.u8"
+    pixel_file.write_bytes(pixel_file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"t1\.u8 holds 119 bytes instead of 120"):
+        Cohort.load(root)
+    pixel_file.unlink()
+    with pytest.raises(DataError, match="is missing; prepare"):
+        Cohort.load(root)
+    table = pd.read_parquet(root / "samples.parquet")
+    table.to_csv(root / "samples.parquet")
+    with pytest.raises(DataError, match="was changed after"):
+        Cohort.load(root)
+
+
+def test_a_folder_that_is_no_cohort_says_so(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        Cohort.load(tmp_path / "absent")
+    with pytest.raises(DataError, match="is no cohort"):
+        Cohort.load(tmp_path)
+    (tmp_path / ".parts").mkdir()
+    with pytest.raises(DataError, match="unfinished cohort"):
+        Cohort.load(tmp_path)
+    (tmp_path / "cohort.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(DataError, match="unknown format"):
+        Cohort.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": _table().drop(columns="patient")}, "lacks the column"),
+        ({"samples": _table().head(0)}, "no sample is left"),
+        ({"samples": _table().assign(label="typo")}, "unknown label"),
+        ({"samples": _table().assign(sample="same")}, "occurs twice"),
+        ({"samples": _table(5)}, "120 bytes of pixels where .* ask for 100"),
+        ({"pixels": {"t1": np.zeros((6, 4, 5))}}, "must be uint8"),
+    ],
+)
+def test_a_cohort_that_does_not_fit_together_is_refused_and_never_loads(tmp_path, change, message):
+    with pytest.raises(DataError, match=message):
+        _save(tmp_path / "c", **change)
+    with pytest.raises(DataError):
+        Cohort.load(tmp_path / "c")
+
+
+def test_nothing_is_written_over(tmp_path):
+    first = _save(tmp_path / "c")
+    with pytest.raises(DataError, match="already holds a cohort"):
+        _save(tmp_path / "c")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="something else"):
+        _save(tmp_path / "other")
+    assert Cohort.load(tmp_path / "c").hash == first.hash
+
+
+def test_an_interrupted_write_can_be_done_again(tmp_path):
+    def broken():
+        yield _pixels()["t1"][:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _save(tmp_path / "c", pixels={"flair": _pixels()["flair"], "t1": broken()})
+    with pytest.raises(DataError, match="unfinished cohort"):
+        Cohort.load(tmp_path / "c")
+    assert _save(tmp_path / "c").hash == _save(tmp_path / "d").hash
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["cohort.json", "pixels", "samples.parquet"]
