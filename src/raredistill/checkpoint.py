@@ -1,0 +1,155 @@
+"""Weights and what they promise: classes, channels, normalisation, prior, training patients. Safetensors and JSON, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raredistill.errors import CheckpointError
+from raredistill.files import atomic
+
+_NETWORK, _STATE = "raredistill.network.1", "raredistill.state.1"
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a network's weights say about themselves, so that nothing has to be guessed when they are used again.
+
+    Attributes:
+        model: its name in :mod:`raredistill.models`.
+        head: ``linear`` or ``thesis``.
+        dropout: dropout of the head.
+        classes: class names in the order of the logits.
+        channels: channel names in the order of the input.
+        image_size: height and width in pixels.
+        mean: one value a channel, for images in [0, 1].
+        std: one value a channel, for images in [0, 1].
+        prior: the class prior that the logits encode, in the order of ``classes``; None when it is unknown.
+        training_patients: everyone whose images gave gradients; None when nobody wrote them down.
+        external: trained elsewhere, on patients that cannot be in the cohort (its user says so).
+        split_hash: the split that it was trained on; empty when there was none.
+    """
+
+    model: str
+    head: str
+    dropout: float
+    classes: tuple[str, ...]
+    channels: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    prior: tuple[float, ...] | None
+    training_patients: tuple[str, ...] | None
+    external: bool
+    split_hash: str
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "channels", "mean", "std", "prior", "training_patients"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(value))
+        if self.prior is not None and len(self.prior) != len(self.classes):
+            raise CheckpointError(f"the prior has {len(self.prior)} values for {len(self.classes)} classes")
+        if not len(self.mean) == len(self.std) == len(self.channels):
+            raise CheckpointError(f"mean and std have {len(self.mean)} and {len(self.std)} values for {len(self.channels)} channels")
+
+
+def save(path: Path, state_dict: Mapping[str, Tensor], promise: Promise) -> None:
+    """Write weights and their promise to a safetensors file, whole or not at all.
+
+    Args:
+        path: the file; its folder is made.
+        state_dict: tensors on any device.
+        promise: kept as JSON in the file's metadata and covered by the same hash as the tensors.
+    """
+    _write(path, state_dict, _NETWORK, asdict(promise))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], Promise]:
+    """Read what :func:`save` wrote, onto the CPU.
+
+    Raises:
+        CheckpointError: missing, cut, altered, or something else than a network's checkpoint.
+    """
+    tensors, record = _read(path, _NETWORK)
+    try:
+        return tensors, Promise(**record)
+    except (TypeError, CheckpointError) as error:
+        wanted = ", ".join(field.name for field in fields(Promise))
+        raise CheckpointError(f"{path}: its promise is not one of this version ({error}); it needs {wanted}") from None
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], info: Any) -> None:
+    """Write the state of an interrupted training, whole or not at all.
+
+    Args:
+        path: the file; its folder is made.
+        tensors: named tensors, such as an optimiser's moments; names are free.
+        info: anything that JSON can hold (NaN and infinities too).
+    """
+    _write(path, tensors, _STATE, info)
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Read what :func:`save_state` wrote: tensors on the CPU, and the JSON value.
+
+    Raises:
+        CheckpointError: missing, cut, altered, or something else than a training state.
+    """
+    return _read(path, _STATE)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read any safetensors file, onto the CPU: its tensors and its metadata.
+
+    Raises:
+        CheckpointError: missing, unreadable, or not safetensors (a pickle is never opened).
+    """
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path}: only .safetensors files are read, because a pickle (.pth, .pt, .ckpt) can run code when it is opened; "
+            "convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); delete it and use another copy") from None
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], kind: str, record: Any) -> None:
+    # Cloned, because safetensors refuses tensors that share memory, and a state dict may hold some.
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(record)
+    with atomic(path) as temporary:
+        save_file(plain, temporary, metadata={"format": "pt", "kind": kind, "record": text, "sha256": _digest(plain, kind, text)})
+
+
+def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("kind") != kind:
+        raise CheckpointError(f"{path}: not a {kind.split('.')[1]} checkpoint of raredistill, but {metadata.get('kind', 'plain weights')}")
+    text = metadata.get("record", "")
+    if metadata.get("sha256") != _digest(tensors, kind, text):
+        raise CheckpointError(
+            f"{path}: its content does not match its hash, so it was damaged or edited; delete it and run the command again"
+        )
+    return tensors, json.loads(text)
+
+
+def _digest(tensors: Mapping[str, Tensor], kind: str, text: str) -> str:
+    digest = hashlib.sha256(f"{kind}\n{text}\n".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,192 @@
+"""From a name to a network, to its cost, and from a checkpoint back to its network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from raredistill.checkpoint import Promise, load
+from raredistill.errors import CheckpointError, ConfigError
+from raredistill.models.names import OWN, resolve
+from raredistill.models.network import Network, build_head
+from raredistill.models.weights import (
+    UNTRAINED,
+    Normalisation,
+    Weights,
+    load_hub,
+    load_own,
+    load_timm,
+    normalisation_for,
+    read_weights,
+    timm_normalisation,
+    untrained,
+)
+
+_TRIED_SIZES = (28, 32, 64, 75, 96, 128, 160, 192, 224, 256, 384)
+_BYTES_PER_WEIGHT = 4
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a network costs.
+
+    Attributes:
+        parameters: trainable and frozen, head included.
+        flops: of one image's forward pass, where a multiply-add counts as two; element-wise work is not counted.
+        bytes: of its parameters in single precision.
+    """
+
+    parameters: int
+    flops: int
+    bytes: int
+
+
+def create(
+    name: str,
+    *,
+    channels: int,
+    classes: int,
+    image_size: int,
+    pretrained: bool | Path = False,
+    head: str = "linear",
+    dropout: float = 0.0,
+    normalisation: Normalisation | None = None,
+) -> Network:
+    """Build a network by name.
+
+    Args:
+        name: one of :func:`list_models`, with a timm weights tag if wanted.
+        channels: of the images, any number; a pre-trained first convolution is summed for one channel, else repeated and rescaled.
+        classes: how many logits.
+        image_size: height and width in pixels.
+        pretrained: True for timm's hub, or a ``.safetensors`` file: timm's weights of this network, or a checkpoint of raredistill.
+        head: ``linear``, or ``thesis`` for its two layers.
+        dropout: in the head.
+        normalisation: mean and std for images in [0, 1]. By default what the file says (``mean`` and ``std`` in its metadata), else that of
+            timm's weights of this name, averaged when the channels are not three; 0.5 and 0.25 when not pre-trained.
+
+    Raises:
+        ConfigError: unknown name, head or weights tag, or an image size that this network cannot take (says which it can).
+        CheckpointError: weights that cannot be had or do not fit.
+    """
+    timm_name = resolve(name)
+    if min(channels, classes, image_size) < 1:
+        raise ConfigError(f"{name}: channels, classes and image size must be positive, not {channels}, {classes} and {image_size}")
+    weights = read_weights(Path(pretrained)) if not isinstance(pretrained, bool) else None
+    with _sizes_explained(name, timm_name, channels, image_size):
+        body = _body(timm_name, channels, image_size, weights or bool(pretrained))
+        features = _features_of(body, channels, image_size)
+    mean, std = normalisation_for(normalisation or _normalisation(timm_name, weights, bool(pretrained)), channels)
+    built = build_head(head, features, classes, dropout)
+    return Network(body, built, name=name, channels=channels, classes=classes, image_size=image_size, mean=mean, std=std)
+
+
+@cache
+def facts(name: str, *, channels: int, classes: int, image_size: int, head: str = "linear") -> ModelFacts:
+    """Count a network's parameters, operations and bytes, without computing anything.
+
+    Raises:
+        ConfigError: as :func:`create`.
+    """
+    with torch.device("meta"):
+        network = create(name, channels=channels, classes=classes, image_size=image_size, head=head).eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, channels, image_size, image_size))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return ModelFacts(parameters, counter.get_total_flops(), parameters * _BYTES_PER_WEIGHT)
+
+
+def restore(path: Path) -> tuple[Network, Promise]:
+    """Build the network of a checkpoint, with its weights and its normalisation, on the CPU.
+
+    Raises:
+        CheckpointError: a damaged file, or weights that do not fit the network that it names.
+    """
+    state, promise = load(path)
+    try:
+        network = create(
+            promise.model,
+            channels=len(promise.channels),
+            classes=len(promise.classes),
+            image_size=promise.image_size,
+            head=promise.head,
+            dropout=promise.dropout,
+            normalisation=(promise.mean, promise.std),
+        )
+        network.load_state_dict(state)
+    except (ConfigError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be rebuilt as {promise.model} ({error})") from None
+    return network, promise
+
+
+def _body(name: str, channels: int, size: int, weights: Weights | bool) -> nn.Module:
+    if name in OWN:
+        return _own_body(name, channels, weights)
+    build: Callable[..., nn.Module]
+    if isinstance(weights, Weights):
+        build = partial(load_timm, name, weights, channels)
+    else:
+        build = partial(load_hub if weights else untrained, name, channels)
+    try:
+        return build(img_size=size)
+    except TypeError:
+        # Networks that take any size do not know the word.
+        return build()
+
+
+def _own_body(name: str, channels: int, weights: Weights | bool) -> nn.Module:
+    if weights is True:
+        raise ConfigError(f"{name} has no published weights; give `pretrained:` the path of a checkpoint, or `pretrained: false`")
+    body = OWN[name](channels)
+    if isinstance(weights, Weights):
+        load_own(body, weights, channels)
+    return body
+
+
+def _features_of(body: nn.Module, channels: int, size: int) -> int:
+    """Try one empty image: a network that cannot take the size says so now, not after hours of preparation."""
+    patch = getattr(getattr(body, "patch_embed", None), "patch_size", 1)
+    for step in patch if isinstance(patch, tuple) else (patch,):
+        # Vision transformers drop the pixels that fill no patch, silently.
+        if size % int(step):
+            raise ValueError(f"not a multiple of its {step}-pixel patches")
+    training = body.training
+    with torch.no_grad():
+        features: Tensor = body.eval()(torch.zeros(1, channels, size, size))
+    body.train(training)
+    if features.ndim != 2:
+        raise ValueError(f"its features have the shape {tuple(features.shape)}, not (N, F)")
+    return features.shape[1]
+
+
+@contextmanager
+def _sizes_explained(name: str, timm_name: str, channels: int, size: int) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        fitting = [str(tried) for tried in _TRIED_SIZES if tried != size and _takes(timm_name, channels, tried)]
+        raise ConfigError(
+            f"{name} cannot take images of {size} x {size} ({error}); of the usual sizes it takes {', '.join(fitting) or 'none'}"
+        ) from None
+
+
+def _takes(name: str, channels: int, size: int) -> bool:
+    try:
+        with torch.device("meta"):
+            _features_of(_body(name, channels, size, False), channels, size)
+    except (RuntimeError, AssertionError, ValueError, IndexError):
+        return False
+    return True
+
+
+def _normalisation(name: str, weights: Weights | None, pretrained: bool) -> Normalisation:
+    if weights and weights.normalisation:
+        return weights.normalisation
+    return timm_normalisation(name) if pretrained and name not in OWN else UNTRAINED

@@ -1,0 +1,74 @@
+"""What a network may be called: timm's names, the thesis' names for some of them, and the networks that timm lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+
+import timm
+from torch import nn
+
+from raredistill.errors import ConfigError
+from raredistill.models.cifar_resnet import CifarResNet
+from raredistill.models.small_cnn import SmallCNN
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A thesis' name, the timm network with the same weights or the nearest, and what torchvision calls its own."""
+
+    timm: str
+    torchvision: str
+    same_weights: bool
+
+
+ALIASES: dict[str, Alias] = {
+    "resnet18": Alias("resnet18.tv_in1k", "ResNet18_Weights.IMAGENET1K_V1", True),
+    "resnet50": Alias("resnet50.tv_in1k", "ResNet50_Weights.IMAGENET1K_V1", True),
+    "densenet121": Alias("densenet121.tv_in1k", "DenseNet121_Weights.IMAGENET1K_V1", True),
+    "inception_v3": Alias("inception_v3.tv_in1k", "Inception_V3_Weights.IMAGENET1K_V1", True),
+    "mobilenet_v2": Alias("mobilenetv2_100.ra_in1k", "MobileNet_V2_Weights.IMAGENET1K_V1", False),
+    "efficientnet_v2_s": Alias("tf_efficientnetv2_s.in1k", "EfficientNet_V2_S_Weights.IMAGENET1K_V1", False),
+    "convnext_tiny": Alias("convnext_tiny.fb_in1k", "ConvNeXt_Tiny_Weights.IMAGENET1K_V1", False),
+    "swin_t": Alias("swin_tiny_patch4_window7_224.ms_in1k", "Swin_T_Weights.IMAGENET1K_V1", False),
+    "vit_b_16": Alias("vit_base_patch16_224", "ViT_B_16_Weights.IMAGENET1K_V1", False),
+    "maxvit_t": Alias("maxvit_tiny_tf_224.in1k", "MaxVit_T_Weights.IMAGENET1K_V1", False),
+}
+
+# Networks that timm lacks: called with channels, they give (N, F) features.
+OWN: dict[str, Callable[[int], nn.Module]] = {
+    "small_cnn": SmallCNN,
+    **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+}
+
+
+def list_models() -> list[str]:
+    """Every name without a weights tag: the aliases, the own networks and timm's architectures."""
+    return sorted({*ALIASES, *OWN, *timm.list_models()})
+
+
+def resolve(name: str) -> str:
+    """Turn a name into the one that builds the network: an alias into timm's name, any other known name into itself.
+
+    Raises:
+        ConfigError: no such network, or no such weights tag; says which names are near.
+    """
+    if name in ALIASES:
+        return ALIASES[name].timm
+    if name in OWN:
+        return name
+    architecture, _, tag = name.partition(".")
+    # is_model alone would also let "hf-hub:..." through, which reaches for the network and runs what it finds.
+    if architecture not in timm.list_models():
+        raise ConfigError(f"unknown model {name!r}{_hint(name, list_models())}; `raredistill.models.list_models()` names them all")
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in tags:
+        raise ConfigError(f"model {architecture!r} has no weights {tag!r}{_hint(name, tags)}")
+    return name
+
+
+def _hint(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=3, cutoff=0.6)
+    return f", did you mean {' or '.join(near)}?" if near else ""

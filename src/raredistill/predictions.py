@@ -1,0 +1,264 @@
+"""The table between training and evaluation: one row a sample, checkpoint and part, with its logits; also read from other makers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from raredistill.errors import DataError
+from raredistill.files import atomic
+
+COLUMNS = ("run", "sample", "patient", "patient_label", "split", "repeat", "fold", "seed", "checkpoint", "label", "logits")
+
+_NUMBERS = ("repeat", "fold", "seed")
+_TEXTS = ("run", "sample", "patient", "patient_label", "split", "checkpoint", "label")
+_METADATA = b"raredistill"
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of one run or several, checked.
+
+    Attributes:
+        table: the columns ``COLUMNS``; both labels are class names, ``logits`` holds K numbers in the order of ``classes``.
+        classes: K class names.
+        background: the class that no patient carries, such as healthy slices beside a tumour; None when each class is a patient's.
+    """
+
+    table: pd.DataFrame
+    classes: tuple[str, ...]
+    background: str | None = None
+
+    def logits(self) -> NDArray[np.float64]:
+        """Logits ``(N, K)``."""
+        return _matrix(self.table["logits"], len(self.classes))
+
+    def probabilities(self) -> NDArray[np.float64]:
+        """Softmax of the logits ``(N, K)``."""
+        logits = self.logits()
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return cast("NDArray[np.float64]", exponentials / exponentials.sum(axis=1, keepdims=True))
+
+    def labels(self) -> NDArray[np.int64]:
+        """Class indices ``(N,)``."""
+        return pd.Index(self.classes).get_indexer(pd.Index(self.table["label"])).astype(np.int64)
+
+    def where(self, **values: Any) -> Predictions:
+        """Keep the rows whose columns have these values, such as ``split="test", checkpoint="best"``."""
+        kept = np.ones(len(self.table), dtype=bool)
+        for column, value in values.items():
+            kept &= (self.table[column] == value).to_numpy()
+        return Predictions(self.table[kept].reset_index(drop=True), self.classes, self.background)
+
+
+def write(path: Path, table: pd.DataFrame, classes: Sequence[str], background: str | None = None) -> None:
+    """Check a table and write it as Parquet, whole or not at all.
+
+    Args:
+        path: the file; its folder is made.
+        table: has the columns ``COLUMNS``; others are left out.
+        classes: class names in the order of the logits.
+        background: the class that no patient carries, if there is one.
+
+    Raises:
+        DataError: as :func:`read`.
+    """
+    checked = _check(table, tuple(classes), background, str(path))
+    record = {"classes": list(classes), "background": background, "sha256": _digest(checked, tuple(classes), background)}
+    arrow = pa.Table.from_pandas(checked, schema=_SCHEMA, preserve_index=False).replace_schema_metadata(
+        {_METADATA: json.dumps(record).encode()}
+    )
+    with atomic(path) as temporary:
+        pq.write_table(arrow, temporary, compression="zstd", write_page_checksum=True)
+
+
+def read(path: Path, *, classes: Sequence[str] | None = None, background: str | None = None) -> Predictions:
+    """Read a table of :func:`write`, or one made elsewhere (CSV or Parquet).
+
+    A foreign table needs ``label``, ``patient`` and for each class a probability ``p_<class>`` or a logit ``logit_<class>``. It may have
+    the other columns of ``COLUMNS``; without them all rows are one run's test predictions of its best checkpoint, and ``patient_label`` is
+    the patient's only label beside the background.
+
+    Args:
+        path: ``.csv`` or ``.parquet``.
+        classes: the order of the classes in a foreign table; by default that of its columns.
+        background: the class that no patient carries in a foreign table.
+
+    Raises:
+        DataError: unreadable or altered, a column is missing, an unknown class, a sample with two labels, a patient with two patient
+            labels, a row that stands there twice, logits that are not finite, probabilities that do not add up to 1.
+    """
+    if path.suffix == ".csv":
+        return _foreign(_read_csv(path), path, classes, background)
+    arrow = _read_parquet(path)
+    frame, record = arrow.to_pandas(), (arrow.schema.metadata or {}).get(_METADATA)
+    return _native(frame, record, path) if record else _foreign(frame, path, classes, background)
+
+
+_SCHEMA = pa.schema(
+    [
+        *((column, pa.int64() if column in _NUMBERS else pa.string()) for column in COLUMNS[:-1]),
+        ("logits", pa.list_(pa.float32())),
+    ]
+)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        # Names such as "001" or "NA" are names, not numbers or gaps.
+        return pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values={})
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as CSV ({error})") from None
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as handle:
+            return handle.read()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet ({error}); delete it and write it again") from None
+
+
+def _native(frame: pd.DataFrame, record: bytes, path: Path) -> Predictions:
+    try:
+        told = json.loads(record)
+        classes, background, digest = tuple(told["classes"]), told["background"], told["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: its record of classes is damaged; delete it and write it again") from None
+    table = _check(frame, classes, background, str(path))
+    if digest != _digest(table, classes, background):
+        raise DataError(f"{path}: its content does not match its hash, so it was damaged or edited; delete it and write it again")
+    return Predictions(table, classes, background)
+
+
+def _foreign(frame: pd.DataFrame, path: Path, classes: Sequence[str] | None, background: str | None) -> Predictions:
+    _require(frame, ("label", "patient"), str(path))
+    order = tuple(classes) if classes else _classes_of(frame, path)
+    table = frame.assign(logits=list(_foreign_logits(frame, order, path).astype(np.float32)))
+    defaults: dict[str, Any] = {"run": path.stem, "split": "test", **dict.fromkeys(_NUMBERS, 0), "checkpoint": "best"}
+    table = table.assign(**{column: value for column, value in defaults.items() if column not in table})
+    if "sample" not in table:
+        table["sample"] = [str(row) for row in range(len(table))]
+    if "patient_label" not in table:
+        table["patient_label"] = _patient_labels(table, background, path)
+    return Predictions(_check(table, order, background, str(path)), order, background)
+
+
+def _classes_of(frame: pd.DataFrame, path: Path) -> tuple[str, ...]:
+    for prefix in ("logit_", "p_"):
+        if found := tuple(column.removeprefix(prefix) for column in frame.columns if column.startswith(prefix)):
+            return found
+    raise DataError(f"{path}: has no column p_<class> or logit_<class>; give each class one")
+
+
+def _foreign_logits(frame: pd.DataFrame, classes: tuple[str, ...], path: Path) -> NDArray[np.float64]:
+    if any(column.startswith("logit_") for column in frame.columns):
+        return _numbers(frame, [f"logit_{name}" for name in classes], path)
+    probabilities = _numbers(frame, [f"p_{name}" for name in classes], path)
+    wrong = (probabilities < 0).any(axis=1) | ~(np.abs(probabilities.sum(axis=1) - 1) <= _TOLERANCE)
+    if wrong.any():
+        raise DataError(
+            f"{path}: row {int(wrong.argmax())} has negative probabilities, or they do not add up to 1; give logit_<class> instead"
+        )
+    # A probability of exactly 0 would be a logit of minus infinity.
+    return np.log(np.clip(probabilities, np.finfo(np.float32).tiny, None))
+
+
+def _numbers(frame: pd.DataFrame, columns: list[str], path: Path) -> NDArray[np.float64]:
+    _require(frame, columns, str(path))
+    try:
+        return frame[columns].to_numpy(dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: the columns {', '.join(columns)} hold something else than numbers ({error})") from None
+
+
+def _patient_labels(table: pd.DataFrame, background: str | None, path: Path) -> pd.Series[Any]:
+    carried = table.loc[table["label"] != background].groupby("patient")["label"]
+    if (several := carried.nunique() > 1).any():
+        patient = several.index[several.to_numpy()][0]
+        raise DataError(f"{path}: patient {patient} has several labels; give a column patient_label, or name the background class")
+    return table["patient"].map(carried.first()).fillna(table["label"])
+
+
+def _check(table: pd.DataFrame, classes: tuple[str, ...], background: str | None, where: str) -> pd.DataFrame:
+    _require(table, COLUMNS, where)
+    _check_classes(classes, background, where)
+    checked = _typed(table[list(COLUMNS)].reset_index(drop=True), where)
+    for column in ("label", "patient_label"):
+        if unknown := sorted(set(checked[column]) - set(classes)):
+            raise DataError(f"{where}: {column} holds {unknown[0]!r}, which is not one of the classes {list(classes)}")
+    _check_units(checked, where)
+    logits = _matrix(checked["logits"], len(classes), where)
+    if not (finite := np.isfinite(logits).all(axis=1)).all():
+        raise DataError(
+            f"{where}: the logits of sample {checked['sample'][int(np.argmin(finite))]} are not finite; the run that wrote them diverged"
+        )
+    return checked
+
+
+def _check_classes(classes: tuple[str, ...], background: str | None, where: str) -> None:
+    if len(classes) < 2 or len(set(classes)) < len(classes):
+        raise DataError(f"{where}: needs at least two different classes, not {list(classes)}")
+    if background is not None and background not in classes:
+        raise DataError(f"{where}: the background {background!r} is not one of the classes {list(classes)}")
+
+
+def _check_units(table: pd.DataFrame, where: str) -> None:
+    if (labels := table.groupby(["patient", "sample"])["label"].nunique() > 1).any():
+        patient, sample = labels.index[labels.to_numpy()][0]
+        raise DataError(f"{where}: sample {sample} of patient {patient} has two labels")
+    if (labels := table.groupby("patient")["patient_label"].nunique() > 1).any():
+        raise DataError(f"{where}: patient {labels.index[labels.to_numpy()][0]} has two patient labels")
+    if (twice := table.duplicated([column for column in COLUMNS if column not in ("logits", "label", "patient_label")])).any():
+        row = table[twice].iloc[0]
+        raise DataError(
+            f"{where}: sample {row['sample']} of patient {row['patient']} stands twice in run {row['run']}, {row['split']} part"
+        )
+
+
+def _typed(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    if (gaps := table.isna().any()).any():
+        raise DataError(f"{where}: the column {gaps.index[gaps.to_numpy()][0]} has gaps; fill them")
+    try:
+        return table.astype({**dict.fromkeys(_TEXTS, str), **dict.fromkeys(_NUMBERS, np.int64)})
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: the columns {', '.join(_NUMBERS)} must be whole numbers ({error})") from None
+
+
+def _require(table: pd.DataFrame, columns: Sequence[str], where: str) -> None:
+    if missing := [column for column in columns if column not in table.columns]:
+        raise DataError(f"{where}: lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
+
+
+def _matrix(logits: pd.Series[Any], classes: int, where: str = "predictions") -> NDArray[np.float64]:
+    if not len(logits):
+        return np.empty((0, classes))
+    try:
+        matrix = np.stack([np.asarray(row, dtype=np.float64) for row in logits])
+    except (TypeError, ValueError):
+        matrix = np.empty((0, 0))
+    if matrix.shape != (len(logits), classes):
+        raise DataError(f"{where}: every row needs {classes} logits, one a class")
+    return matrix
+
+
+def _digest(table: pd.DataFrame, classes: tuple[str, ...], background: str | None) -> str:
+    digest = hashlib.sha256(json.dumps([classes, background]).encode())
+    digest.update(pd.util.hash_pandas_object(table[list(COLUMNS[:-1])], index=False).to_numpy().tobytes())
+    digest.update(_matrix(table["logits"], len(classes)).astype(np.float32).tobytes())
+    return digest.hexdigest()
