@@ -1,1 +1,32 @@
-"""Does a teacher help the rare class? Evidence from patient-grouped studies of knowledge distillation."""
+"""Does a teacher help the rare class? Evidence from patient-grouped studies of knowledge distillation.
+
+A notebook imports names from here; what is heavy is loaded when it is first named.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "Cohort": ("raredistill.cohort.store", "Cohort"),
+    "open_source": ("raredistill.cohort.sources.registry", "open_source"),
+    "prepare": ("raredistill.cohort.prepare", "prepare"),
+    "make_splits": ("raredistill.splits", "make_splits"),
+    "Batches": ("raredistill.batches", "Batches"),
+    "create_model": ("raredistill.models", "create"),
+    "Settings": ("raredistill.training.settings", "Settings"),
+    "train": ("raredistill.training.loop", "fit"),
+    "predict": ("raredistill.study.predict", "predict"),
+    "read_predictions": ("raredistill.predictions", "read"),
+    "evaluate": ("raredistill.evaluation.levels", "evaluate"),
+    "write_report": ("raredistill.report", "write_report"),
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module raredistill has no attribute {name}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)

@@ -176,7 +176,8 @@ def _batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...],
     wanted = (*channels, *(name for name in teacher_channels(run) if name not in channels))
     train = Batches(
         cohort, run.split.train, channels=wanted, batch_size=settings.batch_size, device=fabric.device, sampler=settings.sampler,
-        augmentation=PRESETS[settings.augmentation], seed=fold_seed(run), residence=settings.residence, drop_last=len(run.split.train) > settings.batch_size,
+        augmentation=PRESETS[settings.augmentation], seed=fold_seed(run), residence=settings.residence,
+        drop_last=len(run.split.train) > settings.batch_size,
     )  # fmt: skip
     validation = plain_batches(cohort, run.split.validation, channels, fabric, settings.residence) if len(run.split.validation) else None
     return channels, train, validation
@@ -201,8 +202,8 @@ def _save_checkpoints(run: Run, cohort: Cohort, network: Network, fitted: Fitted
     entry = run.entry
     patients = cohort.samples["patient"].to_numpy()[run.split.train]
     promise = Promise(
-        model=entry.model, head=entry.head, dropout=entry.dropout, classes=cohort.classes, channels=entry.channels, image_size=cohort.size[0],
-        mean=tuple(network.mean), std=tuple(network.std), prior=_prior(run, cohort),
+        model=entry.model, head=entry.head, dropout=entry.dropout, classes=cohort.classes, channels=entry.channels,
+        image_size=cohort.size[0], mean=tuple(network.mean), std=tuple(network.std), prior=_prior(run, cohort),
         training_patients=tuple(sorted(set(patients))), external=False, split_hash=run.split.hash,
     )  # fmt: skip
     checkpoint.save(draft / "best.safetensors", fitted.best, promise)

@@ -85,7 +85,8 @@ def rare_class(cohort: Cohort, splits: Sequence[Split]) -> str:
 
 def _cohort(cohort: Cohort) -> dict[str, Any]:
     return {
-        "name": cohort.name, "hash": cohort.hash, "classes": list(cohort.classes), "background": cohort.background, "channels": list(cohort.channels),
+        "name": cohort.name, "hash": cohort.hash, "classes": list(cohort.classes), "background": cohort.background,
+        "channels": list(cohort.channels),
         "samples": len(cohort.samples), "patients": int(cohort.samples["patient"].nunique()), "provenance": cohort.provenance,
         "counts": cohort.counts().to_dict("records"), "size": list(cohort.size),
     }  # fmt: skip

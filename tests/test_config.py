@@ -1,0 +1,79 @@
+"""The YAML of a study: overrides, defaults, and every mistake at once with its cure."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raredistill.config import load_config, make_study
+from raredistill.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def write(tmp_path, **changes):
+    raw = {"name": "s", "cohort": "c", "splits": {"folds": 2}, "runs": [{"name": "a", "model": "small_cnn"}]}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**raw, **changes}))
+    return path
+
+
+def test_overrides_reach_into_the_file(tmp_path):
+    config = load_config(write(tmp_path), ["training.epochs=7", "runs.0.model=resnet18", "seeds=[3, 4]"])
+    assert config.training["epochs"] == 7
+    assert config.runs[0].model == "resnet18"
+    assert config.seeds == (3, 4)
+
+
+def test_all_mistakes_are_told_at_once_with_the_nearest_key(tmp_path):
+    path = write(tmp_path, training={"epoch": 3, "batch_size": 0}, splits={"fold": 3})
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert "training.epoch: unknown key; did you mean epochs?" in message
+    assert "training.batch_size: " in message
+    assert "splits.fold: unknown key; did you mean folds?" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"training": {"loss": "balanced_softmx"}}, "balanced_softmax"),
+        ({"runs": [{"name": "a", "model": "small_cn"}]}, "small_cnn"),
+        ({"runs": [{"name": "a", "model": "small_cnn"}, {"name": "b", "model": "small_cnn", "teacher": "a", "method": "kdd"}]}, "kd"),
+        ({"channels": ["t7"]}, "no channel t7"),
+    ],
+)
+def test_unknown_names_are_refused_before_training(tmp_path, tiny_cohort, change, said):
+    with pytest.raises(ConfigError, match=said):
+        make_study(load_config(write(tmp_path, **change)), tiny_cohort, "")
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="no such configuration"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("name: [")
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match="key=value"):
+        load_config(write(tmp_path), ["epochs"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid_and_says_how_to_run_it(path):
+    config = load_config(path)
+    head = path.read_text().split("name:")[0].lower()
+    assert config.runs
+    assert all(word in head for word in ("raredistill", "run time", "expected"))
+
+
+def test_the_thesis_grid_has_its_published_hyper_parameters():
+    config = load_config(Path(__file__).parents[1] / "configs" / "thesis-flair.yaml")
+    pairs = {(run.teacher, run.model) for run in config.runs if run.teacher}
+    assert len(config.runs) == 10
+    assert pairs == {
+        ("efficientnet_v2_s", "densenet121"), ("efficientnet_v2_s", "mobilenet_v2"), ("mobilenet_v2", "efficientnet_v2_s"),
+        ("efficientnet_v2_s", "efficientnet_v2_s"), ("mobilenet_v2", "mobilenet_v2"),
+    }  # fmt: skip
+    assert all(run.ce_weight == 0.9 and run.kd_weight == pytest.approx(0.1 / 9) for run in config.runs if run.teacher)
+    assert (config.training["weight_decay"], config.training["bias_weight_decay"], config.training["select"]) == (3e-4, 1e-4, "last")

@@ -1,0 +1,68 @@
+"""Atomic writes, locks and folders: nothing is half-written."""
+
+import hashlib
+
+import pytest
+
+from raredistill.errors import DataError
+from raredistill.files import atomic, claim_folder, fingerprint, new_folder, read_json, sha256, write_json, write_text
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "state.txt"
+    write_text(path, "old")
+
+    def fail():
+        with atomic(path) as draft:
+            draft.write_text("half")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "old"
+    assert [child.name for child in tmp_path.iterdir()] == ["state.txt"]
+
+
+def test_a_folder_appears_only_when_complete(tmp_path):
+    def fail():
+        with new_folder(tmp_path / "run") as draft:
+            (draft / "weights").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "run") as draft:
+        (draft / "weights").write_text("whole")
+    assert (tmp_path / "run" / "weights").read_text() == "whole"
+
+
+def test_sha256_is_hashlibs(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc" * 1000)
+    assert sha256(tmp_path / "f") == hashlib.sha256(b"abc" * 1000).hexdigest()
+
+
+def test_fingerprint_ignores_the_order_of_keys():
+    assert fingerprint({"a": 1, "b": [2, 3]}) == fingerprint({"b": [2, 3], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_json_round_trip_and_damage(tmp_path):
+    write_json(tmp_path / "a.json", {"é": [1, None]})
+    assert read_json(tmp_path / "a.json") == {"é": [1, None]}
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(DataError, match=r"a\.json"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(DataError, match="no such file"):
+        read_json(tmp_path / "b.json")
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    claim_folder(tmp_path / "new", "study.json")
+    (tmp_path / "new" / "thesis.docx").write_text("precious")
+    with pytest.raises(DataError, match="already holds something else"):
+        claim_folder(tmp_path / "new", "study.json")
+    (tmp_path / "new" / "study.json").write_text("{}")
+    claim_folder(tmp_path / "new", "study.json")
+    with pytest.raises(DataError, match="is a file"):
+        claim_folder(tmp_path / "new" / "thesis.docx", "study.json")

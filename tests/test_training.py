@@ -1,0 +1,178 @@
+"""The loop: rates, decay, terms and frozen teachers, against formulas written out."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from raredistill.batches import Batches
+from raredistill.distill.registry import make_method
+from raredistill.losses import make_loss
+from torch.nn import functional as F
+
+from raredistill.checkpoint import Promise
+from raredistill.errors import CheckpointError
+from raredistill.models import create
+from raredistill.training.devices import make_fabric
+from raredistill.training.loop import Tally, Trainer, fit, predict_logits
+from raredistill.training.objectives import Distilled, Supervised
+from raredistill.training.optimizers import learning_rate, make_optimizer
+from raredistill.training.settings import Settings
+from raredistill.training.teacher import Teacher, check_teacher
+
+CLASSES = ("healthy", "HGG", "LGG")
+
+
+@pytest.fixture
+def fabric():
+    return make_fabric("cpu", "32-true")
+
+
+def small(channels=1, seed=0):
+    torch.manual_seed(seed)
+    return create("small_cnn", channels=channels, classes=3, image_size=16)
+
+
+def promise(**changes):
+    known = {
+        "model": "small_cnn", "head": "linear", "dropout": 0.0, "classes": CLASSES, "channels": ("flair",), "image_size": 16,
+        "mean": (0.5,), "std": (0.25,), "prior": None, "training_patients": ("HGG000",), "external": False, "split_hash": "",
+    }  # fmt: skip
+    return Promise(**{**known, **changes})
+
+
+def batches(cohort, **settings):
+    rows = np.arange(len(cohort.samples))
+    return Batches(cohort, rows, channels=("flair", "t1ce"), batch_size=16, device=torch.device("cpu"), **settings)
+
+
+def supervised():
+    return Supervised(make_loss("cross_entropy", counts=torch.ones(3)))
+
+
+def test_learning_rates_follow_their_formulas():
+    assert learning_rate(Settings(schedule="step", step_epochs=3, factor=0.5, learning_rate=1.0), 6.5) == 0.25
+    assert learning_rate(Settings(schedule="multistep", milestones=(160, 180), factor=0.01, learning_rate=0.1), 170) == pytest.approx(1e-3)
+    cosine = Settings(schedule="cosine", epochs=12, warmup_epochs=2, learning_rate=1.0)
+    assert learning_rate(cosine, 1.0) == 0.5
+    assert learning_rate(cosine, 7.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+
+
+def test_weights_and_biases_decay_as_the_thesis_sum_of_two_penalties():
+    # Adam's weight decay 1e-4 on everything plus the gradient 2e-4 w of an explicit 1e-4 ||w||^2 on weights.
+    network = torch.nn.Linear(4, 3)
+    other = copy.deepcopy(network)
+    ours = make_optimizer(network, Settings(optimizer="adam", learning_rate=1e-2, weight_decay=3e-4, bias_weight_decay=1e-4))
+    thesis = torch.optim.Adam(other.parameters(), lr=1e-2, weight_decay=1e-4)
+    inputs, target = torch.randn(8, 4), torch.randint(3, (8,))
+    for _ in range(5):
+        ours.zero_grad()
+        thesis.zero_grad()
+        F.cross_entropy(network(inputs), target).backward()
+        (F.cross_entropy(other(inputs), target) + 1e-4 * other.weight.square().sum()).backward()
+        ours.step()
+        thesis.step()
+    torch.testing.assert_close(network.weight, other.weight)
+    torch.testing.assert_close(network.bias, other.bias)
+
+
+def test_training_learns_keeps_best_and_last_and_repeats_itself(tiny_cohort, fabric):
+    settings = Settings(epochs=4, learning_rate=0.01, schedule="constant", clip_norm=1.0)
+    runs = []
+    for _ in range(2):
+        network = small()
+        train, look = batches(tiny_cohort, seed=1), batches(tiny_cohort, shuffle=False)
+        runs.append(fit(network, supervised(), train, look, settings=settings, channels=("flair",), classes=CLASSES, fabric=fabric))
+    first, second = runs
+    assert first.best_score > 0.9
+    assert first.best_score == max(record["validation"]["macro_f1"] for record in first.epochs)
+    assert first.epochs[first.best_epoch]["validation"]["macro_f1"] == first.best_score
+    assert set(first.epochs[0]["train"]["recall"]) == set(CLASSES)
+    assert all(torch.equal(first.last[name], second.last[name]) for name in first.last)
+
+
+def test_without_validation_the_last_epoch_is_the_best(tiny_cohort, fabric):
+    fitted = fit(
+        small(), supervised(), batches(tiny_cohort), None, settings=Settings(epochs=2), channels=("flair",), classes=CLASSES, fabric=fabric
+    )
+    assert fitted.best_epoch == 1
+    assert all(torch.equal(fitted.best[name], fitted.last[name]) for name in fitted.last)
+
+
+def test_early_stopping_waits_for_its_patience(tiny_cohort, fabric):
+    settings = Settings(epochs=30, learning_rate=1e-12, patience=2, schedule="constant", weight_decay=0.0)
+    look = batches(tiny_cohort, shuffle=False)
+    fitted = fit(small(), supervised(), batches(tiny_cohort), look, settings=settings, channels=("flair",), classes=CLASSES, fabric=fabric)
+    assert len(fitted.epochs) == fitted.best_epoch + 3 < 30
+
+
+def test_an_infinite_loss_stops_with_the_epoch_named(tiny_cohort, fabric):
+    with pytest.raises(FloatingPointError, match="epoch 0"):
+        fit(small(), lambda batch, student: {"ce": student.logits.sum() * math.inf}, batches(tiny_cohort), None,
+            settings=Settings(epochs=1), channels=("flair",), classes=CLASSES, fabric=fabric)  # fmt: skip
+
+
+def test_the_moving_average_is_what_counts(tiny_cohort, fabric):
+    network = small()
+    start = {name: value.clone() for name, value in network.named_parameters()}
+    trainer = Trainer(network, supervised(), Settings(ema_decay=0.5, learning_rate=0.01), ("flair",), CLASSES, fabric)
+    trainer.step(next(iter(batches(tiny_cohort).epoch(0))))
+    # The first update copies the weights (torch's AveragedModel); the second averages.
+    once = {name: value.detach().clone() for name, value in network.named_parameters()}
+    trainer.step(next(iter(batches(tiny_cohort).epoch(1))))
+    for name, value in network.named_parameters():
+        torch.testing.assert_close(trainer.weights()[name], 0.5 * once[name] + 0.5 * value.detach())
+    assert any(not torch.equal(start[name], once[name]) for name in start)
+
+
+def test_a_distilled_step_minimises_the_weighted_sum_and_leaves_the_teacher_alone(tiny_cohort, fabric):
+    teacher_network, student = small(channels=2, seed=1), small()
+    before = {name: value.clone() for name, value in teacher_network.state_dict().items()}
+    teacher = Teacher(teacher_network, promise(channels=("t1ce", "flair")), fabric)
+    method = make_method("kd", counts=torch.ones(3), classes=3, temperature=2.0)
+    objective = Distilled(make_loss("cross_entropy", counts=torch.ones(3)), method, teacher, ce_weight=0.7, kd_weight=0.3)
+    trainer = Trainer(student, objective, Settings(), ("flair",), CLASSES, fabric)
+    batch = next(iter(batches(tiny_cohort).epoch(0)))
+    teacher_network.train()
+    terms, logits = trainer.step(batch)
+    teacher_network.eval()
+    taught = teacher_network(batch.select(("t1ce", "flair")))
+    kl = F.kl_div(F.log_softmax(logits / 2, 1), F.log_softmax(taught / 2, 1), log_target=True, reduction="batchmean") * 4
+    expected = 0.7 * F.cross_entropy(logits, batch.labels) + 0.3 * kl
+    torch.testing.assert_close(torch.stack(list(terms.values())).sum(), expected)
+    assert all(torch.equal(before[name], value) for name, value in teacher_network.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher_network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"classes": ("HGG", "healthy", "LGG")}, "order and names"),
+        ({"channels": ("t2",)}, "channels"),
+        ({"training_patients": ("LGG003",)}, "leak"),
+        ({"training_patients": None}, "external"),
+    ],
+)
+def test_teachers_that_do_not_fit_are_refused(changes, said):
+    with pytest.raises(CheckpointError, match=said):
+        check_teacher(promise(**changes), name="t", classes=CLASSES, channels=("flair", "t1ce"), held_out={"LGG003"})
+
+
+def test_an_epochs_tally_equals_the_whole_epoch_at_once():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(50, 3, generator=generator), torch.randint(3, (50,), generator=generator)
+    tally = Tally(CLASSES, torch.device("cpu"))
+    for part in (slice(0, 32), slice(32, 50)):
+        tally.add(logits[part], labels[part], {"ce": F.cross_entropy(logits[part], labels[part])})
+    summary = tally.summary()
+    assert summary["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)))
+    assert summary["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+
+
+def test_prediction_runs_in_order_and_restores_the_mode(tiny_cohort, fabric):
+    network = small().train()
+    logits, labels = predict_logits(network, batches(tiny_cohort, shuffle=False), channels=("flair",), fabric=fabric)
+    assert labels.tolist() == tiny_cohort.labels.tolist()
+    assert logits.shape == (len(labels), 3)
+    assert network.training
