@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -38,11 +38,15 @@ class Slices:
             ``source`` (file or case it came from), ``split`` ("" unless the source gives one).
         pixels: channel -> ``(n, height, width)`` uint8, resized and normalised.
         tally: counts worth reporting, such as slices discarded by each label rule.
+        hashes: file name -> sha256 of the bytes that were read; left empty, ``prepare`` hashes the unit's files itself.
+        problems: warnings and notes that only decoding could tell.
     """
 
     rows: list[dict[str, Any]]
     pixels: dict[str, np.ndarray]
     tally: dict[str, int]
+    hashes: dict[str, str] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
 
 
 class Source(Protocol):

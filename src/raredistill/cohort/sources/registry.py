@@ -1,0 +1,52 @@
+"""One name -> one source: the only table that knows all of them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from raredistill.cohort.sources import Source
+from raredistill.errors import ConfigError, DataError
+
+KINDS = {
+    "brats_nifti": ("raredistill.cohort.sources.brats_nifti", "BratsNifti"),
+    "brats_hdf5": ("raredistill.cohort.sources.brats_hdf5", "BratsHdf5"),
+    "image_folder": ("raredistill.cohort.sources.image_folder", "ImageFolder"),
+    "table": ("raredistill.cohort.sources.table", "Table"),
+    "arrays": ("raredistill.cohort.sources.arrays", "Arrays"),
+}
+"""Kind -> module and class; modules load when asked for."""
+
+
+def open_source(kind: str, path: Path, **options: Any) -> Source:
+    """Open raw data as a source.
+
+    Args:
+        kind: one of ``KINDS``.
+        path: the folder or file.
+        **options: what the source's class takes; see there.
+
+    Raises:
+        ConfigError: the kind, an option or its value is unknown.
+        DataError: the path does not exist.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"unknown source '{kind}'{_suggest(kind, list(KINDS))}; the sources are {', '.join(KINDS)}")
+    module, name = KINDS[kind]
+    source = getattr(import_module(module), name)
+    known = [parameter for parameter in inspect.signature(source).parameters if parameter != "path"]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"{kind} has no option '{option}'{_suggest(option, known)}; it takes {', '.join(known)}")
+    if not Path(path).exists():
+        raise DataError(f"{path}: no such file or folder; give the place of the raw data")
+    opened: Source = source(Path(path), **options)
+    return opened
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,129 @@
+"""From a volume's numbers to bytes: find the background, normalise inside the brain, resize once.
+
+Every step gives the same outcome for a volume and for an increasing affine copy of it, so that one patient in two file formats is one patient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raredistill.errors import DataError
+
+LOW, HIGH = 0.01, 0.99
+"""Quantiles of the brain's values that become 0 and 255."""
+LANES = 4
+"""PyTorch's fast path for bytes resizes up to four interleaved channels at about the cost of one."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """How one modality of one patient becomes bytes, and what its slices hold.
+
+    Attributes:
+        low: value that becomes 0.
+        high: value that becomes 255.
+        brain: ``(n,)`` voxels above the background, by slice.
+        present: ``(n,)`` whether a slice differs from the background anywhere.
+    """
+
+    low: float
+    high: float
+    brain: np.ndarray
+    present: np.ndarray
+
+
+def commonest(volume: np.ndarray) -> float:
+    """The value that most voxels have: the background of a skull-stripped scan, whatever its scale."""
+    corner = volume[(0,) * volume.ndim]
+    if 2 * np.count_nonzero(volume == corner) > volume.size:  # a majority is the mode; no need to sort nine million numbers
+        return float(corner)
+    values, counts = np.unique(volume, return_counts=True)
+    return float(values[counts.argmax()])
+
+
+def window(volume: np.ndarray, background: np.ndarray | float | None = None) -> Window:
+    """Find the robust range of a volume's brain.
+
+    Args:
+        volume: ``(n, height, width)`` numbers in any unit.
+        background: the background's value, or ``(n, 1, 1)`` values by slice; by default the commonest value.
+
+    Raises:
+        DataError: values are not finite, or no voxel lies above the background.
+    """
+    if volume.dtype.kind == "f" and not np.isfinite(volume).all():
+        raise DataError("values that are not finite (NaN or infinity)")
+    if background is None:
+        background = commonest(volume)
+    inside = volume > np.asarray(background).astype(volume.dtype)
+    brain = np.array([np.count_nonzero(plane) for plane in inside], np.int64)
+    if not brain.any():
+        raise DataError("nothing but background")
+    low, high = _quantiles(volume[inside])
+    return Window(low, high, brain, _present(volume, background))
+
+
+def _present(volume: np.ndarray, background: np.ndarray | float) -> np.ndarray:
+    values = np.broadcast_to(np.asarray(background, dtype=volume.dtype).reshape(-1), len(volume))
+    return np.array([bool((plane != value).any()) for plane, value in zip(volume, values, strict=True)])
+
+
+def _quantiles(values: np.ndarray) -> tuple[float, float]:
+    last = values.size - 1
+    first, second = int(LOW * last), int(np.ceil(HIGH * last))
+    ordered = np.partition(values, [first, second])
+    return float(ordered[first]), float(ordered[second])
+
+
+def to_bytes(volume: np.ndarray, keep: np.ndarray, low: float, high: float, out: np.ndarray) -> None:
+    """Map ``low`` .. ``high`` to 0 .. 255, saturating; a volume without contrast becomes 255 above its only value and 0 elsewhere.
+
+    Args:
+        volume: ``(n, height, width)``.
+        keep: ``(m,)`` slices to take.
+        low: becomes 0, and so does everything below, background included.
+        high: becomes 255, and so does everything above.
+        out: ``(m, height, width)`` uint8, written in place; may be strided.
+    """
+    precision = np.result_type(volume.dtype, np.float32).type
+    buffer = np.empty(volume.shape[1:], precision)
+    scale = precision(255 / (high - low)) if high > low else precision(np.finfo(np.float32).max / 2)
+    for target, index in zip(out, keep, strict=True):
+        np.subtract(volume[index], precision(low), out=buffer)
+        np.multiply(buffer, scale, out=buffer)
+        np.add(buffer, precision(0.5), out=buffer)
+        np.clip(buffer, 0, 255, out=buffer)
+        target[...] = buffer.astype(np.uint8)
+
+
+def render(volumes: Sequence[np.ndarray], windows: Sequence[Window], keep: np.ndarray, size: tuple[int, int]) -> list[np.ndarray]:
+    """Normalise and resize the kept slices of all modalities of one patient.
+
+    Args:
+        volumes: at most four modalities, each ``(n, height, width)``.
+        windows: one a modality.
+        keep: ``(m,)`` slices to take.
+        size: ``(height, width)`` of the outcome; smaller sizes average over the pixels they cover.
+
+    Returns:
+        One ``(m, *size)`` uint8 array a modality.
+    """
+    interleaved = np.zeros((len(keep), *volumes[0].shape[1:], LANES), np.uint8)
+    for lane, (volume, limits) in enumerate(zip(volumes, windows, strict=True)):
+        to_bytes(volume, keep, limits.low, limits.high, interleaved[..., lane])
+    resized = _resize(interleaved, size)
+    return [np.ascontiguousarray(resized[..., lane]) for lane in range(len(volumes))]
+
+
+def _resize(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """``(m, height, width, LANES)`` to ``(m, *size, LANES)``, bytes to bytes."""
+    if images.shape[1:3] == size or not len(images):
+        return images.reshape(len(images), *size, LANES) if not len(images) else images
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(tensor, size, mode="bilinear", antialias=True, align_corners=False)
+    outcome: np.ndarray = resized.permute(0, 2, 3, 1).numpy()
+    return outcome
