@@ -17,6 +17,7 @@ from torch import Tensor
 from raredistill.errors import CheckpointError
 from raredistill.files import atomic
 
+_PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle")
 _NETWORK, _STATE = "raredistill.network.1", "raredistill.state.1"
 
 
@@ -113,9 +114,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: missing, unreadable, or not safetensors (a pickle is never opened).
     """
-    if path.suffix != ".safetensors":
+    if path.suffix in _PICKLES:
         raise CheckpointError(
-            f"{path}: only .safetensors files are read, because a pickle (.pth, .pt, .ckpt) can run code when it is opened; "
+            f"{path}: only .safetensors files are read, because a pickle can run code when it is opened; "
             "convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
         )
     try:

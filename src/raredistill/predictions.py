@@ -101,8 +101,7 @@ def read(path: Path, *, classes: Sequence[str] | None = None, background: str | 
     """
     if path.suffix == ".csv":
         return _foreign(_read_csv(path), path, classes, background)
-    arrow = _read_parquet(path)
-    frame, record = arrow.to_pandas(), (arrow.schema.metadata or {}).get(_METADATA)
+    frame, record = _read_parquet(path)
     return _native(frame, record, path) if record else _foreign(frame, path, classes, background)
 
 
@@ -124,10 +123,11 @@ def _read_csv(path: Path) -> pd.DataFrame:
         raise DataError(f"{path}: cannot be read as CSV ({error})") from None
 
 
-def _read_parquet(path: Path) -> pa.Table:
+def _read_parquet(path: Path) -> tuple[pd.DataFrame, bytes | None]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as handle:
-            return handle.read()
+            arrow = handle.read()
+        return arrow.to_pandas(), (arrow.schema.metadata or {}).get(_METADATA)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, pa.ArrowException, ValueError) as error:

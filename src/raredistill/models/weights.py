@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,8 @@ def read_weights(path: Path) -> Weights:
         CheckpointError: missing, unreadable, or not safetensors.
     """
     tensors, metadata = read_safetensors(path)
-    normalisation = _told(metadata)
-    if "kind" in metadata:
+    normalisation = _told(path, metadata)
+    if metadata.get("kind", "").startswith("raredistill."):
         state, promise = load(path)
         tensors = {name.removeprefix("body."): tensor for name, tensor in state.items() if name.startswith("body.")}
         normalisation = promise.mean, promise.std
@@ -69,7 +70,10 @@ def check_names(weights: Weights, body: nn.Module, classifiers: Sequence[str]) -
 
 def untrained(name: str, channels: int, **options: Any) -> nn.Module:
     """Build a timm body without its classifier: images ``(N, C, H, W)`` to pooled features ``(N, F)``."""
-    body: nn.Module = timm.create_model(name, num_classes=0, in_chans=channels, **options)
+    with warnings.catch_warnings():
+        # timm's resizing of position tables makes torch remark on its own speed, which no user can change.
+        warnings.filterwarnings("ignore", message=r"torch\.searchsorted", category=UserWarning)
+        body: nn.Module = timm.create_model(name, num_classes=0, in_chans=channels, **options)
     return body
 
 
@@ -151,16 +155,19 @@ def _channels_of(weights: Weights, config: Any) -> int:
     return int(tensor.shape[1]) if tensor is not None and tensor.ndim == 4 else int(config.input_size[0])
 
 
-def _told(metadata: Mapping[str, str]) -> Normalisation | None:
+def _told(path: Path, metadata: Mapping[str, str]) -> Normalisation | None:
     if "mean" in metadata and "std" in metadata:
-        mean, std = (json.loads(metadata[key]) for key in ("mean", "std"))
-        return _values(mean), _values(std)
+        try:
+            return _values(metadata["mean"]), _values(metadata["std"])
+        except (TypeError, ValueError):
+            raise CheckpointError(f"{path}: mean and std in its metadata must be JSON numbers, one or a list of them") from None
     # Also the form "input: RGB in [0,1], mean 0.5, std 0.5" is a statement about the weights; ignoring it would train on shifted images.
     match = re.search(r"\bmean ([\d.]+), std ([\d.]+)", " ".join(metadata.values()))
     return ((float(match[1]),), (float(match[2]),)) if match else None
 
 
-def _values(value: float | list[float]) -> list[float]:
+def _values(text: str) -> list[float]:
+    value = json.loads(text)
     return [float(one) for one in value] if isinstance(value, list) else [float(value)]
 
 

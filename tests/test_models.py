@@ -1,0 +1,299 @@
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from raredistill.checkpoint import Promise, save
+from raredistill.errors import CheckpointError, ConfigError
+from raredistill.models import ALIASES, Network, create, facts, list_models, resolve, restore
+
+MOBILENET = Path(__file__).parents[2] / "shared" / "data" / "weights" / "mobilenetv2_100_imagenet_fp16.safetensors"
+SMALL = "test_resnet.r160_in1k"  # timm's own network for tests: 0.47 million weights
+
+# torchvision's documentation, ImageNet classifiers: parameters and multiply-adds (Inception without its auxiliary branch).
+PUBLISHED = {
+    "resnet18": (11_689_512, 1.81e9),
+    "densenet121": (7_978_856, 2.83e9),
+    "mobilenet_v2": (3_504_872, 0.30e9),
+    "vit_b_16": (86_567_656, 17.56e9),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def images(network: Network, count: int = 2) -> torch.Tensor:
+    return torch.rand(count, network.channels, network.image_size, network.image_size)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_operations_are_the_published_ones(name: str) -> None:
+    found = facts(name, channels=3, classes=1000, image_size=224)
+    parameters, multiply_adds = PUBLISHED[name]
+    assert found.parameters == parameters
+    assert found.bytes == 4 * parameters
+    assert found.flops == pytest.approx(2 * multiply_adds, rel=0.01)
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+def test_cifar_resnets_have_the_sizes_of_the_paper(depth: int, millions: float) -> None:
+    # He et al. 2016, table 6.
+    found = facts(f"cifar_resnet{depth}", channels=3, classes=10, image_size=32)
+    assert found.parameters / 1e6 == pytest.approx(millions, abs=0.03 if depth == 110 else 0.006)
+
+
+def test_cifar_resnet_operations_by_hand() -> None:
+    # Depth 8: the stem, then a block a stage; a multiply-add counts as two.
+    stem = 32 * 32 * 16 * 3 * 9
+    stages = 32 * 32 * 2 * 16 * 16 * 9 + 16 * 16 * (16 + 32) * 32 * 9 + 8 * 8 * (32 + 64) * 64 * 9
+    assert facts("cifar_resnet8", channels=3, classes=10, image_size=32).flops == 2 * (stem + stages + 64 * 10)
+
+
+def test_option_a_shortcut_strides_and_pads_zeros() -> None:
+    block = create("cifar_resnet8", channels=1, classes=2, image_size=32).body.get_submodule("stages.1.0").eval()
+    nn.init.zeros_(block.get_parameter("conv2.weight"))
+    given = torch.rand(1, 16, 8, 8)
+    found = block(given)
+    torch.testing.assert_close(found[:, 8:24], given[:, :, ::2, ::2])
+    assert not found[:, :8].any()
+    assert not found[:, 24:].any()
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "cifar_resnet8", "mobilenet_v2", SMALL])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_logits_are_the_head_of_the_features(name: str, channels: int) -> None:
+    network = create(name, channels=channels, classes=3, image_size=48).eval()
+    features = network.features(images(network))
+    assert features.ndim == 2
+    torch.testing.assert_close(network(images(network)).shape, torch.Size([2, 3]))
+    given = images(network)
+    torch.testing.assert_close(network(given), network.head(network.features(given)))
+
+
+def test_a_network_normalises_its_own_images() -> None:
+    network = create(SMALL, channels=2, classes=3, image_size=48, normalisation=([0.2, 0.4], [0.1, 0.3])).eval()
+    given = images(network)
+    by_hand = (given - torch.tensor([0.2, 0.4]).reshape(2, 1, 1)) / torch.tensor([0.1, 0.3]).reshape(2, 1, 1)
+    torch.testing.assert_close(network.features(given), network.body(by_hand))
+    assert (network.mean, network.std) == ([0.2, 0.4], [0.1, 0.3])
+    assert not [name for name in network.state_dict() if not name.startswith(("body.", "head."))]
+
+
+def test_the_thesis_head_has_two_layers_and_dropout() -> None:
+    network = create("small_cnn", channels=1, classes=3, image_size=32, head="thesis", dropout=0.4)
+    kinds = [type(layer).__name__ for layer in network.head.children()]
+    assert kinds == ["Dropout", "Linear", "ReLU", "Dropout", "Linear"]
+    assert [layer.p for layer in network.head.modules() if isinstance(layer, nn.Dropout)] == [0.4, 0.4]
+    extra = facts("small_cnn", channels=1, classes=3, image_size=32, head="thesis").parameters
+    assert extra - facts("small_cnn", channels=1, classes=3, image_size=32).parameters == 256 * 256 + 256
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_aliases_lead_to_weights_that_timm_publishes(alias: str) -> None:
+    assert timm.get_pretrained_cfg(resolve(alias)).has_weights
+    assert alias in list_models()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mobilnet_v2", "did you mean mobilenet_v2"),
+        ("cifar_resnet18", "did you mean cifar_resnet"),
+        ("resnet18.a1", "has no weights .*or resnet18.a1_in1k"),
+        ("hf-hub:someone/something", "unknown model"),
+        ("local-dir:/tmp", "unknown model"),
+        ("", "unknown model"),
+    ],
+)
+def test_unknown_names_are_refused_with_what_is_near(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        create(name, channels=1, classes=2, image_size=32)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown head 'cosin'; there are linear, thesis"):
+        create("small_cnn", channels=1, classes=2, image_size=32, head="cosin")
+    with pytest.raises(ConfigError, match=r"dropout 1\.5"):
+        create("small_cnn", channels=1, classes=2, image_size=32, dropout=1.5)
+    with pytest.raises(ConfigError, match="must be positive"):
+        create("small_cnn", channels=0, classes=2, image_size=32)
+    with pytest.raises(ConfigError, match="no published weights"):
+        create("small_cnn", channels=1, classes=2, image_size=32, pretrained=True)
+    with pytest.raises(ConfigError, match="std"):
+        create("small_cnn", channels=1, classes=2, image_size=32, normalisation=([0.5], [0.0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "why"),
+    [
+        ("test_vit", 50, "not a multiple of its 16-pixel patches.*takes 32, 64, 96"),
+        ("small_cnn", 15, "cannot take images of 15 x 15.*takes 28, 32"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_refused_with_sizes_that_do(name: str, size: int, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        create(name, channels=1, classes=2, image_size=size)
+
+
+def test_a_transformer_is_built_for_the_size_asked_for() -> None:
+    network = create("test_vit", channels=1, classes=2, image_size=96)
+    assert network(images(network)).shape == (2, 2)
+
+
+def save_body(path: Path, name: str, *, dtype: torch.dtype = torch.float32, **options: int) -> nn.Module:
+    source = timm.create_model(name, **options)
+    save_file({key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in source.state_dict().items()}, path)
+    return source.eval()
+
+
+def test_local_weights_give_timms_own_features(tmp_path: Path) -> None:
+    source = save_body(tmp_path / "w.safetensors", SMALL)
+    network = create(SMALL, channels=3, classes=2, image_size=64, pretrained=tmp_path / "w.safetensors").eval()
+    config = timm.get_pretrained_cfg(SMALL)
+    assert network.mean == list(config.mean)
+    assert network.std == list(config.std)
+    given = images(network)
+    normalised = (given - torch.tensor(config.mean).reshape(3, 1, 1)) / torch.tensor(config.std).reshape(3, 1, 1)
+    torch.testing.assert_close(network.features(given), source.forward_head(source.forward_features(normalised), pre_logits=True))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_a_pretrained_stem_is_converted_to_any_number_of_channels(tmp_path: Path, channels: int) -> None:
+    source = save_body(tmp_path / "w.safetensors", SMALL)
+    network = create(SMALL, channels=channels, classes=2, image_size=64, pretrained=tmp_path / "w.safetensors")
+    grey = torch.rand(2, 1, 64, 64)
+    stem = timm.get_pretrained_cfg(SMALL).first_conv
+    found, original = network.body.get_submodule(stem).eval(), source.get_submodule(stem)
+    if channels == 2:  # timm repeats the colours and rescales, so red and green stand for all three
+        torch.testing.assert_close(found.weight, original.weight[:, :2] * 3 / 2)
+    elif channels == 4:
+        torch.testing.assert_close(found.weight, torch.cat([original.weight, original.weight[:, :1]], 1) * 3 / 4)
+    else:
+        torch.testing.assert_close(found(grey), original(grey.expand(-1, 3, -1, -1)))
+    assert network.mean == pytest.approx([sum(timm.get_pretrained_cfg(SMALL).mean) / 3] * channels)
+
+
+def test_position_tables_are_resized_to_the_image(tmp_path: Path) -> None:
+    save_body(tmp_path / "w.safetensors", "test_vit")
+    network = create("test_vit", channels=1, classes=2, image_size=64, pretrained=tmp_path / "w.safetensors")
+    assert network(images(network)).shape == (2, 2)
+
+
+def test_window_tables_are_resized_without_a_warning(tmp_path: Path) -> None:
+    save_body(tmp_path / "w.safetensors", resolve("swin_t"))
+    network = create("swin_t", channels=1, classes=2, image_size=64, pretrained=tmp_path / "w.safetensors")
+    assert network(images(network)).shape == (2, 2)
+
+
+def test_half_precision_weights_become_single(tmp_path: Path) -> None:
+    save_body(tmp_path / "w.safetensors", SMALL, dtype=torch.float16)
+    network = create(SMALL, channels=1, classes=2, image_size=64, pretrained=tmp_path / "w.safetensors")
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_a_file_may_tell_its_normalisation(tmp_path: Path) -> None:
+    state = timm.create_model(SMALL).state_dict()
+    save_file(state, tmp_path / "w.safetensors", metadata={"mean": "[0.1, 0.2, 0.3]", "std": "0.5"})
+    network = create(SMALL, channels=1, classes=2, image_size=64, pretrained=tmp_path / "w.safetensors")
+    assert network.mean == pytest.approx([0.2])
+    assert network.std == [0.5]
+    save_file(state, tmp_path / "w.safetensors", metadata={"mean": "half", "std": "0.5"})
+    with pytest.raises(CheckpointError, match="must be JSON numbers"):
+        create(SMALL, channels=1, classes=2, image_size=64, pretrained=tmp_path / "w.safetensors")
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    state = dict(timm.create_model(SMALL).state_dict())
+    gone = next(iter(state))
+    save_file({name: tensor for name, tensor in state.items() if name != gone}, path)
+    with pytest.raises(CheckpointError, match=f"lacks 1 of .* such as {gone}; name the model"):
+        create(SMALL, channels=1, classes=2, image_size=64, pretrained=path)
+    save_file({**state, "layer9.weight": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="holds 1 weights that the network does not have, such as layer9"):
+        create(SMALL, channels=1, classes=2, image_size=64, pretrained=path)
+    norm = next(name for name in state if name.endswith("running_mean"))
+    save_file({**state, norm: torch.zeros(5)}, path)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        create(SMALL, channels=1, classes=2, image_size=64, pretrained=path)
+    with pytest.raises(CheckpointError, match="pickle"):
+        create(SMALL, channels=1, classes=2, image_size=64, pretrained=tmp_path / "w.pth")
+
+
+def test_weights_of_the_hub_that_cannot_be_had_name_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = timm.create_model
+
+    def offline(name: str, *, pretrained: bool = False, **options: object) -> nn.Module:
+        if pretrained:
+            raise FileNotFoundError("no connection")
+        return real(name, **options)
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(CheckpointError, match=r"no connection.*safetensors"):
+        create(SMALL, channels=1, classes=2, image_size=64, pretrained=True)
+
+
+def promise_of(network: Network) -> Promise:
+    return Promise(
+        model=network.name,
+        head="thesis",
+        dropout=0.2,
+        classes=("a", "b", "c"),
+        channels=("flair", "t1ce"),
+        image_size=network.image_size,
+        mean=tuple(network.mean),
+        std=tuple(network.std),
+        prior=None,
+        training_patients=("p",),
+        external=False,
+        split_hash="",
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", SMALL])
+def test_a_checkpoint_is_rebuilt_to_the_same_logits(tmp_path: Path, name: str) -> None:
+    network = create(name, channels=2, classes=3, image_size=48, head="thesis", normalisation=([0.3, 0.4], [0.2, 0.1])).eval()
+    save(tmp_path / "a.safetensors", network.state_dict(), promise_of(network))
+    again, promise = restore(tmp_path / "a.safetensors")
+    given = images(network)
+    assert torch.equal(again.eval()(given), network(given))
+    assert promise == promise_of(network)
+
+
+def test_a_checkpoint_serves_as_pretrained_weights_with_a_new_head(tmp_path: Path) -> None:
+    network = create("cifar_resnet8", channels=2, classes=3, image_size=32, head="thesis", normalisation=([0.3, 0.4], [0.2, 0.1])).eval()
+    save(tmp_path / "a.safetensors", network.state_dict(), promise_of(network))
+    other = create("cifar_resnet8", channels=2, classes=7, image_size=32, pretrained=tmp_path / "a.safetensors").eval()
+    given = images(network)
+    assert torch.equal(other.features(given), network.features(given))
+    assert other(given).shape == (2, 7)
+    grey = create("cifar_resnet8", channels=1, classes=7, image_size=32, pretrained=tmp_path / "a.safetensors")
+    torch.testing.assert_close(grey.body.get_parameter("stem.weight"), network.body.get_parameter("stem.weight").sum(1, keepdim=True))
+    with pytest.raises(CheckpointError, match="lacks 20 of the network's 24 weights"):
+        create("small_cnn", channels=2, classes=3, image_size=32, pretrained=tmp_path / "a.safetensors")
+
+
+def test_a_checkpoint_that_lies_about_its_network_is_refused(tmp_path: Path) -> None:
+    network = create("cifar_resnet14", channels=2, classes=3, image_size=32, head="thesis")
+    lie = promise_of(create("cifar_resnet8", channels=2, classes=3, image_size=32))
+    save(tmp_path / "a.safetensors", network.state_dict(), lie)
+    with pytest.raises(CheckpointError, match="cannot be rebuilt as cifar_resnet8"):
+        restore(tmp_path / "a.safetensors")
+
+
+@pytest.mark.skipif(not MOBILENET.exists(), reason="shared/data/weights is not here")
+def test_real_imagenet_weights_become_a_grey_student() -> None:
+    network = create("mobilenet_v2", channels=1, classes=3, image_size=96, pretrained=MOBILENET).eval()
+    assert (network.mean, network.std) == ([0.5], [0.5])
+    colour = timm.create_model("mobilenetv2_100", num_classes=0).eval()
+    weights = {name: tensor.float() for name, tensor in load_file(MOBILENET).items() if not name.startswith("classifier")}
+    colour.load_state_dict(weights)
+    given = images(network)
+    torch.testing.assert_close(network.features(given), colour(((given - 0.5) / 0.5).expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-3)
+    with pytest.raises(CheckpointError, match="lacks 96 of the network's 120 weights, such as conv1"):
+        create("resnet18", channels=1, classes=3, image_size=96, pretrained=MOBILENET)
