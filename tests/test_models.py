@@ -1,7 +1,9 @@
 from pathlib import Path
 
 import pytest
+import scipy.interpolate
 import timm
+import timm.layers.interpolate
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -182,6 +184,16 @@ def test_position_tables_are_resized_to_the_image(tmp_path: Path) -> None:
     save_body(tmp_path / "w.safetensors", "test_vit")
     network = create("test_vit", channels=1, classes=2, image_size=64, pretrained=tmp_path / "w.safetensors")
     assert network(images(network)).shape == (2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:torch.searchsorted")
+def test_timms_interpolation_of_window_tables_is_scipys() -> None:
+    # It indexes by a list, which torch announced to read otherwise one day: then this fails.
+    axis, table = torch.linspace(-6, 6, 13), torch.rand(13, 13)
+    grid = [part.reshape(-1) for part in torch.meshgrid(torch.linspace(-5.5, 5.5, 7), torch.linspace(-6, 6, 7), indexing="ij")]
+    found = timm.layers.interpolate.RegularGridInterpolator([axis, axis], table)(grid)
+    expected = scipy.interpolate.RegularGridInterpolator([axis.numpy()] * 2, table.numpy())(torch.stack(grid, 1).numpy())
+    torch.testing.assert_close(found, torch.from_numpy(expected).float())
 
 
 def test_window_tables_are_resized_without_a_warning(tmp_path: Path) -> None:

@@ -71,8 +71,10 @@ def check_names(weights: Weights, body: nn.Module, classifiers: Sequence[str]) -
 def untrained(name: str, channels: int, **options: Any) -> nn.Module:
     """Build a timm body without its classifier: images ``(N, C, H, W)`` to pooled features ``(N, F)``."""
     with warnings.catch_warnings():
-        # timm's resizing of position tables makes torch remark on its own speed, which no user can change.
-        warnings.filterwarnings("ignore", message=r"torch\.searchsorted", category=UserWarning)
+        # timm's resizing of position tables draws two remarks of torch that no user can act on. Its values are right with today's torch
+        # (a test compares them with scipy), and where torch reads such an index otherwise, the shapes no longer fit and it fails aloud.
+        for remark in (r"torch\.searchsorted", "Using a non-tuple sequence for multidimensional indexing"):
+            warnings.filterwarnings("ignore", message=remark, category=UserWarning)
         body: nn.Module = timm.create_model(name, num_classes=0, in_chans=channels, **options)
     return body
 
