@@ -19,13 +19,14 @@ EMPTY, LITTLE_BRAIN, GREY_ZONE = "left out: empty", "left out: little brain", "l
 class LabelRule:
     """A rule and its thresholds.
 
-    ``default``: an empty slice, or one with less brain than ``min_brain_share`` of the patient's widest slice, is left out; one with at least
-    ``min_tumour_voxels`` voxels of any tumour label is tumour; one with fewer, but some, is left out (the grey zone); the rest is healthy.
+    ``default``: an empty slice, or one with less brain than ``min_brain_share`` of the patient's widest slice, is left out; one with
+    at least ``min_tumour_voxels`` voxels of any tumour label is tumour; one with fewer, but some, is left out (the grey zone); the rest
+    is healthy.
 
-    ``thesis``: a slice is left out if every modality is empty; it is tumour if it holds oedema or enhancing tumour (2, or 3 after 4 -> 3), even
-    one voxel, so that necrosis alone counts as healthy; the rest is healthy. The thesis' script also renumbered the labels of each volume by
-    rank: where a patient had no necrosis, labels 0 2 3 became 0 1 2, so oedema turned into the necrosis that counts as healthy. That is an
-    error of the script and not part of the rule; it is not repeated here.
+    ``thesis``: a slice is left out if every modality is empty; it is tumour if it holds oedema or enhancing tumour (2, or 3 after
+    4 -> 3), even one voxel, so that necrosis alone counts as healthy; the rest is healthy. The thesis' script also renumbered the labels
+    of each volume by rank: where a patient had no necrosis, labels 0 2 3 became 0 1 2, so oedema turned into the necrosis that counts as
+    healthy. That is an error of the script and not part of the rule; it is not repeated here.
 
     Raises:
         ConfigError: an unknown rule or an impossible threshold.

@@ -1,6 +1,7 @@
 """From a volume's numbers to bytes: find the background, normalise inside the brain, resize once.
 
-Every step gives the same outcome for a volume and for an increasing affine copy of it, so that one patient in two file formats is one patient.
+Every step gives the same outcome for a volume and for an increasing affine copy of it, so that one patient in two file
+formats is one patient.
 """
 
 from __future__ import annotations
@@ -121,8 +122,10 @@ def render(volumes: Sequence[np.ndarray], windows: Sequence[Window], keep: np.nd
 
 def _resize(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """``(m, height, width, LANES)`` to ``(m, *size, LANES)``, bytes to bytes."""
-    if images.shape[1:3] == size or not len(images):
-        return images.reshape(len(images), *size, LANES) if not len(images) else images
+    if not len(images):
+        return np.zeros((0, *size, LANES), np.uint8)
+    if images.shape[1:3] == size:
+        return images
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(tensor, size, mode="bilinear", antialias=True, align_corners=False)
     outcome: np.ndarray = resized.permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,69 @@
+"""One patient a worker process, over all cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from raredistill.cohort.sources import Unit
+from raredistill.errors import DataError
+
+Outcome = TypeVar("Outcome")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def over_units(work: Callable[..., Outcome], units: Sequence[Unit], arguments: Sequence[Any], *, workers: int | None) -> Iterator[Outcome]:
+    """Call ``work(unit, *arguments)`` for every unit and yield the outcomes as they come, in no particular order.
+
+    One worker, or one unit, runs in this process; more of them in processes of one thread each. Leaving the iterator early, as an
+    interruption does, waits only for the units at work.
+
+    Raises:
+        DataError: a worker was killed, as systems do when memory ends.
+    """
+    count = min(workers or cores(), len(units))
+    if count <= 1:
+        yield from (work(unit, *arguments) for unit in units)
+        return
+    with pool(count) as executor:
+        futures = [executor.submit(work, unit, *arguments) for unit in units]
+        yield from _results(futures)
+
+
+def _results(futures: list[Future[Outcome]]) -> Iterator[Outcome]:
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process was killed, perhaps because memory ran out; run the same command again with fewer workers"
+        ) from None
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+@contextmanager
+def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that start fast (they share one import of the sources) and leave interruption to their parent."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as executor:
+        yield executor
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,230 @@
+"""From a source to a cohort on disk: in parallel, one patient a worker, interruptible at any time."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from isal import isal_zlib
+
+from raredistill import files
+from raredistill.cohort import store
+from raredistill.cohort.parallel import over_units
+from raredistill.cohort.sources import Problem, Source, Unit
+from raredistill.cohort.store import WORK, Cohort
+from raredistill.cohort.verify import decoding_error
+from raredistill.errors import DataError
+
+JOB = "job.json"
+TOLD = 20
+"""Problems that one message lists before it only counts."""
+LIBRARIES = ("raredistill", "numpy", "torch", "nibabel", "h5py", "isal", "pillow")
+
+Progress = Callable[[int, int], None]
+
+
+def prepare(
+    source: Source,
+    out: Path,
+    *,
+    size: tuple[int, int],
+    workers: int | None = None,
+    leave_out_bad: bool = False,
+    progress: Progress | None = None,
+) -> Cohort:
+    """Read every patient of a source once and write a cohort.
+
+    Each patient's samples are kept in ``out/.parts`` until all are there, so that the same call after an interruption goes on where it
+    stopped. The disk needs room for the pixels twice while the cohort is put together.
+
+    Args:
+        source: raw data.
+        out: the folder of the cohort: new, empty, or of the same preparation, interrupted or done (then it is returned as it is).
+        size: ``(height, width)`` of the samples in pixels.
+        workers: processes; all cores by default, one patient each.
+        leave_out_bad: go on without the patients that have errors; they are named in the provenance.
+        progress: called with the patients done and all patients.
+
+    Raises:
+        DataError: the source has errors (all are told), nothing is left, or ``out`` holds something else.
+    """
+    out, job = Path(out), _job(source, size)
+    if (out / store.DESCRIPTION).exists():
+        return _finished(out, job)
+    problems = source.problems()
+    _refuse(source, problems, leave_out_bad)
+    files.claim_folder(out, WORK)
+    with files.locked(out / WORK / "lock"):
+        _claim_job(out, job)
+        parts, unreadable = _read_parts(source, out / WORK, size, workers, progress)
+        _refuse(source, unreadable, leave_out_bad)
+        return _assemble(source, out, size, job, parts, [*problems, *unreadable])
+
+
+def _job(source: Source, size: tuple[int, int]) -> dict[str, Any]:
+    """What determines the outcome: files by name and size, so that a moved source is the same."""
+    units = [[unit.patient, unit.label, [[file.name, _file_size(file)] for file in unit.files]] for unit in source.units()]
+    return {"source": source.kind, "settings": source.settings(), "size": list(size), "inputs": files.fingerprint(units)}
+
+
+def _file_size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1  # reading will tell, with the patient's other problems
+
+
+def _finished(out: Path, job: dict[str, Any]) -> Cohort:
+    cohort = Cohort.load(out)
+    _same_job(out, cohort.provenance, job, "a cohort")
+    return cohort
+
+
+def _claim_job(out: Path, job: dict[str, Any]) -> None:
+    file = out / WORK / JOB
+    if file.exists():
+        _same_job(out, files.read_json(file), job, "an unfinished cohort")
+    else:
+        files.write_json(file, job)
+
+
+def _same_job(out: Path, found: dict[str, Any], job: dict[str, Any], what: str) -> None:
+    differing = [key for key in job if found.get(key) != _plain(job[key])]
+    if differing:
+        raise DataError(
+            f"{out} holds {what} with another {', '.join(differing)}; name another folder, or delete this one to prepare it anew"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _refuse(source: Source, problems: list[Problem], leave_out_bad: bool) -> None:
+    errors = [problem for problem in problems if problem.level == "error"]
+    if not errors or (leave_out_bad and all(problem.patient for problem in errors)):
+        return
+    lines = [": ".join(filter(None, (p.patient, p.file, f"{p.what}; {p.cure}"))) for p in errors[:TOLD]]
+    more = [f"... and {len(errors) - TOLD} more; `raredistill verify` lists all"] if len(errors) > TOLD else []
+    raise DataError(
+        "\n".join([f"{source.kind}: {len(errors)} error(s); repair them or leave the patients out (leave_out_bad)", *lines, *more])
+    )
+
+
+def _read_parts(
+    source: Source, folder: Path, size: tuple[int, int], workers: int | None, progress: Progress | None
+) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """Bring every patient's part to disk; parts come back in the order of the units."""
+    units = source.units()
+    done = {unit.patient: part for unit in units if (part := _load_part(folder, unit, source.channels, size))}
+    missing = [unit for unit in units if unit.patient not in done]
+    unreadable: list[Problem] = []
+    _tell(progress, len(done), len(units))
+    for count, (patient, part, problem) in enumerate(over_units(write_part, missing, (source, folder, size), workers=workers), 1):
+        if part is not None:
+            done[patient] = part
+        if problem is not None:
+            unreadable.append(problem)
+        _tell(progress, len(units) - len(missing) + count, len(units))
+    return [done[unit.patient] for unit in units if unit.patient in done], unreadable
+
+
+def _tell(progress: Progress | None, done: int, total: int) -> None:
+    if progress:
+        progress(done, total)
+
+
+def write_part(unit: Unit, source: Source, folder: Path, size: tuple[int, int]) -> tuple[str, dict[str, Any] | None, Problem | None]:
+    """Read one patient and write its part: pixel files first, the description last, so that a part with a description is whole."""
+    try:
+        slices = source.read(unit, size)
+    except DataError as error:
+        return unit.patient, None, decoding_error(unit, error)
+    checks = {channel: _write_pixels(_part_file(folder, unit, f"{channel}.u8"), slices.pixels[channel]) for channel in source.channels}
+    part = {
+        "patient": unit.patient,
+        "label": unit.label,
+        "stamps": _stamps(unit),
+        "rows": slices.rows,
+        "tally": slices.tally,
+        "hashes": slices.hashes or {file.name: files.sha256(file) for file in unit.files},
+        "problems": [asdict(problem) for problem in slices.problems],
+        "checks": checks,
+        "key": _key(unit),
+    }
+    files.write_json(_part_file(folder, unit, "json"), part)
+    return unit.patient, part, None
+
+
+def _write_pixels(path: Path, pixels: np.ndarray) -> int:
+    raw = np.ascontiguousarray(pixels).reshape(-1).data
+    path.write_bytes(raw)
+    return isal_zlib.crc32(raw)
+
+
+def _key(unit: Unit) -> str:
+    return hashlib.sha256(unit.patient.encode()).hexdigest()[:20]  # a patient's name may not be a file's name
+
+
+def _part_file(folder: Path, unit: Unit, ending: str) -> Path:
+    return folder / f"{_key(unit)}.{ending}"
+
+
+def _stamps(unit: Unit) -> list[list[Any]]:
+    return [[file.name, _file_size(file), file.stat().st_mtime_ns if file.exists() else -1] for file in unit.files]
+
+
+def _load_part(folder: Path, unit: Unit, channels: tuple[str, ...], size: tuple[int, int]) -> dict[str, Any] | None:
+    """A part of an interrupted preparation, if it is whole and its raw files have not changed since."""
+    file = _part_file(folder, unit, "json")
+    if not file.exists():
+        return None
+    part: dict[str, Any] = files.read_json(file)
+    expected = len(part["rows"]) * size[0] * size[1]
+    whole = all(_file_size(_part_file(folder, unit, f"{channel}.u8")) == expected for channel in channels)
+    return part if whole and part["stamps"] == _stamps(unit) and part["label"] == unit.label else None
+
+
+def _assemble(
+    source: Source, out: Path, size: tuple[int, int], job: dict[str, Any], parts: list[dict[str, Any]], problems: list[Problem]
+) -> Cohort:
+    rows = [{**row, "patient": part["patient"], "patient_label": part["label"]} for part in parts for row in part["rows"]]
+    table = pd.DataFrame(rows, columns=list(store.COLUMNS))
+    pixels = {channel: _blocks(out / WORK, parts, channel) for channel in source.channels}
+    return store.save(out, table, pixels, classes=source.classes(), size=size, provenance=_provenance(job, parts, problems))
+
+
+def _blocks(folder: Path, parts: list[dict[str, Any]], channel: str) -> Iterator[np.ndarray]:
+    for part in parts:
+        path = folder / f"{part['key']}.{channel}.u8"
+        block = np.memmap(path, dtype=np.uint8, mode="r") if part["rows"] else np.zeros(0, np.uint8)
+        if isal_zlib.crc32(block.data) != part["checks"][channel]:
+            raise DataError(f"{path} was damaged, perhaps when the machine stopped; delete {folder.parent} and prepare it anew")
+        yield block
+
+
+def _provenance(job: dict[str, Any], parts: list[dict[str, Any]], problems: list[Problem]) -> dict[str, Any]:
+    tally: Counter[str] = Counter()
+    for part in parts:
+        tally.update(part["tally"])
+    told = [asdict(problem) for problem in problems] + [problem for part in parts for problem in part["problems"]]
+    used = {part["patient"] for part in parts}
+    return {
+        **job,
+        "patients": len(parts),
+        "tally": dict(sorted(tally.items())),
+        "left_out": [problem for problem in told if problem["patient"] and problem["patient"] not in used],
+        "remarks": [problem for problem in told if problem["patient"] in used or not problem["patient"]],
+        "hashes": {part["patient"]: part["hashes"] for part in parts},
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }

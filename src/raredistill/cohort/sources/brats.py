@@ -1,0 +1,156 @@
+"""What the two BraTS layouts share: grades, channels, the label rule, and the way from volumes to samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from raredistill.cohort import labels, volumes
+from raredistill.cohort.labels import LabelRule
+from raredistill.cohort.sources import Problem, Slices, Unit
+from raredistill.errors import ConfigError, DataError
+
+CHANNELS = ("flair", "t1", "t1ce", "t2")
+GRADES = ("HGG", "LGG")
+CLASSES = ("healthy", *GRADES)
+MAPPING = "name_mapping.csv"
+
+
+def choose_channels(channels: Sequence[str]) -> tuple[str, ...]:
+    """Check a choice of modalities.
+
+    Raises:
+        ConfigError: none, an unknown one, or one twice.
+    """
+    chosen = (channels,) if isinstance(channels, str) else tuple(channels)
+    unknown = [channel for channel in chosen if channel not in CHANNELS]
+    if unknown:
+        raise ConfigError(f"unknown channel(s) {', '.join(unknown)}; BraTS has {', '.join(CHANNELS)}")
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ConfigError(f"channels {list(chosen)}: name each wanted modality once, of {', '.join(CHANNELS)}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Grades:
+    """Patient -> grade as a table tells it.
+
+    Attributes:
+        file: the table; None where there is none.
+        values: patient -> what the table says.
+        conflicts: patients to whom the table gives two grades.
+    """
+
+    file: Path | None
+    values: dict[str, str]
+    conflicts: frozenset[str] = frozenset()
+
+    def problem(self, patient: str) -> Problem | None:
+        """Why the patient has no usable grade, or None."""
+        if self.file is None:
+            return Problem(
+                "error", patient, "", "no grade is known", f"put {MAPPING} beside the cases or name a patient,grade CSV with grades="
+            )
+        found = self.values.get(patient)
+        if patient in self.conflicts:
+            return Problem("error", patient, str(self.file), "the table gives two grades", "keep one row for the patient")
+        if found is None:
+            return Problem("error", patient, str(self.file), "the table has no row for the patient", "add its row")
+        if found not in GRADES:
+            return Problem("error", patient, str(self.file), f"unknown grade '{found}'", f"write {' or '.join(GRADES)}")
+        return None
+
+
+def read_grades(root: Path, grades: Path | None) -> Grades:
+    """Read ``grades`` or, without it, ``name_mapping.csv`` of the root.
+
+    Known headers: ``patient,grade``, and ``Grade`` with any columns ``BraTS_<year>_subject_ID``, of which every one is understood.
+
+    Raises:
+        DataError: the named table is missing or has other columns.
+    """
+    file = root / MAPPING if grades is None else Path(grades)
+    if grades is None and not file.is_file():
+        return Grades(None, {})
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: the table of grades cannot be read ({error}); give a CSV with the columns patient,grade") from None
+    table.columns = table.columns.str.strip()
+    return _grades(file, table)
+
+
+def _grades(file: Path, table: pd.DataFrame) -> Grades:
+    names = {column.lower(): column for column in table.columns}
+    identifiers = [column for low, column in names.items() if low == "patient" or (low.startswith("brats") and low.endswith("subject_id"))]
+    if "grade" not in names or not identifiers:
+        raise DataError(f"{file} has the columns {', '.join(table.columns)}; needed are patient,grade or BraTS_2020_subject_ID and Grade")
+    pairs = pd.concat([table[[column, names["grade"]]].set_axis(["patient", "grade"], axis=1) for column in identifiers])
+    pairs = pairs.apply(lambda column: column.str.strip())
+    pairs["grade"] = pairs["grade"].str.upper()
+    pairs = pairs[~pairs["patient"].isin(["", "NA", "nan"])].drop_duplicates()
+    conflicts = frozenset(pairs["patient"][pairs["patient"].duplicated()])
+    return Grades(file, dict(zip(pairs["patient"], pairs["grade"], strict=True)), conflicts)
+
+
+def rule_settings(rule: LabelRule) -> dict[str, Any]:
+    """The label rule for provenance; thresholds only where the rule uses them."""
+    if rule.name == "thesis":
+        return {"rule": "thesis"}
+    return {"rule": rule.name, "min_tumour_voxels": rule.min_tumour_voxels, "min_brain_share": rule.min_brain_share}
+
+
+def to_slices(
+    unit: Unit,
+    images: dict[str, np.ndarray],
+    mask: np.ndarray,
+    *,
+    rule: LabelRule,
+    size: tuple[int, int],
+    backgrounds: dict[str, np.ndarray | float | None] | None = None,
+) -> Slices:
+    """Label, select, normalise and resize the axial slices of one patient.
+
+    Args:
+        unit: the patient.
+        images: channel -> ``(n, height, width)`` in any unit.
+        mask: ``(n, height, width)`` labels.
+        rule: the label rule.
+        size: ``(height, width)`` of the samples.
+        backgrounds: channel -> the background's value, where it is known.
+
+    Raises:
+        DataError: a volume or the segmentation cannot be used; every reason is told.
+    """
+    windows = _windows(unit, images, backgrounds or {})
+    present = np.logical_or.reduce([window.present for window in windows.values()])
+    brain = np.maximum.reduce([window.brain for window in windows.values()])
+    outcomes, differences = labels.compare_rules(mask, brain, present, rule=rule)
+    keep = np.flatnonzero(np.isin(outcomes, [labels.TUMOUR, labels.HEALTHY]))
+    rendered = volumes.render(list(images.values()), list(windows.values()), keep, size)
+    names, counts = np.unique(outcomes, return_counts=True)
+    tally = {str(name): int(count) for name, count in zip(names, counts, strict=True)} | differences
+    rows = [_row(unit, int(index), str(outcomes[index])) for index in keep]
+    return Slices(rows, dict(zip(images, rendered, strict=True)), tally)
+
+
+def _windows(unit: Unit, images: dict[str, np.ndarray], backgrounds: dict[str, Any]) -> dict[str, volumes.Window]:
+    windows, failures = {}, []
+    for channel, volume in images.items():
+        try:
+            windows[channel] = volumes.window(volume, backgrounds.get(channel))
+        except DataError as error:
+            failures.append(f"{channel} holds {error}")
+    if failures:
+        raise DataError(f"{unit.patient}: {'; '.join(failures)}; replace the file(s) or leave the patient out")
+    return windows
+
+
+def _row(unit: Unit, index: int, outcome: str) -> dict[str, Any]:
+    label = unit.label if outcome == labels.TUMOUR else labels.HEALTHY
+    return {"sample": f"{unit.patient}:{index}", "label": label, "slice": index, "source": unit.patient, "split": ""}

@@ -1,0 +1,229 @@
+"""BraTS2020 as a public archive spreads it: an HDF5 file a slice, four modalities and three label masks in each."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from raredistill.cohort.labels import LabelRule
+from raredistill.cohort.sources import Problem, Slices, Unit, brats
+from raredistill.errors import ConfigError, DataError
+
+NAME = re.compile(r"volume_(\d+)_slice_(\d+)\.(h5|hdf5)$")
+PATIENT = "BraTS20_Training_{:03d}"
+LABELS = (1, 2, 4)
+"""What the mask's three channels stand for."""
+LARGEST = 2**24
+"""Numbers of the largest slice that is read."""
+FLAT_TOPS = 0.9
+"""Share of a patient's slices with one and the same maximum from which on each slice was scaled by itself."""
+
+
+class BratsHdf5:
+    """Slices ``volume_<N>_slice_<i>.h5``, at any depth below ``path``; ``volume_N`` is ``BraTS20_Training_<N>``.
+
+    The archive keeps a slice as ``image`` (first axis, second axis, modality) and ``mask`` (first axis, second axis, label). The first two are
+    exchanged, so that samples look like those of the NIfTI files. Its intensity scale is not documented: the background is each volume's
+    commonest value, and an increasing affine scale of a volume changes nothing.
+
+    Args:
+        path: the folder that holds the slices.
+        grades: a CSV ``patient,grade`` (or BraTS' own table); by default the ``name_mapping.csv`` in ``path`` or beside the slices.
+        rule: ``default`` or ``thesis``; see ``cohort.labels.LabelRule``.
+        min_tumour_voxels: tumour voxels (at native resolution) that make a slice a tumour slice under the default rule.
+        min_brain_share: share of the patient's widest brain slice under which the default rule leaves a slice out.
+        channels: modalities to read. Emptiness and brain are judged on these.
+        channel_order: what the last axis of ``image`` holds; users of the archive disagree.
+
+    Raises:
+        ConfigError: an option does not fit.
+        DataError: the named table of grades cannot be used.
+    """
+
+    kind = "brats_hdf5"
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        grades: Path | None = None,
+        rule: str = "default",
+        min_tumour_voxels: int = 50,
+        min_brain_share: float = 0.1,
+        channels: Sequence[str] = brats.CHANNELS,
+        channel_order: Sequence[str] = brats.CHANNELS,
+    ) -> None:
+        self.channels = brats.choose_channels(channels)
+        self._order = _choose_order(channel_order)
+        self._path = Path(path)
+        self._rule = LabelRule(rule, min_tumour_voxels, min_brain_share)
+        self._volumes = _find_slices(self._path)
+        self._grades = brats.read_grades(self._table_folder(), grades)
+
+    def units(self) -> list[Unit]:
+        """Patients with a grade, in the order of their numbers; a unit's files are its slices in order."""
+        usable = {patient: slices for patient, slices in self._volumes.items() if not self._volume_problems(patient)}
+        return [Unit(patient, self._grades.values[patient], tuple(slices[i] for i in sorted(slices))) for patient, slices in usable.items()]
+
+    def classes(self) -> tuple[str, ...]:
+        """Healthy and the two grades."""
+        return brats.CLASSES
+
+    def problems(self) -> list[Problem]:
+        """Missing slices and grades."""
+        if not self._volumes:
+            return [
+                Problem("error", "", str(self._path), "no file is called volume_<N>_slice_<i>.h5", "name the folder that holds the slices")
+            ]
+        return [problem for patient in self._volumes for problem in self._volume_problems(patient)]
+
+    def settings(self) -> dict[str, Any]:
+        """Channels and their order, and the rule."""
+        return {
+            "kind": self.kind,
+            "channels": list(self.channels),
+            "channel_order": list(self._order),
+            **brats.rule_settings(self._rule),
+        }
+
+    def read(self, unit: Unit, size: tuple[int, int]) -> Slices:
+        """Decode one patient's slices and make its samples.
+
+        Raises:
+            DataError: files cannot be decoded or disagree in shape; every reason is told.
+        """
+        images, masks, hashes = _read_slices(unit)
+        volumes = {channel: _volume(images, self._order.index(channel)) for channel in self.channels}
+        mask = np.stack([_merged(mask).T for mask in masks])
+        del images, masks  # a patient's slices are 300 MB as they come
+        backgrounds = {channel: _backgrounds(volume) for channel, volume in volumes.items()}
+        slices = brats.to_slices(unit, volumes, mask, rule=self._rule, size=size, backgrounds=backgrounds)
+        return Slices(slices.rows, slices.pixels, slices.tally, hashes, _scaling(unit, volumes, backgrounds))
+
+    def _table_folder(self) -> Path:
+        beside = [next(iter(slices.values())).parent for slices in self._volumes.values()][:1]
+        return next((folder for folder in (self._path, *beside) if (folder / brats.MAPPING).is_file()), self._path)
+
+    def _volume_problems(self, patient: str) -> list[Problem]:
+        slices = self._volumes[patient]
+        gaps = sorted(set(range(max(slices) + 1)) - set(slices))
+        problems = [Problem("error", patient, str(self._path), f"slice(s) {gaps} are missing", "add the files")] if gaps else []
+        grade = self._grades.problem(patient)
+        return [*problems, grade] if grade else problems
+
+
+def _choose_order(order: Sequence[str]) -> tuple[str, ...]:
+    chosen = tuple(order)
+    if sorted(chosen) != sorted(brats.CHANNELS):
+        raise ConfigError(f"channel_order {list(chosen)} must name each of {', '.join(brats.CHANNELS)} once")
+    return chosen
+
+
+def _find_slices(path: Path) -> dict[str, dict[int, Path]]:
+    found: dict[int, dict[int, Path]] = {}
+    for file in path.rglob("volume_*_slice_*"):
+        match = NAME.search(file.name)
+        if match:
+            found.setdefault(int(match[1]), {})[int(match[2])] = file
+    return {PATIENT.format(number): found[number] for number in sorted(found)}
+
+
+def _read_slices(unit: Unit) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, str]]:
+    images, masks, hashes, failures = [], [], {}, []
+    for file in unit.files:
+        try:
+            raw = file.read_bytes()
+            hashes[file.name] = hashlib.sha256(raw).hexdigest()
+            image, mask = decode(raw, file)
+            images.append(image)
+            masks.append(mask)
+        except OSError as error:
+            failures.append(f"{file}: cannot be read ({error.strerror}); check the file and its rights")
+        except DataError as error:
+            failures.append(str(error))
+    shapes = sorted({image.shape[:2] for image in images})
+    if len(shapes) > 1:
+        failures.append(f"{unit.patient}: slices disagree in shape ({', '.join(map(str, shapes))}); download the archive again")
+    if failures:
+        raise DataError("; ".join(failures))
+    return images, masks, hashes
+
+
+def decode(raw: bytes, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Decode one slice from a file's bytes, following no link out of the file.
+
+    Args:
+        raw: the file's bytes.
+        file: named in messages.
+
+    Returns:
+        ``image`` ``(first, second, 4)`` numbers, and ``mask`` ``(first, second, 3)`` integers.
+
+    Raises:
+        DataError: the bytes are damaged, or hold something else.
+    """
+    try:
+        with h5py.File(h5py.h5f.open_file_image(raw)) as handle:
+            image, mask = _dataset(handle, "image", len(brats.CHANNELS), file), _dataset(handle, "mask", len(LABELS), file)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise DataError(f"{file}: cannot be decoded as HDF5 ({error}); replace it by the original") from None
+    if image.shape[:2] != mask.shape[:2]:
+        raise DataError(f"{file}: image {image.shape} and mask {mask.shape} disagree in shape; replace it by the original")
+    return image, mask
+
+
+def _dataset(handle: h5py.File, name: str, depth: int, file: Path) -> np.ndarray:
+    if name not in handle or not isinstance(handle.get(name, getlink=True), h5py.HardLink):
+        raise DataError(f"{file}: has no dataset '{name}' of its own; replace it by the original")
+    dataset = handle[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+        raise DataError(f"{file}: '{name}' is no plain dataset; replace it by the original")
+    if dataset.ndim != 3 or dataset.shape[2] != depth or not 0 < dataset.size <= LARGEST or dataset.dtype.kind not in "iufb":
+        raise DataError(
+            f"{file}: '{name}' is {dataset.dtype} of shape {dataset.shape}; needed are numbers of shape (height, width, {depth})"
+        )
+    values: np.ndarray = dataset[()]
+    return values
+
+
+def _volume(images: list[np.ndarray], position: int) -> np.ndarray:
+    return np.stack([image[..., position].T for image in images])
+
+
+def _merged(mask: np.ndarray) -> np.ndarray:
+    """One label a voxel; channels do not overlap in BraTS, and where they do the later one counts."""
+    merged = np.zeros(mask.shape[:2], np.uint8)
+    for position, label in enumerate(LABELS):
+        merged[mask[..., position] != 0] = label
+    return merged
+
+
+def _backgrounds(volume: np.ndarray) -> np.ndarray | float | None:
+    """``(n, 1, 1)`` values where slices differ in their background, else None: the volume's commonest value will do."""
+    if volume.dtype.kind == "f" and not np.isfinite(volume).all():
+        return None  # told where the volume is normalised
+    corners = volume[:, 0, 0]
+    if np.ptp(corners) <= 1e-6 * np.ptp(volume):
+        return None
+    return corners.reshape(-1, 1, 1)
+
+
+def _scaling(unit: Unit, volumes: dict[str, np.ndarray], backgrounds: dict[str, np.ndarray | float | None]) -> tuple[Problem, ...]:
+    """A warning where the archive scaled each slice by itself: brightness then says nothing across slices, and no cure brings it back."""
+    scaled = [channel for channel, volume in volumes.items() if backgrounds[channel] is not None or _flat_tops(volume)]
+    if not scaled:
+        return ()
+    what = f"{', '.join(scaled)}: each slice seems to be scaled by itself (its background or its maximum is the same scale in every slice)"
+    return (Problem("warning", unit.patient, "", what, "prepare from the NIfTI files if brightness should compare across slices"),)
+
+
+def _flat_tops(volume: np.ndarray) -> bool:
+    tops = volume.max(axis=(1, 2))
+    filled = tops[tops > volume.min(axis=(1, 2))]
+    return len(filled) > 2 and bool(np.mean(filled == np.max(filled)) >= FLAT_TOPS)

@@ -1,0 +1,262 @@
+"""BraTS as the challenge hands it out: a folder a case, a NIfTI file a modality."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from isal import igzip_lib
+
+from raredistill.cohort.labels import LabelRule
+from raredistill.cohort.sources import Problem, Slices, Unit, brats
+from raredistill.errors import DataError
+
+NAME = re.compile(r"[_-](flair|t2f|t1ce|t1c|t1n|t1|t2w|t2|segm?)\.nii(\.gz)?$", re.IGNORECASE)
+"""``segm``: in BraTS2020 the segmentation of case 355 is called W39_1998.09.19_Segm.nii."""
+ROLES = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "segm": "seg"}
+LARGEST = 2**29
+"""Voxels of the largest volume that is read: a header that promises more is damaged or hostile."""
+HEADER = 352
+
+
+@dataclass(frozen=True)
+class _Case:
+    patient: str
+    folder: Path
+    files: dict[str, tuple[Path, ...]]
+
+    def missing(self, channels: tuple[str, ...]) -> list[str]:
+        return [role for role in channels if role not in self.files]
+
+
+class BratsNifti:
+    """Cases ``<case>/<case>_{flair,t1,t1ce,t2,seg}.nii[.gz]``, or the newer ``<case>-{t2f,t1n,t1c,t2w,seg}``, at any depth below ``path``.
+
+    A case without a segmentation is told as a note and left out. Slices are axial, rows run along the second axis of the file and columns
+    along the first, which shows BraTS in the radiological convention.
+
+    Args:
+        path: the folder that holds the cases.
+        grades: a CSV ``patient,grade`` (or BraTS' own table); by default ``name_mapping.csv`` in ``path``.
+        rule: ``default`` or ``thesis``; see ``cohort.labels.LabelRule``.
+        min_tumour_voxels: tumour voxels (at native resolution) that make a slice a tumour slice under the default rule.
+        min_brain_share: share of the patient's widest brain slice under which the default rule leaves a slice out.
+        channels: modalities to read. Emptiness and brain are judged on these.
+
+    Raises:
+        ConfigError: an option does not fit.
+        DataError: the named table of grades cannot be used.
+    """
+
+    kind = "brats_nifti"
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        grades: Path | None = None,
+        rule: str = "default",
+        min_tumour_voxels: int = 50,
+        min_brain_share: float = 0.1,
+        channels: Sequence[str] = brats.CHANNELS,
+    ) -> None:
+        self.channels = brats.choose_channels(channels)
+        self._path = Path(path)
+        self._rule = LabelRule(rule, min_tumour_voxels, min_brain_share)
+        self._grades = brats.read_grades(self._path, grades)
+        self._cases = _find_cases(self._path)
+
+    def units(self) -> list[Unit]:
+        """Cases that have every wanted modality, a segmentation and a grade, in the order of their names."""
+        usable = [case for case in self._cases if not self._case_problems(case) and "seg" in case.files]
+        roles = (*self.channels, "seg")
+        return [Unit(case.patient, self._grades.values[case.patient], tuple(case.files[role][0] for role in roles)) for case in usable]
+
+    def classes(self) -> tuple[str, ...]:
+        """Healthy and the two grades."""
+        return brats.CLASSES
+
+    def problems(self) -> list[Problem]:
+        """Missing modalities, segmentations and grades; misnamed and doubled files; patients that occur twice."""
+        if not self._cases:
+            cure = "name the folder that holds the case folders"
+            return [Problem("error", "", str(self._path), "no file is called like a BraTS modality (*_flair.nii.gz, *-t2f.nii.gz)", cure)]
+        return [problem for case in self._cases for problem in (*self._case_problems(case), *_remarks(case))]
+
+    def settings(self) -> dict[str, Any]:
+        """Channels, rule and grades."""
+        return {"kind": self.kind, "channels": list(self.channels), **brats.rule_settings(self._rule)}
+
+    def read(self, unit: Unit, size: tuple[int, int]) -> Slices:
+        """Decode one case and make its samples.
+
+        Raises:
+            DataError: files cannot be decoded or disagree; every reason is told.
+        """
+        arrays, hashes, failures = _read_all(unit)
+        if failures:
+            raise DataError("; ".join(failures))
+        _check_shapes(unit, arrays)
+        *volumes, mask = arrays
+        slices = brats.to_slices(
+            unit, dict(zip(self.channels, volumes, strict=True)), _labels(mask, unit.files[-1]), rule=self._rule, size=size
+        )
+        return Slices(slices.rows, slices.pixels, slices.tally, hashes)
+
+    def _case_problems(self, case: _Case) -> list[Problem]:
+        gone = case.missing(self.channels)
+        problems = [
+            Problem("error", case.patient, str(case.folder), f"no {role} file", "add the file or choose other channels") for role in gone
+        ]
+        if [other for other in self._cases if other.patient == case.patient and other.folder < case.folder]:
+            problems.append(Problem("error", case.patient, str(case.folder), "a second folder of this name", "keep one of them"))
+        grade = self._grades.problem(case.patient) if "seg" in case.files else None
+        return [*problems, grade] if grade else problems
+
+
+def _find_cases(path: Path) -> list[_Case]:
+    folders: dict[Path, dict[str, list[Path]]] = {}
+    for file in sorted(path.rglob("*.nii*")):
+        match = NAME.search(file.name)
+        if match and file.is_file():
+            role = match[1].lower()
+            folders.setdefault(file.parent, {}).setdefault(ROLES.get(role, role), []).append(file)
+    cases = [_Case(folder.name, folder, {role: tuple(found) for role, found in files.items()}) for folder, files in folders.items()]
+    return sorted(cases, key=lambda case: (case.patient, case.folder))
+
+
+def _remarks(case: _Case) -> list[Problem]:
+    if "seg" not in case.files:
+        cure = "nothing to do: the case is left out of a labelled cohort"
+        return [Problem("note", case.patient, str(case.folder), "no segmentation", cure)]
+    doubled = [files for files in case.files.values() if len(files) > 1]
+    remarks = [Problem("warning", case.patient, str(files[1]), f"{files[0].name} is read instead", "keep one of them") for files in doubled]
+    segmentation = case.files["seg"][0]
+    if not segmentation.name.startswith(case.patient):
+        remarks.append(Problem("note", case.patient, str(segmentation), "misnamed segmentation, taken as the case's own", "nothing to do"))
+    return remarks
+
+
+def _read_all(unit: Unit) -> tuple[list[np.ndarray], dict[str, str], list[str]]:
+    arrays, hashes, failures = [], {}, []
+    for file in unit.files:
+        try:
+            raw = file.read_bytes()
+            hashes[file.name] = hashlib.sha256(raw).hexdigest()
+            arrays.append(decode(raw, file))
+        except OSError as error:
+            failures.append(f"{file}: cannot be read ({error.strerror}); check the file and its rights")
+        except DataError as error:
+            failures.append(str(error))
+    return arrays, hashes, failures
+
+
+def decode(raw: bytes, file: Path) -> np.ndarray:
+    """Decode a NIfTI-1 or NIfTI-2 file, gzipped or not, without a detour over float64.
+
+    Args:
+        raw: the file's bytes; a gzip's check sum is verified.
+        file: named in messages.
+
+    Returns:
+        ``(slices, height, width)``: the file's third, second and first axis, in the file's own type unless it carries a scale.
+
+    Raises:
+        DataError: the bytes are damaged, cut short, or no three-dimensional NIfTI.
+    """
+    stream = _Stream(raw, file)
+    head = stream.take(HEADER)
+    header = _parse_header(head, stream, file)
+    shape = tuple(int(extent) for extent in header.get_data_shape())
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    voxels = int(np.prod(shape, dtype=np.float64))
+    if len(shape) != 3 or not 0 < voxels <= LARGEST:
+        raise DataError(f"{file}: its shape is {shape}; a volume has three axes and at most {LARGEST} voxels")
+    kind, offset = header.get_data_dtype(), int(header["vox_offset"]) or HEADER
+    if kind.kind not in "iuf" or not stream.position <= offset <= stream.position + 2**24:
+        raise DataError(f"{file}: voxels of type {kind} at byte {offset}; convert the file to a plain NIfTI of numbers")
+    stream.take(offset - stream.position)
+    data = np.frombuffer(stream.take(voxels * kind.itemsize), kind).reshape(shape[::-1])
+    stream.finish()
+    return _scaled(data, *header.get_slope_inter())
+
+
+def _parse_header(head: bytes, stream: _Stream, file: Path) -> Any:
+    size = {b"\x5c\x01\x00\x00": 348, b"\x00\x00\x01\x5c": 348, b"\x1c\x02\x00\x00": 540, b"\x00\x00\x02\x1c": 540}.get(head[:4])
+    if size is None:
+        raise DataError(f"{file}: is no NIfTI file; replace it by the original")
+    kind: Any = nibabel.Nifti1Header if size == 348 else nibabel.Nifti2Header
+    block = head[:348] if size == 348 else head + stream.take(540 - HEADER)
+    try:
+        return kind.from_fileobj(io.BytesIO(block), check=False)
+    except (nibabel.spatialimages.HeaderDataError, ValueError, KeyError) as error:
+        raise DataError(f"{file}: its NIfTI header cannot be understood ({error}); replace it by the original") from None
+
+
+class _Stream:
+    """The bytes of a file from front to back, decompressed when they are gzipped, and never more of them than asked for."""
+
+    def __init__(self, raw: bytes, file: Path) -> None:
+        self._file, self._rest, self.position = file, raw, 0
+        gzipped = raw[:2] == b"\x1f\x8b"
+        self._decompressor = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP) if gzipped else None
+
+    def take(self, count: int) -> bytes:
+        """The next ``count`` bytes."""
+        block = self._next(count)
+        if len(block) < count:
+            raise DataError(
+                f"{self._file}: ends after {self.position + len(block)} bytes, {count - len(block)} too early; replace it by the original"
+            )
+        self.position += count
+        return block
+
+    def _next(self, count: int) -> bytes:
+        if self._decompressor is None or not count:
+            block, self._rest = self._rest[:count], self._rest[count:]
+            return block
+        try:
+            block, self._rest = self._decompressor.decompress(self._rest, count), b""
+        except (igzip_lib.IsalError, EOFError) as error:  # type: ignore[misc]  # isal's own annotations call the class an instance
+            raise DataError(f"{self._file}: damaged gzip data ({error}); replace it by the original") from None
+        return block
+
+    def finish(self) -> None:
+        """Read what follows the voxels, so that the check sum is compared."""
+        if self._decompressor is None:
+            return
+        while not self._decompressor.eof:
+            if not self._next(2**16):
+                raise DataError(f"{self._file}: its gzip data are cut short; replace it by the original")
+
+
+def _scaled(data: np.ndarray, slope: float | None, intercept: float | None) -> np.ndarray:
+    native: np.ndarray = data.astype(data.dtype.newbyteorder("="), copy=False)
+    if slope is None or (slope == 1 and not intercept):
+        return native
+    scaled: np.ndarray = native * float(slope) + float(intercept or 0)
+    return scaled
+
+
+def _labels(mask: np.ndarray, file: Path) -> np.ndarray:
+    if mask.dtype.kind != "f":
+        return mask
+    rounded = np.rint(mask)
+    if not np.array_equal(rounded, mask):
+        raise DataError(f"{file}: the segmentation holds fractions; resample it with nearest neighbours")
+    return rounded.astype(np.int16)
+
+
+def _check_shapes(unit: Unit, arrays: list[np.ndarray]) -> None:
+    shapes = {file.name: array.shape[::-1] for file, array in zip(unit.files, arrays, strict=True)}
+    if len(set(shapes.values())) > 1:
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise DataError(f"{unit.patient}: modalities disagree in shape ({found}); register them to one grid")
