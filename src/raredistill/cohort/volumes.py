@@ -25,7 +25,7 @@ class Window:
     """How one modality of one patient becomes bytes, and what its slices hold.
 
     Attributes:
-        low: value that becomes 0.
+        low: value that becomes 0; below ``high`` also where all of the brain has one value.
         high: value that becomes 255.
         brain: ``(n,)`` voxels above the background, by slice.
         present: ``(n,)`` whether a slice differs from the background anywhere.
@@ -65,6 +65,8 @@ def window(volume: np.ndarray, background: np.ndarray | float | None = None) -> 
     if not brain.any():
         raise DataError("nothing but background")
     low, high = _quantiles(volume[inside])
+    if low == high:
+        low = float(np.min(background))  # all of the brain has one value: white on black
     return Window(low, high, brain, _present(volume, background))
 
 
@@ -81,7 +83,7 @@ def _quantiles(values: np.ndarray) -> tuple[float, float]:
 
 
 def to_bytes(volume: np.ndarray, keep: np.ndarray, low: float, high: float, out: np.ndarray) -> None:
-    """Map ``low`` .. ``high`` to 0 .. 255, saturating; a volume without contrast becomes 255 above its only value and 0 elsewhere.
+    """Map ``low`` .. ``high`` to 0 .. 255, saturating.
 
     Args:
         volume: ``(n, height, width)``.
@@ -92,7 +94,7 @@ def to_bytes(volume: np.ndarray, keep: np.ndarray, low: float, high: float, out:
     """
     precision = np.result_type(volume.dtype, np.float32).type
     buffer = np.empty(volume.shape[1:], precision)
-    scale = precision(255 / (high - low)) if high > low else precision(np.finfo(np.float32).max / 2)
+    scale = precision(255 / (high - low))
     for target, index in zip(out, keep, strict=True):
         np.subtract(volume[index], precision(low), out=buffer)
         np.multiply(buffer, scale, out=buffer)

@@ -28,9 +28,9 @@ FLAT_TOPS = 0.9
 class BratsHdf5:
     """Slices ``volume_<N>_slice_<i>.h5``, at any depth below ``path``; ``volume_N`` is ``BraTS20_Training_<N>``.
 
-    The archive keeps a slice as ``image`` (first axis, second axis, modality) and ``mask`` (first axis, second axis, label). The first two are
-    exchanged, so that samples look like those of the NIfTI files. Its intensity scale is not documented: the background is each volume's
-    commonest value, and an increasing affine scale of a volume changes nothing.
+    The archive keeps a slice as ``image`` (first axis, second axis, modality) and ``mask`` (first axis, second axis, label). The first
+    two are exchanged, so that samples look like those of the NIfTI files. Its intensity scale is not documented: the background is each
+    volume's commonest value, and an increasing affine scale of a volume changes nothing.
 
     Args:
         path: the folder that holds the slices.
@@ -98,10 +98,8 @@ class BratsHdf5:
         Raises:
             DataError: files cannot be decoded or disagree in shape; every reason is told.
         """
-        images, masks, hashes = _read_slices(unit)
-        volumes = {channel: _volume(images, self._order.index(channel)) for channel in self.channels}
-        mask = np.stack([_merged(mask).T for mask in masks])
-        del images, masks  # a patient's slices are 300 MB as they come
+        stack, mask, hashes = _read_slices(unit, [self._order.index(channel) for channel in self.channels])
+        volumes = dict(zip(self.channels, stack, strict=True))
         backgrounds = {channel: _backgrounds(volume) for channel, volume in volumes.items()}
         slices = brats.to_slices(unit, volumes, mask, rule=self._rule, size=size, backgrounds=backgrounds)
         return Slices(slices.rows, slices.pixels, slices.tally, hashes, _scaling(unit, volumes, backgrounds))
@@ -134,25 +132,35 @@ def _find_slices(path: Path) -> dict[str, dict[int, Path]]:
     return {PATIENT.format(number): found[number] for number in sorted(found)}
 
 
-def _read_slices(unit: Unit) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, str]]:
-    images, masks, hashes, failures = [], [], {}, []
-    for file in unit.files:
+def _read_slices(unit: Unit, positions: list[int]) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """Volumes ``(channels, n, height, width)`` float64, labels ``(n, height, width)`` uint8, and the files' hashes."""
+    stack: np.ndarray | None = None
+    labels, hashes, failures = np.empty(0, np.uint8), {}, []
+    for index, file in enumerate(unit.files):
         try:
-            raw = file.read_bytes()
-            hashes[file.name] = hashlib.sha256(raw).hexdigest()
+            raw = _read_bytes(file)
             image, mask = decode(raw, file)
-            images.append(image)
-            masks.append(mask)
-        except OSError as error:
-            failures.append(f"{file}: cannot be read ({error.strerror}); check the file and its rights")
+            if stack is None:
+                stack = np.empty((len(positions), len(unit.files), *image.shape[1::-1]))
+                labels = np.empty(stack.shape[1:], np.uint8)
+            if image.shape[1::-1] != labels.shape[1:]:
+                raise DataError(f"{file}: its shape {image.shape[:2]} is not that of the slices before; replace it by the original")
         except DataError as error:
             failures.append(str(error))
-    shapes = sorted({image.shape[:2] for image in images})
-    if len(shapes) > 1:
-        failures.append(f"{unit.patient}: slices disagree in shape ({', '.join(map(str, shapes))}); download the archive again")
-    if failures:
+            continue
+        hashes[file.name] = hashlib.sha256(raw).hexdigest()
+        labels[index] = _merged(mask).T
+        stack[:, index] = image[..., positions].transpose(2, 1, 0)
+    if failures or stack is None:
         raise DataError("; ".join(failures))
-    return images, masks, hashes
+    return stack, labels, hashes
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); check the file and its rights") from None
 
 
 def decode(raw: bytes, file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -190,10 +198,6 @@ def _dataset(handle: h5py.File, name: str, depth: int, file: Path) -> np.ndarray
         )
     values: np.ndarray = dataset[()]
     return values
-
-
-def _volume(images: list[np.ndarray], position: int) -> np.ndarray:
-    return np.stack([image[..., position].T for image in images])
 
 
 def _merged(mask: np.ndarray) -> np.ndarray:

@@ -239,20 +239,19 @@ class _Stream:
 
 
 def _scaled(data: np.ndarray, slope: float | None, intercept: float | None) -> np.ndarray:
-    native: np.ndarray = data.astype(data.dtype.newbyteorder("="), copy=False)
-    if slope is None or (slope == 1 and not intercept):
-        return native
-    scaled: np.ndarray = native * float(slope) + float(intercept or 0)
-    return scaled
+    values: np.ndarray = data.astype(data.dtype.newbyteorder("="), copy=False)
+    if slope is not None and (slope != 1 or intercept):
+        values = values * float(slope) + float(intercept or 0)
+    return values
 
 
 def _labels(mask: np.ndarray, file: Path) -> np.ndarray:
     if mask.dtype.kind != "f":
         return mask
-    rounded = np.rint(mask)
+    rounded: np.ndarray = mask.astype(np.int16)
     if not np.array_equal(rounded, mask):
         raise DataError(f"{file}: the segmentation holds fractions; resample it with nearest neighbours")
-    return rounded.astype(np.int16)
+    return rounded
 
 
 def _check_shapes(unit: Unit, arrays: list[np.ndarray]) -> None:
