@@ -298,6 +298,33 @@ def test_a_checkpoint_that_lies_about_its_network_is_refused(tmp_path: Path) -> 
         restore(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("name", [SMALL, "test_vit"])
+def test_a_finished_classifier_from_elsewhere_is_used_as_it_is(tmp_path: Path, name: str) -> None:
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    source = save_body(tmp_path / "w.safetensors", name, num_classes=3, in_chans=1)
+    network = create(
+        name,
+        channels=1,
+        classes=3,
+        image_size=size,
+        pretrained=tmp_path / "w.safetensors",
+        normalisation=([0.0], [1.0]),
+        keep_classifier=True,
+    ).eval()
+    given = images(network)
+    torch.testing.assert_close(network(given), source(given))
+    with pytest.raises(CheckpointError, match=r"has a classifier \(3, .* where \(4, "):
+        create(name, channels=1, classes=4, image_size=size, pretrained=tmp_path / "w.safetensors", keep_classifier=True)
+
+
+def test_a_classifier_that_is_not_there_cannot_be_kept(tmp_path: Path) -> None:
+    save_body(tmp_path / "w.safetensors", SMALL, num_classes=0)
+    with pytest.raises(CheckpointError, match="holds no classifier"):
+        create(SMALL, channels=1, classes=3, image_size=64, pretrained=tmp_path / "w.safetensors", keep_classifier=True)
+    with pytest.raises(ConfigError, match="the path of a file, and the linear head"):
+        create(SMALL, channels=1, classes=3, image_size=64, keep_classifier=True)
+
+
 @pytest.mark.skipif(not MOBILENET.exists(), reason="shared/data/weights is not here")
 def test_real_imagenet_weights_become_a_grey_student() -> None:
     network = create("mobilenet_v2", channels=1, classes=3, image_size=96, pretrained=MOBILENET).eval()

@@ -59,11 +59,16 @@ def test_labels_are_positions_in_the_classes() -> None:
     assert [CLASSES[index] for index in found] == list(table()["label"])
 
 
-def test_where_keeps_the_rows_asked_for() -> None:
-    both = pd.concat([table(), table().assign(checkpoint="last", fold=0)], ignore_index=True)
-    found = Predictions(both, CLASSES, "healthy").where(checkpoint="last", fold=0)
+def test_a_part_keeps_the_rows_asked_for_and_misses_are_named() -> None:
+    both = Predictions(pd.concat([table(), table().assign(checkpoint="last", split="validation")], ignore_index=True), CLASSES, "healthy")
+    found = both.part("validation", "last")
     assert len(found.table) == 12
     assert found.background == "healthy"
+    assert list(both.part("test").table["checkpoint"].unique()) == ["best"]
+    with pytest.raises(
+        DataError, match="no predictions of the test part by the checkpoint 'last'; the table has test of best, validation of last"
+    ):
+        both.part("test", "last")
 
 
 def test_any_reader_of_parquet_reads_the_logits(tmp_path: Path) -> None:
@@ -144,6 +149,13 @@ def test_foreign_numbers_that_are_no_probabilities_are_refused(tmp_path: Path) -
     foreign().assign(p_HGG="").to_csv(tmp_path / "p.csv", index=False)
     with pytest.raises(DataError, match=r"p\.csv"):
         read(tmp_path / "p.csv")
+
+
+def test_a_patient_of_only_background_carries_no_class(tmp_path: Path) -> None:
+    foreign().assign(label=["healthy", "healthy", "healthy", *table()["label"][3:]]).to_csv(tmp_path / "p.csv", index=False)
+    assert list(read(tmp_path / "p.csv", background="healthy").table["patient_label"][:4]) == ["", "", "", "LGG"]
+    write(tmp_path / "p.parquet", table().assign(patient_label=""), CLASSES, "healthy")
+    assert set(read(tmp_path / "p.parquet").table["patient_label"]) == {""}
 
 
 def test_a_patient_with_several_labels_and_no_patient_label_is_refused(tmp_path: Path) -> None:

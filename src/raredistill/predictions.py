@@ -31,7 +31,8 @@ class Predictions:
     """Predictions of one run or several, checked.
 
     Attributes:
-        table: the columns ``COLUMNS``; both labels are class names, ``logits`` holds K numbers in the order of ``classes``.
+        table: the columns ``COLUMNS``; both labels are class names (a patient's is empty if it carries no class), ``logits`` holds K
+            numbers in the order of ``classes``.
         classes: K class names.
         background: the class that no patient carries, such as healthy slices beside a tumour; None when each class is a patient's.
     """
@@ -54,12 +55,19 @@ class Predictions:
         """Class indices ``(N,)``."""
         return pd.Index(self.classes).get_indexer(pd.Index(self.table["label"])).astype(np.int64)
 
-    def where(self, **values: Any) -> Predictions:
-        """Keep the rows whose columns have these values, such as ``split="test", checkpoint="best"``."""
-        kept = np.ones(len(self.table), dtype=bool)
-        for column, value in values.items():
-            kept &= (self.table[column] == value).to_numpy()
-        return Predictions(self.table[kept].reset_index(drop=True), self.classes, self.background)
+    def part(self, split: str, checkpoint: str = "best") -> Predictions:
+        """Keep one part's rows of one checkpoint, such as the test part of the best.
+
+        Raises:
+            DataError: there are none.
+        """
+        kept = self.table[(self.table["split"] == split) & (self.table["checkpoint"] == checkpoint)]
+        if kept.empty:
+            there = sorted({f"{part} of {which}" for part, which in zip(self.table["split"], self.table["checkpoint"], strict=True)})
+            raise DataError(
+                f"no predictions of the {split} part by the checkpoint {checkpoint!r}; the table has {', '.join(there) or 'no rows'}"
+            )
+        return Predictions(kept.reset_index(drop=True), self.classes, self.background)
 
 
 def write(path: Path, table: pd.DataFrame, classes: Sequence[str], background: str | None = None) -> None:
@@ -192,15 +200,15 @@ def _patient_labels(table: pd.DataFrame, background: str | None, path: Path) -> 
     if (several := carried.nunique() > 1).any():
         patient = several.index[several.to_numpy()][0]
         raise DataError(f"{path}: patient {patient} has several labels; give a column patient_label, or name the background class")
-    return table["patient"].map(carried.first()).fillna(table["label"])
+    return table["patient"].map(carried.first()).fillna("")
 
 
 def _check(table: pd.DataFrame, classes: tuple[str, ...], background: str | None, where: str) -> pd.DataFrame:
     _require(table, COLUMNS, where)
     _check_classes(classes, background, where)
     checked = _typed(table[list(COLUMNS)].reset_index(drop=True), where)
-    for column in ("label", "patient_label"):
-        if unknown := sorted(set(checked[column]) - set(classes)):
+    for column, allowed in (("label", ()), ("patient_label", ("",))):
+        if unknown := sorted(set(checked[column]) - {*classes, *allowed}):
             raise DataError(f"{where}: {column} holds {unknown[0]!r}, which is not one of the classes {list(classes)}")
     _check_units(checked, where)
     logits = _matrix(checked["logits"], len(classes), where)

@@ -20,6 +20,8 @@ from raredistill.models.weights import (
     UNTRAINED,
     Normalisation,
     Weights,
+    classifiers_of,
+    load_classifier,
     load_hub,
     load_own,
     load_timm,
@@ -58,19 +60,21 @@ def create(
     head: str = "linear",
     dropout: float = 0.0,
     normalisation: Normalisation | None = None,
+    keep_classifier: bool = False,
 ) -> Network:
     """Build a network by name.
 
     Args:
         name: one of :func:`list_models`, with a timm weights tag if wanted.
-        channels: of the images, any number; a pre-trained first convolution is summed for one channel, else repeated and rescaled.
+        channels: of the images; a pre-trained first convolution is summed for one channel, else repeated and rescaled.
         classes: how many logits.
         image_size: height and width in pixels.
         pretrained: True for timm's hub, or a ``.safetensors`` file: timm's weights of this network, or a checkpoint of raredistill.
         head: ``linear``, or ``thesis`` for its two layers.
         dropout: in the head.
-        normalisation: mean and std for images in [0, 1]. By default what the file says (``mean`` and ``std`` in its metadata), else that of
-            timm's weights of this name, averaged when the channels are not three; 0.5 and 0.25 when not pre-trained.
+        normalisation: mean and std for images in [0, 1]. By default what the file's metadata say, else that of timm's weights of this
+            name, averaged when the channels are not three; 0.5 and 0.25 when not pre-trained.
+        keep_classifier: take the file's classifier too, as the linear head: for a finished classifier that was trained elsewhere.
 
     Raises:
         ConfigError: unknown name, head or weights tag, or an image size that this network cannot take (says which it can).
@@ -85,6 +89,8 @@ def create(
         features = _features_of(body, channels, image_size)
     mean, std = normalisation_for(normalisation or _normalisation(timm_name, weights, bool(pretrained)), channels)
     built = build_head(head, features, classes, dropout)
+    if keep_classifier:
+        _keep_classifier(timm_name, built, head, weights)
     return Network(body, built, name=name, channels=channels, classes=classes, image_size=image_size, mean=mean, std=std)
 
 
@@ -139,6 +145,12 @@ def _body(name: str, channels: int, size: int, weights: Weights | bool) -> nn.Mo
     except TypeError:
         # Networks that take any size do not know the word.
         return build()
+
+
+def _keep_classifier(name: str, built: nn.Module, head: str, weights: Weights | None) -> None:
+    if weights is None or head != "linear":
+        raise ConfigError(f"{name}: keeping a classifier needs `pretrained:` the path of a file, and the linear head")
+    load_classifier(built, weights, () if name in OWN else classifiers_of(name))
 
 
 def _own_body(name: str, channels: int, weights: Weights | bool) -> nn.Module:

@@ -109,13 +109,39 @@ def load_timm(name: str, weights: Weights, channels: int, **options: Any) -> nn.
     config: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
     with torch.device("meta"):
         plain = untrained(name, channels, **options)
-    classifier = config.classifier or ()
-    check_names(weights, plain, (classifier,) if isinstance(classifier, str) else classifier)
+    check_names(weights, plain, classifiers_of(name))
     source = {"state_dict": dict(weights.tensors), "input_size": (_channels_of(weights, config), *config.input_size[1:])}
     try:
         return untrained(name, channels, pretrained=True, pretrained_cfg_overlay=source, **options)
     except RuntimeError as error:
         raise _misfit(weights.path, f"does not fit ({error})") from None
+
+
+def classifiers_of(name: str) -> tuple[str, ...]:
+    """What a timm network calls its classifier; some have several."""
+    config: Any = timm.get_pretrained_cfg(name)
+    classifier = config.classifier or ()
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier)
+
+
+def load_classifier(head: nn.Module, weights: Weights, names: Sequence[str]) -> None:
+    """Copy a file's classifier into a linear head.
+
+    Raises:
+        CheckpointError: the file has none, or one of other classes or features.
+    """
+    found = next((name for name in names if f"{name}.weight" in weights.tensors), None)
+    if found is None:
+        raise _misfit(weights.path, "holds no classifier, so it cannot be used as it is; train it as `pretrained:` weights")
+    weight, bias = weights.tensors[f"{found}.weight"], weights.tensors.get(f"{found}.bias")
+    [linear] = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
+    if weight.flatten(1).shape != linear.weight.shape:
+        raise _misfit(
+            weights.path, f"has a classifier {tuple(weight.shape)} where {tuple(linear.weight.shape)} (classes, features) is needed"
+        )
+    with torch.no_grad():
+        linear.weight.copy_(weight.flatten(1))
+        linear.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
 
 
 def load_hub(name: str, channels: int, **options: Any) -> nn.Module:
