@@ -1,0 +1,164 @@
+"""Batches of uint8 straight from the cohort: gathered and augmented where the compute lives."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raredistill.augment import Augmentation, apply, make_params
+from raredistill.cohort.store import Cohort
+from raredistill.errors import ConfigError
+from raredistill.sampling import epoch_order
+
+RESIDENT_SHARE = 0.4
+AHEAD = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one step: the union of the channels that its networks ask for.
+
+    Attributes:
+        rows: ``(N,)`` int64 rows of the cohort.
+        images: ``(N, C, H, W)`` float32 in [0, 1].
+        labels: ``(N,)`` int64 class indices.
+        channels: names of the C channels.
+    """
+
+    rows: Tensor
+    images: Tensor
+    labels: Tensor
+    channels: tuple[str, ...]
+
+    def select(self, channels: Sequence[str]) -> Tensor:
+        """The view of one network: its channels, in its order."""
+        if tuple(channels) == self.channels:
+            return self.images
+        return self.images[:, [self.channels.index(channel) for channel in channels]]
+
+
+class Batches:
+    """Batches of some rows of a cohort, the same whether pixels are resident on the device or streamed from disk.
+
+    Args:
+        cohort: where pixels and labels are.
+        rows: ``(M,)`` rows to serve.
+        channels: union of what the networks need.
+        batch_size: samples a batch.
+        device: where batches are made.
+        sampler: order of an epoch when ``shuffle``.
+        augmentation: strengths, or none.
+        seed: of order and views.
+        shuffle: otherwise rows come in the given order.
+        residence: ``resident``, ``streamed`` or ``auto`` (resident when the pixels take at most 40 % of the device's free memory).
+        drop_last: leave out a smaller last batch.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        rows: np.ndarray,
+        *,
+        channels: Sequence[str],
+        batch_size: int,
+        device: torch.device,
+        sampler: str = "natural",
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        residence: str = "auto",
+        drop_last: bool = False,
+    ) -> None:
+        self.rows, self.channels, self.batch_size, self.device = rows, tuple(channels), batch_size, device
+        self.sampler, self.augmentation, self.seed, self.shuffle, self.drop_last = sampler, augmentation, seed, shuffle, drop_last
+        self._labels = cohort.labels[rows]
+        self._pixels = [cohort.pixels(channel) for channel in self.channels]
+        self._labels_there = torch.from_numpy(self._labels).to(device)
+        self._resident = self._gather(np.arange(len(rows))).to(device) if self._fits(residence) else None
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.rows), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Serve an epoch; order and views are functions of (seed, epoch, row)."""
+        positions = self._order(epoch)
+        parts = [positions[start * self.batch_size : (start + 1) * self.batch_size] for start in range(len(self))]
+        for part, pixels in self._pixels_of(parts):
+            yield self._batch(part, pixels, epoch)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self.rows))
+        return epoch_order(self._labels, sampler=self.sampler, seed=self.seed, epoch=epoch)
+
+    def _pixels_of(self, parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
+        if self._resident is None:
+            yield from self._stream(parts)
+            return
+        for part in parts:
+            yield part, self._resident[torch.from_numpy(part).to(self.device)]
+
+    def _stream(self, parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
+        waiting: queue.Queue[tuple[np.ndarray, Tensor] | BaseException] = queue.Queue(AHEAD)
+        stop = threading.Event()
+        reader = threading.Thread(target=self._read, args=(parts, waiting, stop), daemon=True)
+        reader.start()
+        try:
+            for _ in parts:
+                item = waiting.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item[0], item[1].to(self.device, non_blocking=True)
+        finally:
+            stop.set()
+
+    def _read(
+        self, parts: list[np.ndarray], waiting: queue.Queue[tuple[np.ndarray, Tensor] | BaseException], stop: threading.Event
+    ) -> None:
+        for part in parts:
+            item: tuple[np.ndarray, Tensor] | BaseException
+            try:
+                item = (part, self._pinned(self._gather(part)))
+            except (OSError, ValueError) as error:
+                item = error
+            while not stop.is_set():
+                try:
+                    waiting.put(item, timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+
+    def _gather(self, positions: np.ndarray) -> Tensor:
+        rows = self.rows[positions]
+        return torch.from_numpy(np.stack([pixels[rows] for pixels in self._pixels], axis=1))
+
+    def _pinned(self, pixels: Tensor) -> Tensor:
+        return pixels.pin_memory() if self.device.type == "cuda" else pixels
+
+    def _batch(self, positions: np.ndarray, pixels: Tensor, epoch: int) -> Batch:
+        images = pixels.to(torch.float32).mul_(1 / 255)
+        rows = self.rows[positions]
+        if self.augmentation is not None:
+            images = apply(images, make_params(self.augmentation, seed=self.seed, epoch=epoch, samples=rows))
+        labels = self._labels_there[torch.from_numpy(positions).to(self.device)]
+        return Batch(torch.from_numpy(rows), images, labels, self.channels)
+
+    def _fits(self, residence: str) -> bool:
+        if residence not in ("auto", "resident", "streamed"):
+            raise ConfigError(f"unknown residence {residence}; there are auto, resident and streamed")
+        size = len(self.rows) * sum(pixels[0].size for pixels in self._pixels) if len(self.rows) else 0
+        return residence == "resident" or (residence == "auto" and size <= RESIDENT_SHARE * _free_memory(self.device))
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

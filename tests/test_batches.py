@@ -1,0 +1,142 @@
+"""Order, views and pixels of an epoch: functions of (seed, epoch, sample), against scipy and a plain loop."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage, stats
+
+from raredistill.augment import PRESETS, Augmentation, Params, apply, make_params, uniform
+from raredistill.batches import Batches
+from raredistill.errors import ConfigError
+from raredistill.sampling import epoch_order
+
+CPU = torch.device("cpu")
+
+
+def params(number, **changes):
+    ones, zeros = np.ones(number, np.float32), np.zeros(number, np.float32)
+    plain = {"angle": zeros, "zoom": ones, "hsign": ones, "vsign": ones, "brightness": ones, "contrast": ones}
+    return Params(**{**plain, **{name: np.full(number, value, np.float32) for name, value in changes.items()}})
+
+
+@pytest.fixture
+def images():
+    smooth = ndimage.gaussian_filter(np.random.default_rng(0).random((2, 1, 32, 24)), (0, 0, 3, 3))
+    smooth = (smooth - smooth.min()) / (smooth.max() - smooth.min())
+    return torch.from_numpy(smooth.astype(np.float32))
+
+
+def test_natural_serves_each_sample_once_and_balanced_each_class_equally():
+    labels = np.array([0] * 80 + [1] * 16 + [2] * 4)
+    assert sorted(epoch_order(labels, sampler="natural", seed=0, epoch=0)) == list(range(100))
+    balanced = epoch_order(labels, sampler="balanced", seed=0, epoch=0)
+    assert sorted(np.bincount(labels[balanced])) == [33, 33, 34]
+    rare = np.bincount(balanced, minlength=100)[96:]
+    assert rare.max() - rare.min() <= 1
+    root = np.bincount(labels[epoch_order(labels, sampler="sqrt", seed=0, epoch=0)])
+    np.testing.assert_allclose(root / 100, np.sqrt([80, 16, 4]) / np.sqrt([80, 16, 4]).sum(), atol=0.01)
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    labels = np.arange(50) % 3
+    orders = [epoch_order(labels, sampler="natural", seed=seed, epoch=epoch).tolist() for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2] != orders[3]
+    with pytest.raises(ConfigError, match="balanced"):
+        epoch_order(labels, sampler="blanced", seed=0, epoch=0)
+
+
+def test_views_do_not_depend_on_the_batch_and_are_uniform():
+    whole = make_params(PRESETS["default"], seed=3, epoch=5, samples=np.arange(1000))
+    part = make_params(PRESETS["default"], seed=3, epoch=5, samples=np.array([777, 3]))
+    assert part.angle.tolist() == whole.angle[[777, 3]].tolist()
+    drawn = uniform(0, 0, np.arange(20_000), 0)
+    assert stats.kstest(drawn, "uniform").pvalue > 0.001
+    assert abs(np.corrcoef(drawn, uniform(0, 1, np.arange(20_000), 0))[0, 1]) < 0.03
+
+
+def test_no_change_leaves_the_image(images):
+    torch.testing.assert_close(apply(images, params(2)), images, atol=1e-5, rtol=0)
+
+
+def test_flips_are_exact(images):
+    torch.testing.assert_close(apply(images, params(2, hsign=-1)), images.flip(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(apply(images, params(2, vsign=-1)), images.flip(2), atol=1e-5, rtol=0)
+
+
+def test_rotation_and_zoom_equal_scipys_affine(images):
+    angle, zoom = 0.3, 1.1
+    ours = apply(images, params(2, angle=angle, zoom=zoom))[0, 0].numpy()
+    matrix = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / zoom
+    centre = (np.array(ours.shape) - 1) / 2
+    expected = ndimage.affine_transform(images[0, 0].numpy(), matrix, centre - matrix @ centre, order=1)
+    inside = (slice(8, 24), slice(6, 18))
+    np.testing.assert_allclose(ours[inside], expected[inside], atol=1e-4)
+
+
+def test_brightness_and_contrast_follow_their_formula(images):
+    ours = apply(images, params(2, brightness=0.9, contrast=1.2))
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    torch.testing.assert_close(ours, (0.9 * (mean + 1.2 * (images - mean))).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def batches(cohort, residence="resident", **settings):
+    known = {"channels": ("flair", "t1ce"), "batch_size": 16, "device": CPU, "augmentation": PRESETS["default"], "seed": 7}
+    return Batches(cohort, np.arange(5, 95), residence=residence, **{**known, **settings})
+
+
+def test_streamed_batches_equal_resident_ones_bit_for_bit(tiny_cohort):
+    for one, other in zip(batches(tiny_cohort).epoch(2), batches(tiny_cohort, "streamed").epoch(2), strict=True):
+        assert one.rows.tolist() == other.rows.tolist()
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_a_sample_has_one_view_an_epoch_whatever_the_batch_size(tiny_cohort):
+    def views(size):
+        return {
+            int(row): image
+            for batch in batches(tiny_cohort, batch_size=size).epoch(1)
+            for row, image in zip(batch.rows, batch.images, strict=True)
+        }
+
+    one, other = views(16), views(7)
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[row], other[row], atol=1e-6) for row in one)
+
+
+def test_plain_batches_are_the_pixels_in_order(tiny_cohort):
+    plain = list(batches(tiny_cohort, shuffle=False, augmentation=None).epoch(0))
+    images = torch.cat([batch.images for batch in plain])
+    np.testing.assert_allclose(images[:, 1].numpy() * 255, tiny_cohort.pixels("t1ce")[5:95], atol=1e-4)
+    assert torch.cat([batch.labels for batch in plain]).tolist() == tiny_cohort.labels[5:95].tolist()
+    assert len(batches(tiny_cohort)) == 6
+    assert len(batches(tiny_cohort, drop_last=True)) == 5 == len(list(batches(tiny_cohort, drop_last=True).epoch(0)))
+
+
+def test_teacher_and_student_see_the_same_view_in_their_own_channels(tiny_cohort):
+    batch = next(batches(tiny_cohort).epoch(0))
+    assert torch.equal(batch.select(("t1ce",))[:, 0], batch.images[:, 1])
+    assert torch.equal(batch.select(("t1ce", "flair")), batch.images.flip(1))
+
+
+def test_an_abandoned_stream_ends_its_reader(tiny_cohort):
+    import threading
+    import time
+
+    before = threading.active_count()
+    stream = batches(tiny_cohort, "streamed", batch_size=2).epoch(0)
+    next(stream)
+    stream.close()
+    time.sleep(0.6)
+    assert threading.active_count() == before
+
+
+def test_unknown_residence_is_refused(tiny_cohort):
+    with pytest.raises(ConfigError, match="streamed"):
+        batches(tiny_cohort, "steamed")
+
+
+def test_presets_say_what_they_do():
+    assert PRESETS["none"] is None
+    assert PRESETS["thesis"] == Augmentation(rotation=30, hflip=0.5, vflip=0.5, scale=(0.9, 1.1), brightness=0.2, contrast=0.2)
