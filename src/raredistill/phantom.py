@@ -178,7 +178,7 @@ def load_atlas(size: tuple[int, int, int]) -> np.ndarray:
     tissue = np.stack([grey * brain, white * brain, brain * np.clip(1 - grey - white, 0, 1)])
     box = tuple(slice(max(0, low - 2), high + 3) for low, high in _bounds(brain > 0))
     blur = np.maximum(0.0, _FIELD_OF_VIEW / size - 1) * 0.4
-    smooth = [ndimage.gaussian_filter(np.pad(share[box], 3), blur) for share in tissue]
+    smooth = [ndimage.gaussian_filter(np.pad(share[box], 3), blur, truncate=2.5) for share in tissue]
     return np.asarray(np.rint(np.clip(np.stack(smooth), 0, 1) * 255), dtype=np.uint8)
 
 
