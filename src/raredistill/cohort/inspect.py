@@ -1,0 +1,134 @@
+"""What is in a cohort, to be read and to be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from raredistill import files
+from raredistill.cohort.store import Cohort
+from raredistill.errors import DataError
+
+ALL = "all"
+_COLOUR = ("red", "green", "blue")
+_GENERATED = "generated data (phantom), not patients"
+
+
+def summary(cohort: Cohort) -> pd.DataFrame:
+    """Slices and patients by class, and by part where the source gives a split.
+
+    Returns:
+        Columns ``split`` (only with a given split), ``class``, ``slices``, ``share`` (of its part's slices), ``patients``,
+        ``slices_per_patient`` (median) and ``sources`` (files or cases). The class ``all`` sums up a part; a patient with several
+        classes counts once there.
+    """
+    if not (cohort.samples["split"] != "").any():
+        return _part_summary(cohort.samples, cohort.classes)
+    parts = [_part_summary(part, cohort.classes) for _, part in cohort.samples.groupby("split", sort=False)]
+    for name, part in zip(cohort.samples["split"].unique(), parts, strict=True):
+        part.insert(0, "split", name or "(none)")
+    return pd.concat(parts, ignore_index=True)
+
+
+def _part_summary(samples: pd.DataFrame, classes: Iterable[str]) -> pd.DataFrame:
+    groups = [(name, samples[samples["label"] == name]) for name in classes]
+    return pd.DataFrame([_row(name, group, len(samples)) for name, group in [*groups, (ALL, samples)]])
+
+
+def _row(name: str, group: pd.DataFrame, total: int) -> dict[str, str | int | float]:
+    return {
+        "class": name,
+        "slices": len(group),
+        "share": round(len(group) / max(total, 1), 4),
+        "patients": group["patient"].nunique(),
+        "slices_per_patient": float(group.groupby("patient").size().median()) if len(group) else 0.0,
+        "sources": group["source"].nunique(),
+    }
+
+
+def patient_table(cohort: Cohort) -> pd.DataFrame:
+    """Slices of each patient by class: index ``patient``, columns ``patient_label`` and one a class."""
+    samples = cohort.samples
+    counts = pd.crosstab(samples["patient"], samples["label"]).reindex(columns=list(cohort.classes), fill_value=0)
+    counts.insert(0, "patient_label", samples.groupby("patient")["patient_label"].first())
+    return counts.rename_axis(columns=None)
+
+
+def choose(cohort: Cohort, *, per_class: int, seed: int) -> dict[str, np.ndarray]:
+    """Rows to show of each class, drawn at random, from as many patients as there are: class -> ``(<= per_class,)`` int64."""
+    rng = np.random.default_rng(seed)
+    shuffled = cohort.samples.loc[rng.permutation(len(cohort.samples)), ["label", "patient"]]
+    shuffled["turn"] = shuffled.groupby(["label", "patient"]).cumcount()
+    ordered = shuffled.sort_values("turn", kind="stable")  # every patient's first slice, then every patient's second
+    return {name: ordered.index[ordered["label"] == name].to_numpy()[:per_class] for name in cohort.classes}
+
+
+def contact_sheet(cohort: Cohort, path: Path, *, per_class: int = 8, channel: str | None = None, seed: int = 0) -> Path:
+    """Draw a row of samples a class, captioned with patient and slice; the same seed draws the same sheet.
+
+    Args:
+        cohort: what to show.
+        path: the PNG to write.
+        per_class: samples a row, of as many patients as there are.
+        channel: what to show; by default colour where the channels are red, green and blue, else the first channel.
+        seed: of the choice.
+
+    Raises:
+        DataError: the cohort lacks the channel, ``path`` does not end with .png, or ``per_class`` is not positive.
+    """
+    if per_class < 1:
+        raise DataError(f"per_class={per_class}; show at least one sample a class")
+    if path.suffix.lower() != ".png":
+        raise DataError(f"{path}: a contact sheet is a picture; name a file that ends with .png")
+    shown = _planes(cohort, channel)
+    figure = Figure(figsize=(1.9 * per_class + 1, 2.3 * len(cohort.classes) + 0.7), layout="constrained")
+    axes = figure.subplots(len(cohort.classes), per_class, squeeze=False)
+    for row, (name, chosen) in zip(axes, choose(cohort, per_class=per_class, seed=seed).items(), strict=True):
+        _draw_class(row, name, cohort, chosen, shown)
+    figure.suptitle(_title(cohort, channel), fontsize=14)
+    with files.atomic(path) as temporary:
+        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=110, metadata={"Software": None})
+    return path
+
+
+def _is_colour(cohort: Cohort, channel: str | None) -> bool:
+    return channel is None and set(_COLOUR) <= set(cohort.channels)
+
+
+def _planes(cohort: Cohort, channel: str | None) -> list[np.ndarray]:
+    """What is shown as red, green and blue: ``(N, h, w)`` each; one grey channel three times, as a colour map would round its values."""
+    names = _COLOUR if _is_colour(cohort, channel) else (channel or cohort.channels[0],) * 3
+    return [cohort.pixels(name) for name in names]
+
+
+def _draw_class(row: np.ndarray, name: str, cohort: Cohort, chosen: np.ndarray, shown: list[np.ndarray]) -> None:
+    for axis in row:
+        _bare(axis)
+    row[0].set_ylabel(name, fontsize=14)
+    for axis, index in zip(row, chosen, strict=False):
+        axis.imshow(np.stack([plane[index] for plane in shown], axis=-1))
+        axis.set_title(_caption(cohort.samples.loc[index]), fontsize=8)
+
+
+def _bare(axis: Axes) -> None:
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+
+
+def _caption(sample: pd.Series) -> str:
+    patient = str(sample["patient"])
+    short = patient if len(patient) <= 24 else f"…{patient[-23:]}"
+    return f"{short}\nslice {sample['slice']}" if sample["slice"] >= 0 else short
+
+
+def _title(cohort: Cohort, channel: str | None) -> str:
+    parts = [cohort.name, "colour" if _is_colour(cohort, channel) else channel or cohort.channels[0], f"{len(cohort.samples)} slices"]
+    parts += [f"{cohort.samples['patient'].nunique()} patients"]
+    return " · ".join(parts + ([_GENERATED] if cohort.provenance.get("settings", {}).get("generated") else []))
