@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -24,22 +24,37 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def over_units(work: Callable[..., Outcome], units: Sequence[Unit], arguments: Sequence[Any], *, workers: int | None) -> Iterator[Outcome]:
+def over_units(
+    work: Callable[..., Outcome],
+    units: Sequence[Unit],
+    arguments: Sequence[Any],
+    *,
+    workers: int | None = None,
+    executor: Executor | None = None,
+) -> Iterator[Outcome]:
     """Call ``work(unit, *arguments)`` for every unit and yield the outcomes as they come, in no particular order.
 
     One worker, or one unit, runs in this process; more of them in processes of one thread each. Leaving the iterator early, as an
     interruption does, waits only for the units at work.
 
+    Args:
+        work: a function at the top of a module.
+        units: patients.
+        arguments: the rest of the function's arguments.
+        workers: processes; all cores by default.
+        executor: processes that run already, used in place of new ones.
+
     Raises:
         DataError: a worker was killed, as systems do when memory ends.
     """
     count = min(workers or cores(), len(units))
-    if count <= 1:
+    if executor is not None:
+        yield from _results([executor.submit(work, unit, *arguments) for unit in units])
+    elif count <= 1:
         yield from (work(unit, *arguments) for unit in units)
-        return
-    with pool(count) as executor:
-        futures = [executor.submit(work, unit, *arguments) for unit in units]
-        yield from _results(futures)
+    else:
+        with pool(count) as own:
+            yield from _results([own.submit(work, unit, *arguments) for unit in units])
 
 
 def _results(futures: list[Future[Outcome]]) -> Iterator[Outcome]:

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def prepare(
     workers: int | None = None,
     leave_out_bad: bool = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Cohort:
     """Read every patient of a source once and write a cohort.
 
@@ -51,6 +53,7 @@ def prepare(
         workers: processes; all cores by default, one patient each.
         leave_out_bad: go on without the patients that have errors; they are named in the provenance.
         progress: called with the patients done and all patients.
+        executor: processes that run already (``parallel.pool``), used in place of new ones; ``workers`` then says nothing.
 
     Raises:
         DataError: the source has errors (all are told), nothing is left, or ``out`` holds something else.
@@ -63,7 +66,7 @@ def prepare(
     files.claim_folder(out, WORK)
     with files.locked(out / WORK / "lock"):
         _claim_job(out, job)
-        parts, unreadable = _read_parts(source, out / WORK, size, workers, progress)
+        parts, unreadable = _read_parts(source, out / WORK, size, progress, workers=workers, executor=executor)
         _refuse(source, unreadable, leave_out_bad)
         return _assemble(source, out, size, job, parts, [*problems, *unreadable])
 
@@ -122,7 +125,7 @@ def _refuse(source: Source, problems: list[Problem], leave_out_bad: bool) -> Non
 
 
 def _read_parts(
-    source: Source, folder: Path, size: tuple[int, int], workers: int | None, progress: Progress | None
+    source: Source, folder: Path, size: tuple[int, int], progress: Progress | None, **processes: Any
 ) -> tuple[list[dict[str, Any]], list[Problem]]:
     """Bring every patient's part to disk; parts come back in the order of the units."""
     units = source.units()
@@ -130,7 +133,7 @@ def _read_parts(
     missing = [unit for unit in units if unit.patient not in done]
     unreadable: list[Problem] = []
     _tell(progress, len(done), len(units))
-    for count, (patient, part, problem) in enumerate(over_units(write_part, missing, (source, folder, size), workers=workers), 1):
+    for count, (patient, part, problem) in enumerate(over_units(write_part, missing, (source, folder, size), **processes), 1):
         if part is not None:
             done[patient] = part
         if problem is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,10 @@ def save(
     files.claim_folder(root, WORK)
     (root / WORK).mkdir(exist_ok=True)
     expected = len(table) * size[0] * size[1]
-    hashes = {channel: _write_pixels(pixel_file(root, channel), blocks, expected) for channel, blocks in pixels.items()}
+    with ThreadPoolExecutor() as threads:  # hashing and writing leave Python's lock
+        hashes = dict(
+            zip(pixels, threads.map(lambda item: _write_pixels(pixel_file(root, item[0]), item[1], expected), pixels.items()), strict=True)
+        )
     with files.atomic(root / SAMPLES) as temporary:
         table.to_parquet(temporary, index=False)
     content = {"classes": names, "channels": tuple(pixels), "size": tuple(size), "pixels": hashes, "samples": _table_hash(table)}

@@ -29,18 +29,22 @@ class Window:
         high: value that becomes 255.
         brain: ``(n,)`` voxels above the background, by slice.
         present: ``(n,)`` whether a slice differs from the background anywhere.
+        box: rows and columns outside of which no slice has brain.
     """
 
     low: float
     high: float
     brain: np.ndarray
     present: np.ndarray
+    box: tuple[slice, slice]
 
 
 def commonest(volume: np.ndarray) -> float:
     """The value that most voxels have: the background of a skull-stripped scan, whatever its scale."""
     corner = volume[(0,) * volume.ndim]
-    if 2 * np.count_nonzero(volume == corner) > volume.size:  # a majority is the mode; no need to sort nine million numbers
+    if (
+        2 * sum(np.count_nonzero(plane == corner) for plane in volume) > volume.size
+    ):  # a majority is the mode; no need to sort nine million numbers
         return float(corner)
     values, counts = np.unique(volume, return_counts=True)
     return float(values[counts.argmax()])
@@ -58,26 +62,36 @@ def window(volume: np.ndarray, background: np.ndarray | float | None = None) -> 
     """
     if volume.dtype.kind == "f" and not np.isfinite(volume).all():
         raise DataError("values that are not finite (NaN or infinity)")
-    if background is None:
-        background = commonest(volume)
-    inside = volume > np.asarray(background).astype(volume.dtype)
-    brain = np.array([np.count_nonzero(plane) for plane in inside], np.int64)
-    if not brain.any():
+    levels = np.asarray(commonest(volume) if background is None else background).astype(volume.dtype).reshape(-1)
+    brain, present = np.zeros(len(volume), np.int64), np.zeros(len(volume), bool)
+    touched, values = np.zeros(volume.shape[1:], bool), []
+    for index, plane in enumerate(volume):  # slice by slice, since a slice fits the processor's cache and a volume does not
+        level = levels[index % len(levels)]
+        inside = plane > level
+        brain[index] = np.count_nonzero(inside)
+        present[index] = brain[index] > 0 or bool((plane != level).any())
+        if brain[index]:
+            touched |= inside
+            values.append(plane[inside])
+    if not values:
         raise DataError("nothing but background")
-    low, high = _quantiles(volume[inside])
+    low, high = _quantiles(np.concatenate(values))
     if low == high:
-        low = float(np.min(background))  # all of the brain has one value: white on black
-    return Window(low, high, brain, _present(volume, background))
+        low = float(levels.min())  # all of the brain has one value: white on black
+    return Window(low, high, brain, present, (_extent(touched.any(1)), _extent(touched.any(0))))
 
 
-def _present(volume: np.ndarray, background: np.ndarray | float) -> np.ndarray:
-    values = np.broadcast_to(np.asarray(background, dtype=volume.dtype).reshape(-1), len(volume))
-    return np.array([bool((plane != value).any()) for plane, value in zip(volume, values, strict=True)])
+def _extent(touched: np.ndarray) -> slice:
+    indices = np.flatnonzero(touched)
+    return slice(int(indices[0]), int(indices[-1]) + 1)
 
 
 def _quantiles(values: np.ndarray) -> tuple[float, float]:
-    last = values.size - 1
-    first, second = int(LOW * last), int(np.ceil(HIGH * last))
+    first, second = int(LOW * (values.size - 1)), int(np.ceil(HIGH * (values.size - 1)))
+    if values.dtype.kind in "iu" and values.dtype.itemsize <= 2:  # counting beats sorting
+        start = int(values.min())
+        ranks = np.cumsum(np.bincount(values.astype(np.int64) - start))
+        return float(start + np.searchsorted(ranks, first, "right")), float(start + np.searchsorted(ranks, second, "right"))
     ordered = np.partition(values, [first, second])
     return float(ordered[first]), float(ordered[second])
 
@@ -117,7 +131,8 @@ def render(volumes: Sequence[np.ndarray], windows: Sequence[Window], keep: np.nd
     """
     interleaved = np.zeros((len(keep), *volumes[0].shape[1:], LANES), np.uint8)
     for lane, (volume, limits) in enumerate(zip(volumes, windows, strict=True)):
-        to_bytes(volume, keep, limits.low, limits.high, interleaved[..., lane])
+        rows, columns = limits.box  # all else is below the range: it stays 0
+        to_bytes(volume[:, rows, columns], keep, limits.low, limits.high, interleaved[:, rows, columns, lane])
     resized = _resize(interleaved, size)
     return [np.ascontiguousarray(resized[..., lane]) for lane in range(len(volumes))]
 

@@ -248,10 +248,10 @@ def _scaled(data: np.ndarray, slope: float | None, intercept: float | None) -> n
 def _labels(mask: np.ndarray, file: Path) -> np.ndarray:
     if mask.dtype.kind != "f":
         return mask
-    rounded: np.ndarray = mask.astype(np.int16)
-    if not np.array_equal(rounded, mask):
+    if not np.array_equal(np.rint(mask), mask):
         raise DataError(f"{file}: the segmentation holds fractions; resample it with nearest neighbours")
-    return rounded
+    whole: np.ndarray = mask.astype(np.int16)
+    return whole
 
 
 def _check_shapes(unit: Unit, arrays: list[np.ndarray]) -> None:
