@@ -156,7 +156,7 @@ def reliability(label: ArrayLike, probability: ArrayLike, bins: int = 15) -> tup
     top = scores.max(axis=1)
     place = np.clip(np.digitize(top, np.linspace(0, 1, bins + 1), right=True) - 1, 0, bins - 1)
     count = np.bincount(place, minlength=bins).astype(np.float64)
-    sums = [np.bincount(place, weights=each, minlength=bins) for each in (top, scores.argmax(axis=1) == truth)]
+    sums = [np.bincount(place, weights=each, minlength=bins) for each in (top, (scores.argmax(axis=1) == truth).astype(np.float64))]
     return count, _ratio(sums[0], count), _ratio(sums[1], count)
 
 
@@ -218,6 +218,7 @@ def _geometric_mean(recall: Floats) -> Floats:
     return np.where(number > 0, product ** (1 / np.maximum(number, 1)), np.nan)
 
 
-def _ratio(numerator: Floats, denominator: Floats, empty: float = np.nan) -> Floats:
-    numerator, denominator = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
-    return np.divide(numerator, denominator, out=np.full(denominator.shape, empty), where=denominator != 0)
+def _ratio(numerator: ArrayLike, denominator: ArrayLike, empty: float = np.nan) -> Floats:
+    above, below = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    result: Floats = np.divide(above, below, out=np.full(below.shape, empty), where=below != 0)
+    return result

@@ -30,7 +30,7 @@ def patient_bootstrap(predictions: Predictions, metric: Metric, *, resamples: in
     """A metric with its 95 % percentile interval over patients drawn with replacement within each patient class.
 
     Args:
-        predictions: one part of one checkpoint; rows of several folds, repeats and seeds are pooled, a patient always comes with all of his.
+        predictions: one part of one checkpoint; rows of several folds, repeats and seeds are pooled; a patient comes with all of them.
         metric: ``macro_f1``, ``balanced_accuracy``, ``accuracy``, ``g_mean``, ``mcc``, ``kappa``; ``f1:CLASS``, ``recall:CLASS``,
             ``precision:CLASS``, ``specificity:CLASS``, ``auprc:CLASS``, ``auroc:CLASS``; or a function of labels ``(N,)`` and
             probabilities ``(N, K)``.
@@ -128,14 +128,14 @@ def _parse(metric: str, classes: tuple[str, ...]) -> tuple[str, int]:
     if metric not in known:
         near = difflib.get_close_matches(metric, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown metric {metric!r}{hint} Known: {', '.join(known)}")
+        raise ConfigError(f"unknown metric {metric!r}{hint or ';'} known: {', '.join(known)}")
     return name, classes.index(which) if colon else -1
 
 
 def _counted(predictions: Predictions, name: str, place: int) -> Callable[[Integers], Floats]:
     of_row = _patients(predictions).of_row
     classes = len(predictions.classes)
-    cell = predictions.labels() * classes + predictions.logits().argmax(axis=1)
+    cell = predictions.labels() * classes + predictions.probabilities().argmax(axis=1)
     patients = int(of_row.max()) + 1
     counts = np.bincount(of_row * classes**2 + cell, minlength=patients * classes**2).reshape(patients, -1).astype(np.float64)
 

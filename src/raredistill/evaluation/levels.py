@@ -88,17 +88,22 @@ def evaluate(predictions: Predictions, checkpoint: str = "best", split: str = "t
     return _both_levels(select(predictions, split, checkpoint))
 
 
-def metrics_rows(predictions: Predictions) -> dict[str, list[dict[str, Any]]]:
+def metrics_rows(predictions: Predictions, checkpoint: str = "best", split: str = "test") -> dict[str, list[dict[str, Any]]]:
     """The metrics as rows to print.
 
     Args:
-        predictions: one part of one checkpoint, as :func:`select` gives it.
+        predictions: a whole table.
+        checkpoint: ``best`` or ``last``.
+        split: ``test`` or ``validation``.
 
     Returns:
         ``by slice`` and, where there is one, ``by patient``: a row a class (class, precision, recall, f1, auroc, auprc) and their mean,
         ``macro``; ``overall``: a row a level (level, macro_f1, balanced_accuracy, g_mean, mcc).
+
+    Raises:
+        DataError: no rows of that part and checkpoint.
     """
-    result = _both_levels(predictions)
+    result = evaluate(predictions, checkpoint, split)
     levels = {"slice": (result["slice"]["metrics"], result["classes"])}
     if result["patient"]:
         levels["patient"] = (result["patient"]["metrics"], result["patient"]["classes"])
