@@ -100,7 +100,7 @@ def apply(images: Tensor, params: Params) -> Tensor:
     Returns:
         ``(N, C, H, W)`` in [0, 1]; what comes from outside the image is 0.
     """
-    grid = F.affine_grid(_theta(params, images), list(images.shape), align_corners=False)
+    grid = _grid(params, images)
     turned = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     contrast, brightness = (
         torch.from_numpy(values).to(images.device)[:, None, None, None] for values in (params.contrast, params.brightness)
@@ -110,11 +110,20 @@ def apply(images: Tensor, params: Params) -> Tensor:
     return turned.mul_(brightness * contrast).add_(brightness * mean * (1 - contrast)).clamp_(0, 1)
 
 
-def _theta(params: Params, images: Tensor) -> Tensor:
-    # Output position -> input position in [-1, 1]; the ratio of the sides keeps angles true on oblong images.
-    ratio = images.shape[2] / images.shape[3]
+def _grid(params: Params, images: Tensor) -> Tensor:
+    # Input positions (x, y) in [-1, 1] of every output pixel, (N, H, W, 2). A column's share plus a row's share, each a complex number, are
+    # one broadcast addition: several times faster than affine_grid's matrix products. The ratio of the sides keeps angles true on oblong
+    # images.
+    height, width = images.shape[2:]
+    ratio = height / width
     cos, sin = np.cos(params.angle) / params.zoom, np.sin(params.angle) / params.zoom
-    zero = np.zeros_like(cos)
-    rows = [[cos * params.hsign, -sin * ratio * params.vsign, zero], [sin / ratio * params.hsign, cos * params.vsign, zero]]
-    theta = np.stack([np.stack(row, axis=-1) for row in rows], axis=1).astype(np.float32)
-    return torch.from_numpy(theta).to(images.device)
+    across = params.hsign * (cos + 1j * sin / ratio)
+    down = params.vsign * (-sin * ratio + 1j * cos)
+    columns, rows = across[:, None] * _centres(width), down[:, None] * _centres(height)
+    shares = [torch.from_numpy(share.astype(np.complex64)).to(images.device) for share in (columns[:, None, :], rows[:, :, None])]
+    return torch.view_as_real(shares[0] + shares[1])
+
+
+def _centres(size: int) -> np.ndarray:
+    # Centres of pixels when the image spans [-1, 1].
+    return (2 * np.arange(size, dtype=np.float32) + 1) / size - 1

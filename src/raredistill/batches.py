@@ -104,7 +104,7 @@ class Batches:
             yield from self._stream(parts)
             return
         for part in parts:
-            yield part, self._resident[torch.from_numpy(part).to(self.device)]
+            yield part, self._resident.index_select(0, torch.from_numpy(part).to(self.device))
 
     def _stream(self, parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
         waiting: queue.Queue[tuple[np.ndarray, Tensor] | BaseException] = queue.Queue(AHEAD)

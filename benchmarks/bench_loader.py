@@ -1,0 +1,98 @@
+"""Augmented 224 x 224 batches of 64: ours against a per-sample loader as the thesis had it, interleaved medians.
+
+The thesis' way: one ``.npy`` a sample, np.load, PIL rotation, flips and colour jitter, a DataLoader with two workers.
+Command: ``python benchmarks/bench_loader.py``
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from raredistill.augment import PRESETS
+from raredistill.batches import Batches
+from raredistill.cohort.store import Cohort, save
+
+SIZE, NUMBER, BATCH, ROUNDS = 224, 1024, 64, 5
+
+
+class PerSample(Dataset[tuple[torch.Tensor, int]]):
+    """One file, one image, one transform at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = sorted(folder.glob("*.npy"))
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomRotation(30, interpolation=transforms.InterpolationMode.BILINEAR),
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomVerticalFlip(),
+                transforms.ColorJitter(brightness=0.2, contrast=0.2),
+                transforms.ToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(np.load(self.files[index]))), index % 3
+
+
+def make_data(root: Path) -> Cohort:
+    pixels = np.random.default_rng(0).integers(0, 255, (NUMBER, SIZE, SIZE), dtype=np.uint8)
+    (root / "files").mkdir()
+    for number, image in enumerate(pixels):
+        np.save(root / "files" / f"{number:05d}.npy", image)
+    names = [str(number) for number in range(NUMBER)]
+    rows = pd.DataFrame(
+        {"sample": names, "patient": names, "label": [f"class{n % 3}" for n in range(NUMBER)], "slice": -1, "source": "", "split": ""}
+    )
+    rows["patient_label"] = rows["label"]
+    return save(root / "cohort", rows, {"grey": [pixels]}, classes=("class0", "class1", "class2"), size=(SIZE, SIZE))
+
+
+def rate(batches: Iterable[object]) -> float:
+    """Images per second of one epoch."""
+    start = time.perf_counter()
+    for _ in batches:
+        pass
+    return NUMBER / (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Print a table of medians and ratios."""
+    rates: dict[str, list[float]] = {"per sample, 2 workers": [], "resident": [], "streamed": []}
+    with tempfile.TemporaryDirectory() as folder:
+        cohort = make_data(Path(folder))
+        loader = DataLoader(PerSample(Path(folder) / "files"), batch_size=BATCH, shuffle=True, num_workers=2, persistent_workers=True)
+        ours = {
+            residence: Batches(cohort, np.arange(NUMBER), channels=("grey",), batch_size=BATCH, device=torch.device("cpu"),
+                               augmentation=PRESETS["thesis"], residence=residence)
+            for residence in ("resident", "streamed")
+        }  # fmt: skip
+        rate(loader)
+        for epoch in range(ROUNDS):
+            rates["per sample, 2 workers"].append(rate(loader))
+            for residence, batches in ours.items():
+                rates[residence].append(rate(batches.epoch(epoch)))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    floor = medians["per sample, 2 workers"]
+    print(f"{NUMBER} images of {SIZE} x {SIZE}, batch {BATCH}, {os.cpu_count()} cores, medians of {ROUNDS} interleaved epochs\n")
+    print("| loader | images / s | times the per-sample loader |\n|---|---|---|")
+    for name, value in medians.items():
+        print(f"| {name} | {value:.0f} | {value / floor:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
