@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,26 +63,33 @@ def window(volume: np.ndarray, background: np.ndarray | float | None = None) -> 
     """
     if volume.dtype.kind == "f" and not np.isfinite(volume).all():
         raise DataError("values that are not finite (NaN or infinity)")
-    levels = np.asarray(commonest(volume) if background is None else background).astype(volume.dtype).reshape(-1)
+    level = commonest(volume) if background is None else background
+    levels = np.broadcast_to(np.asarray(level).astype(volume.dtype).reshape(-1), len(volume))
+    brain, present, touched = _scan(volume, levels)
+    if not touched.any():
+        raise DataError("nothing but background")
+    depth, rows, columns = _extent(brain > 0), _extent(touched.any(axis=1)), _extent(touched.any(axis=0))
+    middle = np.ascontiguousarray(volume[depth, rows, columns])  # a fraction of the volume, and twice as fast once it is compact
+    low, high = _quantiles(middle[middle > levels[depth].reshape(-1, 1, 1)])
+    if low == high:
+        low = float(levels.min())  # all of the brain has one value: white on black
+    return Window(low, high, brain, present, (rows, columns))
+
+
+def _scan(volume: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Brain voxels and presence by slice, and where any slice has brain; slice by slice, since a slice fits the processor's cache."""
     brain, present = np.zeros(len(volume), np.int64), np.zeros(len(volume), bool)
-    touched, values = np.zeros(volume.shape[1:], bool), []
-    for index, plane in enumerate(volume):  # slice by slice, since a slice fits the processor's cache and a volume does not
-        level = levels[index % len(levels)]
+    touched = np.zeros(volume.shape[1:], bool)
+    for index, (plane, level) in enumerate(zip(volume, levels, strict=True)):
         inside = plane > level
         brain[index] = np.count_nonzero(inside)
         present[index] = brain[index] > 0 or bool((plane != level).any())
         if brain[index]:
             touched |= inside
-            values.append(plane[inside])
-    if not values:
-        raise DataError("nothing but background")
-    low, high = _quantiles(np.concatenate(values))
-    if low == high:
-        low = float(levels.min())  # all of the brain has one value: white on black
-    return Window(low, high, brain, present, (_extent(touched.any(1)), _extent(touched.any(0))))
+    return brain, present, touched
 
 
-def _extent(touched: np.ndarray) -> slice:
+def _extent(touched: Any) -> slice:
     indices = np.flatnonzero(touched)
     return slice(int(indices[0]), int(indices[-1]) + 1)
 

@@ -1,0 +1,214 @@
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from raredistill import files
+from raredistill.cohort import prepare as preparation
+from raredistill.cohort.prepare import prepare
+from raredistill.cohort.sources.registry import open_source
+from raredistill.cohort.verify import verify
+from raredistill.errors import DataError
+from test_brats import REAL, independent_labels, write_grades, write_hdf5, write_nifti
+
+GRADES = {"a": "HGG", "b": "LGG", "c": "HGG"}
+SIZE = (12, 10)
+GLIOMA = REAL / "real-glioma-nifti"
+
+
+def make_source(root: Path, **options):
+    if not root.exists():
+        for seed, name in enumerate(GRADES):
+            write_nifti(root, name, seed, ending=".nii" if name == "a" else ".nii.gz")
+        write_nifti(root, "unlabelled", 9, segmentation=None)
+        write_grades(root, GRADES)
+    return open_source("brats_nifti", root, **{"min_tumour_voxels": 20, **options})
+
+
+def test_a_cohort_holds_what_the_source_reads_patient_by_patient(tmp_path):
+    source = make_source(tmp_path / "raw")
+    told = []
+    cohort = prepare(source, tmp_path / "out", size=SIZE, workers=1, progress=lambda *state: told.append(state))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    slices = [source.read(unit, SIZE) for unit in source.units()]
+    for channel in source.channels:
+        np.testing.assert_array_equal(cohort.pixels(channel), np.concatenate([one.pixels[channel] for one in slices]))
+    assert cohort.samples["sample"].tolist() == [row["sample"] for one in slices for row in one.rows]
+    assert cohort.samples["label"].tolist() == [row["label"] for one in slices for row in one.rows]
+    assert cohort.samples.groupby("patient")["patient_label"].unique().map(list).to_dict() == {k: [v] for k, v in GRADES.items()}
+    assert (cohort.background, cohort.patient_classes, cohort.size) == ("healthy", ("HGG", "LGG"), SIZE)
+
+
+def test_the_provenance_tells_files_rule_tally_and_who_was_left_out(tmp_path):
+    source = make_source(tmp_path / "raw")
+    told = prepare(source, tmp_path / "out", size=SIZE, workers=1).provenance
+    for patient in GRADES:
+        assert told["hashes"][patient] == {path.name: files.sha256(path) for path in (tmp_path / "raw" / patient).iterdir()}
+    assert told["settings"]["rule"] == "default"
+    assert told["settings"]["min_tumour_voxels"] == 20
+    assert [(row["patient"], row["what"]) for row in told["left_out"]] == [("unlabelled", "no segmentation")]
+    assert told["tally"]["healthy"] + told["tally"]["tumour"] == len(prepare(source, tmp_path / "out", size=SIZE).samples)
+    assert told["versions"]["numpy"] == np.__version__
+
+
+def test_processes_make_the_same_cohort_as_one(tmp_path):
+    source = make_source(tmp_path / "raw")
+    one = prepare(source, tmp_path / "one", size=SIZE, workers=1)
+    many = prepare(source, tmp_path / "many", size=SIZE, workers=2)
+    assert one.hash == many.hash
+    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["cohort.json", "pixels", "samples.parquet"]
+
+
+def test_both_layouts_make_cohorts_of_the_same_samples(tmp_path):
+    for number in (1, 2):
+        write_nifti(tmp_path / "nifti", f"BraTS20_Training_{number:03d}", number)
+        write_hdf5(tmp_path / "hdf5", number, number)
+    for layout in ("nifti", "hdf5"):
+        write_grades(tmp_path / layout, {"BraTS20_Training_001": "HGG", "BraTS20_Training_002": "LGG"})
+    nifti, hdf5 = (
+        prepare(open_source(f"brats_{name}", tmp_path / name), tmp_path / f"{name}-out", size=SIZE) for name in ("nifti", "hdf5")
+    )
+    assert nifti.samples.equals(hdf5.samples)
+    for channel in nifti.channels:
+        assert np.abs(nifti.pixels(channel).astype(int) - hdf5.pixels(channel)).max() <= 1
+
+
+def test_an_interrupted_preparation_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    source, out = make_source(tmp_path / "raw"), tmp_path / "out"
+
+    def stop_after_two(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, out, size=SIZE, workers=1, progress=stop_after_two)
+    assert not (out / "cohort.json").exists()
+    read = []
+    original = type(source).read
+    monkeypatch.setattr(type(source), "read", lambda self, unit, size: read.append(unit.patient) or original(self, unit, size))
+    resumed = prepare(source, out, size=SIZE, workers=1)
+    assert read == ["c"]
+    assert resumed.hash == prepare(source, tmp_path / "whole", size=SIZE, workers=1).hash
+
+
+def test_a_part_is_read_again_when_its_file_changed_or_its_pixels_are_cut(tmp_path):
+    source, out = make_source(tmp_path / "raw"), tmp_path / "out"
+
+    def stop(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, out, size=SIZE, workers=1, progress=stop)
+    cut = preparation._part_file(out / ".parts", source.units()[1], "t1.u8")
+    cut.write_bytes(cut.read_bytes()[:-1])
+    write_nifti(tmp_path / "new", "a", 77, ending=".nii")  # not compressed, so of the same size as before
+    for path in (tmp_path / "new" / "a").iterdir():
+        (tmp_path / "raw" / "a" / path.name).write_bytes(path.read_bytes())
+    resumed = prepare(source, out, size=SIZE, workers=1)
+    assert resumed.hash == prepare(source, tmp_path / "whole", size=SIZE, workers=1).hash
+
+
+def test_a_damaged_part_is_never_put_into_a_cohort(tmp_path):
+    source, out = make_source(tmp_path / "raw"), tmp_path / "out"
+
+    def damage(done, total):
+        if done == total:
+            part = preparation._part_file(out / ".parts", source.units()[1], "t2.u8")
+            part.write_bytes(bytes(part.stat().st_size))
+
+    with pytest.raises(DataError, match="was damaged"):
+        prepare(source, out, size=SIZE, workers=1, progress=damage)
+    assert not (out / "cohort.json").exists()
+
+
+def test_a_finished_cohort_is_returned_and_other_settings_are_refused(tmp_path):
+    source, out = make_source(tmp_path / "raw"), tmp_path / "out"
+    first = prepare(source, out, size=SIZE, workers=1)
+    stamp = (out / "cohort.json").stat().st_mtime_ns
+    assert prepare(source, out, size=SIZE).hash == first.hash
+    assert (out / "cohort.json").stat().st_mtime_ns == stamp
+    with pytest.raises(DataError, match="holds a cohort with another size"):
+        prepare(source, out, size=(8, 8))
+    with pytest.raises(DataError, match="holds a cohort with another settings"):
+        prepare(make_source(tmp_path / "raw", rule="thesis"), out, size=SIZE)
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("dear")
+    with pytest.raises(DataError, match="something else"):
+        prepare(make_source(tmp_path / "raw"), tmp_path / "out", size=SIZE)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter.txt"]
+
+
+def spoil(root: Path) -> None:
+    """One case without a grade, one with a damaged scan and one whose modalities disagree."""
+    write_nifti(root, "gradeless", 4)
+    damaged = root / "b" / "b_t2.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    nibabel.save(nibabel.Nifti1Image(np.ones((4, 4, 4), np.int16), np.eye(4)), root / "c" / "c_t1.nii.gz")
+
+
+def test_verify_tells_every_problem_at_once_with_one_worker_or_two(tmp_path):
+    make_source(tmp_path / "raw")
+    spoil(tmp_path / "raw")
+    source = make_source(tmp_path / "raw")
+    found = verify(source, workers=1)
+    assert [(problem.level, problem.patient) for problem in found] == [
+        ("error", "b"),
+        ("error", "c"),
+        ("error", "gradeless"),
+        ("note", "unlabelled"),
+    ]
+    assert "b_t2.nii.gz" in found[0].what
+    assert "disagree in shape" in found[1].what
+    assert verify(source, workers=2) == found
+
+
+def test_prepare_refuses_bad_patients_by_name_or_leaves_them_out_on_request(tmp_path):
+    make_source(tmp_path / "raw")
+    spoil(tmp_path / "raw")
+    source = make_source(tmp_path / "raw")
+    with pytest.raises(DataError, match=r"1 error\(s\).*\ngradeless: .*no row for the patient"):
+        prepare(source, tmp_path / "out", size=SIZE, workers=1)
+    assert not (tmp_path / "out").exists()
+    write_grades(tmp_path / "raw", {**GRADES, "gradeless": "LGG"})
+    source = make_source(tmp_path / "raw")
+    with pytest.raises(DataError, match=r"2 error\(s\)(.|\n)*b: .*b_t2(.|\n)*c: .*disagree"):
+        prepare(source, tmp_path / "out", size=SIZE, workers=1)
+    assert not (tmp_path / "out" / "cohort.json").exists()
+    cohort = prepare(source, tmp_path / "out", size=SIZE, workers=1, leave_out_bad=True)
+    assert set(cohort.samples["patient"]) == {"a", "gradeless"}
+    assert {row["patient"] for row in cohort.provenance["left_out"]} == {"b", "c", "unlabelled"}
+
+
+def test_a_folder_without_patients_is_refused_also_when_bad_ones_may_be_left_out(tmp_path):
+    (tmp_path / "raw").mkdir()
+    source = open_source("brats_nifti", tmp_path / "raw")
+    for leave_out_bad in (False, True):
+        with pytest.raises(DataError, match="no file is called like"):
+            prepare(source, tmp_path / "out", size=SIZE, leave_out_bad=leave_out_bad)
+    assert [problem.level for problem in verify(source)] == ["error"]
+
+
+@pytest.mark.skipif(not GLIOMA.is_dir(), reason="../shared/data/real-glioma-nifti is absent")
+def test_real_cases_give_the_counts_of_an_independent_look_at_the_raw_volumes(tmp_path):
+    cases = ("TCGA-DU-7294", "TCGA-FG-6692")
+    grades = tmp_path / "grades.csv"
+    grades.write_text("patient,grade\n" + "".join(f"{case},LGG\n" for case in cases))
+    volumes = {case: {path.name.split("_")[1][:-7]: nibabel.load(path).get_fdata() for path in (GLIOMA / case).iterdir()} for case in cases}
+    masks = {case: volumes[case].pop("seg") for case in cases}
+    for rule in ("default", "thesis"):
+        source = open_source("brats_nifti", GLIOMA, grades=grades, rule=rule)
+        cohort = prepare(source, tmp_path / rule, size=(24, 24), workers=1)
+        expected = [name for case in cases for name in independent_labels(volumes[case], masks[case], rule)]
+        assert {name: expected.count(name) for name in set(expected)} == {
+            key: value for key, value in cohort.provenance["tally"].items() if "/" not in key
+        }
+        kept = [name.replace("tumour", "LGG") for name in expected if name in ("tumour", "healthy")]
+        assert cohort.samples["label"].tolist() == kept
+        assert [(row["patient"], row["what"]) for row in cohort.provenance["left_out"]] == [("BraTS-GLI-00001-000", "no segmentation")]
+    json.dumps(cohort.provenance)
