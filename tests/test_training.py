@@ -129,7 +129,7 @@ def test_the_moving_average_is_what_counts(tiny_cohort, fabric):
 def test_a_distilled_step_minimises_the_weighted_sum_and_leaves_the_teacher_alone(tiny_cohort, fabric):
     teacher_network, student = small(channels=2, seed=1), small()
     before = {name: value.clone() for name, value in teacher_network.state_dict().items()}
-    teacher = Teacher(teacher_network, promise(channels=("t1ce", "flair")), fabric)
+    teacher = Teacher(teacher_network, promise(channels=("t1ce", "flair"), mean=(0.5, 0.5), std=(0.25, 0.25)), fabric)
     method = make_method("kd", counts=torch.ones(3), classes=3, temperature=2.0)
     objective = Distilled(make_loss("cross_entropy", counts=torch.ones(3)), method, teacher, ce_weight=0.7, kd_weight=0.3)
     trainer = Trainer(student, objective, Settings(), ("flair",), CLASSES, fabric)

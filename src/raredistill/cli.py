@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 
+Layout = Literal["nifti", "hdf5", "both"]
 Out = Annotated[Path, typer.Option("--out", help="folder to write; new, empty, or written by this command before")]
 Kind = Annotated[str, typer.Argument(help="brats_nifti, brats_hdf5, image_folder, table (CSV) or arrays (npz)")]
 RawPath = Annotated[Path, typer.Argument(help="folder or file of the raw data")]
@@ -73,7 +74,7 @@ def demo(out: Out = Path("out/demo"), patients: Annotated[int, typer.Option(help
 def phantom(
     out: Annotated[Path, typer.Argument(help="folder to write")],
     patients: Annotated[int, typer.Option(help="how many")] = 24,
-    layout: Annotated[str, typer.Option(help="nifti, hdf5 (as the Kaggle archive) or both")] = "nifti",
+    layout: Annotated[Layout, typer.Option(help="hdf5 is the layout of the Kaggle archive")] = "nifti",
     size: Annotated[tuple[int, int, int], typer.Option(help="voxels; BraTS has 240 240 155")] = (120, 120, 78),
     rare_share: Annotated[float, typer.Option(help="share of LGG patients; BraTS2020 has 76 of 369")] = 76 / 369,
     seed: int = 0,
@@ -84,7 +85,9 @@ def phantom(
     _next(f"raredistill verify brats_{'hdf5' if layout == 'hdf5' else 'nifti'} {shlex.quote(str(out))}")
 
 
-def _phantom(out: Path, patients: int, layout: str, size: tuple[int, int, int], rare_share: float, seed: int, workers: int | None) -> None:
+def _phantom(
+    out: Path, patients: int, layout: Layout, size: tuple[int, int, int], rare_share: float, seed: int, workers: int | None
+) -> None:
     from raredistill.console import Progress
     from raredistill.phantom import write_phantom
 
@@ -139,9 +142,9 @@ def prepare(
 
 
 def _show_cohort(cohort: Any) -> None:
-    from raredistill.console import show_table
+    from raredistill.console import records, show_table
 
-    show_table(cohort.counts().to_dict("records"), f"{cohort.name}: {len(cohort.samples)} samples, channels {', '.join(cohort.channels)}")
+    show_table(records(cohort.counts()), f"{cohort.name}: {len(cohort.samples)} samples, channels {', '.join(cohort.channels)}")
     tally = cohort.provenance.get("tally", {})
     if tally:
         print("label rules: " + "; ".join(f"{name} {count}" for name, count in sorted(tally.items())))
@@ -155,12 +158,10 @@ def inspect(
     """Show counts by class, patient and source, and write a contact sheet of slices by class."""
     from raredistill.cohort.inspect import contact_sheet, summary
     from raredistill.cohort.store import Cohort
-    from raredistill.console import show_table
+    from raredistill.console import records, show_table
 
     loaded = Cohort.load(cohort)
-    show_table(
-        summary(loaded).to_dict("records"), f"{loaded.name}: {loaded.provenance.get('kind', '')}, {loaded.size[0]} x {loaded.size[1]}"
-    )
+    show_table(records(summary(loaded)), f"{loaded.name}: {loaded.provenance.get('kind', '')}, {loaded.size[0]} x {loaded.size[1]}")
     picture = out or cohort / "contact_sheet.png"
     contact_sheet(loaded, picture)
     print(f"contact sheet: {picture}")
@@ -193,15 +194,15 @@ def study(
 
 def _study(config_path: Path, out: Path, overrides: list[str]) -> None:
     from raredistill.config import load_config, make_study
-    from raredistill.console import show_table
+    from raredistill.console import records, show_table
     from raredistill.study.run import run_study
 
     config = load_config(config_path, overrides)
     made = make_study(config, _cohort(config, out), shlex.join(["raredistill", *sys.argv[1:]]))
-    show_table(made.counts().to_dict("records"), "what is trained and tested on")
+    show_table(records(made.counts()), "what is trained and tested on")
     with StudyProgress(made) as watcher:
-        records = run_study(made, out, watcher)
-    _finish(out, records)
+        runs = run_study(made, out, watcher)
+    _finish(out, runs)
 
 
 def _cohort(config: StudyConfig, out: Path) -> Any:
@@ -223,17 +224,17 @@ def _cohort(config: StudyConfig, out: Path) -> Any:
         )
 
 
-def _finish(out: Path, records: list[dict[str, Any]]) -> None:
-    from raredistill.console import show_table
+def _finish(out: Path, runs: list[dict[str, Any]]) -> None:
+    from raredistill.console import records, show_table
     from raredistill.report import summary_table
 
-    show_table(summary_table(out).to_dict("records"), "test results, mean over folds and seeds")
+    show_table(records(summary_table(out)), "test results, mean over folds and seeds")
     _report(out)
-    failed = [record for record in records if record["status"] == "failed"]
+    failed = [record for record in runs if record["status"] == "failed"]
     for record in failed:
         print(f"failed: {record['id']}: {record['error']}", file=sys.stderr)
     if failed:
-        _stop(f"{len(failed)} of {len(records)} runs failed; the same command tries them again", 1)
+        _stop(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again", 1)
 
 
 class StudyProgress:
@@ -294,8 +295,8 @@ def predict(
 def evaluate(predictions: Annotated[Path, typer.Argument(help="a predictions table (Parquet or CSV), also one made elsewhere")]) -> None:
     """Print metrics by slice and by patient for the test part of a predictions table."""
     from raredistill.console import show_table
+    from raredistill.evaluation.levels import metrics_rows
     from raredistill.predictions import read
-    from raredistill.report import metrics_rows
 
     for level, rows in metrics_rows(read(predictions)).items():
         show_table(rows, level)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LINE_EVERY = 10.0
 
@@ -55,6 +58,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a data frame, for ``show_table``."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def show_table(rows: list[dict[str, Any]], title: str = "") -> None:

@@ -201,7 +201,7 @@ def _load_part(folder: Path, unit: Unit, channels: tuple[str, ...], size: tuple[
 def _assemble(
     source: Source, out: Path, size: tuple[int, int], job: dict[str, Any], parts: list[dict[str, Any]], problems: list[Problem]
 ) -> Cohort:
-    rows = [{**row, "patient": part["patient"], "patient_label": part["label"]} for part in parts for row in part["rows"]]
+    rows = [{"patient": part["patient"], "patient_label": part["label"], **row} for part in parts for row in part["rows"]]
     table = pd.DataFrame(rows, columns=list(store.COLUMNS))
     pixels = {channel: _blocks(out / WORK, parts, channel) for channel in source.channels}
     return store.save(out, table, pixels, classes=source.classes(), size=size, provenance=_provenance(job, parts, problems))

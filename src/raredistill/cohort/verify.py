@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from raredistill.cohort.parallel import over_units
 from raredistill.cohort.sources import Problem, Source, Unit
 from raredistill.errors import DataError
@@ -11,12 +13,13 @@ TRIAL_SIZE = (32, 32)
 LEVELS = ("error", "warning", "note")
 
 
-def verify(source: Source, *, workers: int | None = None) -> list[Problem]:
+def verify(source: Source, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
     """Look at everything in a source, decoding each patient once.
 
     Args:
         source: raw data.
         workers: processes; all cores by default.
+        progress: called with the patients done and the patients in all.
 
     Returns:
         Problems, errors first, then by patient; empty when all is well.
@@ -25,8 +28,10 @@ def verify(source: Source, *, workers: int | None = None) -> list[Problem]:
     units = source.units()
     if not units and not any(problem.level == "error" for problem in found):
         found.append(Problem("error", "", "", "no patient can be used", "see the notes for what is missing"))
-    for problems in over_units(check, units, (source,), workers=workers):
+    for done, problems in enumerate(over_units(check, units, (source,), workers=workers), start=1):
         found += problems
+        if progress is not None:
+            progress(done, len(units))
     unique = list(dict.fromkeys(found))
     return sorted(unique, key=lambda problem: (LEVELS.index(problem.level), problem.patient, problem.file, problem.what))
 

@@ -137,7 +137,7 @@ def fold_seed(run: Run) -> int:
 
 def _network(run: Run, cohort: Cohort) -> Network:
     entry = run.entry
-    given = None if entry.mean is None or entry.std is None else (entry.mean, entry.std)
+    given = None if entry.mean is None or entry.std is None else ([entry.mean] * len(entry.channels), [entry.std] * len(entry.channels))
     return create(
         entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0],
         pretrained=entry.pretrained, head=entry.head, dropout=entry.dropout, normalisation=given,

@@ -162,7 +162,8 @@ def _moving_average(network: Network, decay: float | None) -> torch.optim.swa_ut
     if decay is None:
         return None
     average = torch.optim.swa_utils.AveragedModel(
-        copy.deepcopy(network), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=False
+        copy.deepcopy(network),
+        multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay),  # type: ignore[no-untyped-call]
     )
     # Batch statistics are copied, not averaged: they are running means already.
     return average

@@ -1,0 +1,239 @@
+"""Distillers that compare logits. All include T squared and divide by the batch size; all compute in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from raredistill.distill.contract import Labelled, Outputs
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(logits.float() / temperature, dim=1)
+
+
+def _kl(teacher_log: Tensor, student_log: Tensor) -> Tensor:
+    # KL(teacher || student), a mean over rows; xlogy-safe, since log_target keeps 0 log 0 at 0.
+    return F.kl_div(student_log, teacher_log, log_target=True, reduction="batchmean")
+
+
+def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    """Knowledge distillation: KL divergence of softened outputs, times T squared.
+
+    Args:
+        student_logits: ``(N, K)``.
+        teacher_logits: ``(N, K)``.
+        temperature: T, positive.
+
+    Returns:
+        Scalar in nats, a mean over the batch.
+
+    References:
+        Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, section 2.
+    """
+    return _kl(_log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)) * temperature**2
+
+
+def dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float, beta: float, temperature: float) -> Tensor:
+    """Decoupled distillation: the target class against the rest (alpha), and the others among themselves (beta).
+
+    Args:
+        student_logits: ``(N, K)``, K at least 3: with two classes nothing is left among the others.
+        teacher_logits: ``(N, K)``.
+        target: ``(N,)`` class indices.
+        alpha: weight of the target part.
+        beta: weight of the part among the other classes.
+        temperature: T, positive.
+
+    Returns:
+        Scalar in nats, a mean over the batch, times T squared.
+
+    References:
+        Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, eq. 7.
+    """
+    mask = F.one_hot(target, student_logits.shape[1]).bool()
+    sides = [_log_softmax(logits, temperature) for logits in (teacher_logits, student_logits)]
+    target_part = _kl(*(_target_against_rest(side, mask) for side in sides))
+    others = [F.log_softmax(side[~mask].view(len(target), -1), dim=1) for side in sides]
+    return (alpha * target_part + beta * _kl(*others)) * temperature**2
+
+
+def _target_against_rest(log_probability: Tensor, mask: Tensor) -> Tensor:
+    # Log-sum-exp of the rest instead of log(1 - p): finite also where the target has all the probability.
+    rest = torch.logsumexp(log_probability[~mask].view(len(mask), -1), dim=1)
+    return torch.stack([log_probability[mask], rest], dim=1)
+
+
+def bkd(student_logits: Tensor, teacher_logits: Tensor, *, class_weights: Tensor, temperature: float) -> Tensor:
+    """Balanced distillation: the teacher's softened outputs are weighted by class and normalised again, so that rare classes count.
+
+    Args:
+        student_logits: ``(N, K)``.
+        teacher_logits: ``(N, K)``.
+        class_weights: ``(K,)`` positive, larger for rarer classes.
+        temperature: T, positive.
+
+    Returns:
+        Scalar in nats, a mean over the batch, times T squared.
+
+    References:
+        Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, Neurocomputing 2023, eq. 8 (targets normalised again).
+    """
+    shifted = _log_softmax(teacher_logits, temperature) + class_weights.float().log()
+    return _kl(F.log_softmax(shifted, dim=1), _log_softmax(student_logits, temperature)) * temperature**2
+
+
+def dive(student_logits: Tensor, teacher_logits: Tensor, *, power: float, temperature: float) -> Tensor:
+    """Distil virtual examples: the teacher's softened outputs are flattened by a power, so that their sum over samples is less long-tailed.
+
+    Args:
+        student_logits: ``(N, K)``.
+        teacher_logits: ``(N, K)``.
+        power: exponent of the teacher's probabilities, in (0, 1]; 1 is plain distillation.
+        temperature: T, positive.
+
+    Returns:
+        Scalar in nats, a mean over the batch, times T squared.
+
+    References:
+        He, Wu, Wei: Distilling Virtual Examples for Long-tailed Recognition, ICCV 2021, section 3.3.
+    """
+    flattened = F.log_softmax(power * _log_softmax(teacher_logits, temperature), dim=1)
+    return _kl(flattened, _log_softmax(student_logits, temperature)) * temperature**2
+
+
+def dist(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, gamma: float, temperature: float) -> Tensor:
+    """Distil relations: one minus Pearson's correlation, within samples (beta) and within classes over the batch (gamma).
+
+    Args:
+        student_logits: ``(N, K)``, K at least 3: with two classes the correlation within a sample is +-1 and carries no signal.
+        teacher_logits: ``(N, K)``.
+        beta: weight of the relation between the classes of a sample.
+        gamma: weight of the relation between the samples of a class.
+        temperature: T, positive.
+
+    Returns:
+        Scalar, times T squared.
+
+    References:
+        Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, eq. 8 to 10.
+    """
+    student, teacher = (_log_softmax(logits, temperature).exp() for logits in (student_logits, teacher_logits))
+    return (beta * _unlike(student, teacher) + gamma * _unlike(student.T, teacher.T)) * temperature**2
+
+
+def _unlike(one: Tensor, other: Tensor) -> Tensor:
+    # The small constant keeps the gradient finite for rows without variance.
+    first, second = (rows - rows.mean(dim=1, keepdim=True) for rows in (one, other))
+    return 1 - F.cosine_similarity(first, second, dim=1, eps=1e-8).mean()
+
+
+def _checked_temperature(temperature: float) -> None:
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, it is {temperature}")
+
+
+@dataclass(frozen=True)
+class KD:
+    """See ``kd``."""
+
+    temperature: float = 4.0
+    name: ClassVar[str] = "kd"
+    family: ClassVar[str] = "logits"
+    source: ClassVar[str] = "Hinton et al. 2015"
+    needs: ClassVar[str] = "logits"
+    min_classes: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        _checked_temperature(self.temperature)
+
+    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """One term."""
+        return {"kd": kd(student.logits, teacher.logits, temperature=self.temperature)}
+
+
+@dataclass(frozen=True)
+class DKD:
+    """See ``dkd``."""
+
+    alpha: float = 1.0
+    beta: float = 8.0
+    temperature: float = 4.0
+    name: ClassVar[str] = "dkd"
+    family: ClassVar[str] = "logits"
+    source: ClassVar[str] = "Zhao et al. 2022"
+    needs: ClassVar[str] = "logits"
+    min_classes: ClassVar[int] = 3
+
+    def __post_init__(self) -> None:
+        _checked_temperature(self.temperature)
+
+    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """One term."""
+        options = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
+        return {"dkd": dkd(student.logits, teacher.logits, batch.labels, **options)}
+
+
+@dataclass(frozen=True)
+class BKD:
+    """See ``bkd``; ``class_weights`` come from the training counts."""
+
+    class_weights: Tensor
+    temperature: float = 2.0
+    name: ClassVar[str] = "bkd"
+    family: ClassVar[str] = "logits, imbalance-aware"
+    source: ClassVar[str] = "Zhang et al. 2023"
+    needs: ClassVar[str] = "logits"
+    min_classes: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        _checked_temperature(self.temperature)
+
+    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """One term."""
+        return {"bkd": bkd(student.logits, teacher.logits, class_weights=self.class_weights, temperature=self.temperature)}
+
+
+@dataclass(frozen=True)
+class DiVE:
+    """See ``dive``."""
+
+    power: float = 0.5
+    temperature: float = 3.0
+    name: ClassVar[str] = "dive"
+    family: ClassVar[str] = "logits, imbalance-aware"
+    source: ClassVar[str] = "He et al. 2021"
+    needs: ClassVar[str] = "logits"
+    min_classes: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        _checked_temperature(self.temperature)
+
+    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """One term."""
+        return {"dive": dive(student.logits, teacher.logits, power=self.power, temperature=self.temperature)}
+
+
+@dataclass(frozen=True)
+class DIST:
+    """See ``dist``."""
+
+    beta: float = 1.0
+    gamma: float = 1.0
+    temperature: float = 1.0
+    name: ClassVar[str] = "dist"
+    family: ClassVar[str] = "relations of logits"
+    source: ClassVar[str] = "Huang et al. 2022"
+    needs: ClassVar[str] = "logits"
+    min_classes: ClassVar[int] = 3
+
+    def __post_init__(self) -> None:
+        _checked_temperature(self.temperature)
+
+    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """One term."""
+        return {"dist": dist(student.logits, teacher.logits, beta=self.beta, gamma=self.gamma, temperature=self.temperature)}

@@ -1,0 +1,288 @@
+"""Losses for imbalance: pure functions of logits and labels, and the class prior that the logits of each then carry."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from raredistill.errors import ConfigError
+from raredistill.sampling import POWERS
+
+Reduction = Literal["mean", "none"]
+
+
+def _reduced(losses: Tensor, reduction: Reduction) -> Tensor:
+    # Always divided by N, also with class weights: additive under accumulation and over processes.
+    return losses.mean() if reduction == "mean" else losses
+
+
+def _positive(counts: Tensor) -> Tensor:
+    if bool((counts <= 0).any()):
+        raise ValueError(f"every class needs training samples; the counts are {counts.tolist()}")
+    return counts.float()
+
+
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0, reduction: Reduction = "mean"
+) -> Tensor:
+    """Cross-entropy; a weighted mean divides by N, not by the sum of weights.
+
+    Args:
+        logits: ``(N, K)``, unnormalised.
+        target: ``(N,)`` class indices.
+        class_weights: ``(K,)``.
+        label_smoothing: share of the target spread evenly over all classes.
+        reduction: ``mean`` or ``none``.
+
+    Returns:
+        Scalar, or ``(N,)`` with ``reduction="none"``, in nats.
+    """
+    return _reduced(F.cross_entropy(logits, target, weight=class_weights, label_smoothing=label_smoothing, reduction="none"), reduction)
+
+
+def focal(
+    logits: Tensor, target: Tensor, *, gamma: float = 2.0, class_weights: Tensor | None = None, reduction: Reduction = "mean"
+) -> Tensor:
+    """Focal loss: cross-entropy times ``(1 - p) ** gamma``, so that easy samples count less.
+
+    Args:
+        logits: ``(N, K)``, unnormalised.
+        target: ``(N,)`` class indices.
+        gamma: strength; 0 is cross-entropy.
+        class_weights: ``(K,)``.
+        reduction: ``mean`` or ``none``.
+
+    Returns:
+        Scalar, or ``(N,)`` with ``reduction="none"``, in nats.
+
+    References:
+        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, eq. 4 (softmax form).
+    """
+    own = F.log_softmax(logits.float(), dim=1).gather(1, target[:, None])[:, 0]
+    # 1 - p by expm1, and no power of exact zero: its gradient is not finite for gamma < 1.
+    losses = -((-torch.expm1(own)).clamp(min=1e-12) ** gamma) * own
+    return _reduced(losses if class_weights is None else losses * class_weights[target], reduction)
+
+
+def balanced_softmax(logits: Tensor, target: Tensor, *, counts: Tensor, tau: float = 1.0, reduction: Reduction = "mean") -> Tensor:
+    """Cross-entropy on logits shifted by the log class prior, so that the network learns the balanced posterior.
+
+    Args:
+        logits: ``(N, K)``, unnormalised.
+        target: ``(N,)`` class indices.
+        counts: ``(K,)`` training samples per class, all positive.
+        tau: strength of the shift; 0 is plain cross-entropy.
+        reduction: ``mean`` or ``none``.
+
+    Returns:
+        Scalar, or ``(N,)`` with ``reduction="none"``, in nats.
+
+    Raises:
+        ValueError: a class has no training sample.
+
+    References:
+        Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020, eq. 4.
+    """
+    counts = _positive(counts)
+    return cross_entropy(logits + tau * (counts / counts.sum()).log(), target, reduction=reduction)
+
+
+def ldam(
+    cosines: Tensor,
+    target: Tensor,
+    *,
+    counts: Tensor,
+    max_margin: float = 0.5,
+    scale: float = 30.0,
+    class_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Label-distribution-aware margin: rarer classes get a larger margin, proportional to ``counts ** -1/4``.
+
+    Args:
+        cosines: ``(N, K)`` in [-1, 1], of a cosine classifier.
+        target: ``(N,)`` class indices.
+        counts: ``(K,)`` training samples per class, all positive.
+        max_margin: margin of the rarest class.
+        scale: of the cosines.
+        class_weights: ``(K,)``.
+        reduction: ``mean`` or ``none``.
+
+    Returns:
+        Scalar, or ``(N,)`` with ``reduction="none"``, in nats.
+
+    References:
+        Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019, eq. 13.
+    """
+    margins = _positive(counts) ** -0.25
+    margins = margins * (max_margin / margins.max())
+    shifted = cosines - F.one_hot(target, cosines.shape[1]) * margins[target][:, None]
+    return cross_entropy(scale * shifted, target, class_weights=class_weights, reduction=reduction)
+
+
+def vector_scaling(
+    logits: Tensor, target: Tensor, *, counts: Tensor, tau: float = 1.0, gamma: float = 0.2, reduction: Reduction = "mean"
+) -> Tensor:
+    """Cross-entropy on logits scaled by ``(count / largest count) ** gamma`` and shifted by ``tau`` times the log prior.
+
+    Args:
+        logits: ``(N, K)``, unnormalised.
+        target: ``(N,)`` class indices.
+        counts: ``(K,)`` training samples per class, all positive.
+        tau: strength of the shift.
+        gamma: strength of the scaling; with ``tau=0`` this is CDT.
+        reduction: ``mean`` or ``none``.
+
+    Returns:
+        Scalar, or ``(N,)`` with ``reduction="none"``, in nats.
+
+    References:
+        Kini et al., Label-Imbalanced and Group-Sensitive Classification under Overparameterization, NeurIPS 2021, eq. 2.
+    """
+    counts = _positive(counts)
+    scaled = logits * (counts / counts.max()) ** gamma
+    return balanced_softmax(scaled, target, counts=counts, tau=tau, reduction=reduction)
+
+
+def effective_number_weights(counts: Tensor, *, beta: float = 0.9999) -> Tensor:
+    """Class weights ``(1 - beta) / (1 - beta ** count)``, normalised to sum K: ``(K,)``.
+
+    References:
+        Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019, eq. 3.
+    """
+    # float64: 1 - beta ** count loses its digits in float32.
+    weights = (1 - beta) / (1 - beta ** _positive(counts).double())
+    return (weights * (len(counts) / weights.sum())).float()
+
+
+def inverse_frequency_weights(counts: Tensor) -> Tensor:
+    """Class weights ``N / (K count)``, in class order: ``(K,)``; scikit-learn's "balanced"."""
+    counts = _positive(counts)
+    return counts.sum() / (len(counts) * counts)
+
+
+def adjust_logits(logits: Tensor, *, counts: Tensor, tau: float = 1.0) -> Tensor:
+    """Correct trained logits after the fact: ``logits - tau * log prior``, ``(N, K)``.
+
+    References:
+        Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021, section 4.1.
+    """
+    counts = _positive(counts)
+    return logits - tau * (counts / counts.sum()).log()
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def _weighted(counts: Tensor) -> Loss:
+    return partial(cross_entropy, class_weights=inverse_frequency_weights(counts))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A loss by name: how it is built from counts, its options, and the prior that its logits carry beside the sampler's."""
+
+    build: Callable[..., Loss]
+    defaults: dict[str, float]
+    source: str
+    carries: Callable[..., Tensor] | None
+
+
+def _even(counts: Tensor, **_: float) -> Tensor:
+    return torch.ones_like(counts)
+
+
+def _inverse(counts: Tensor, **_: float) -> Tensor:
+    return inverse_frequency_weights(counts)
+
+
+def _shifted(counts: Tensor, *, tau: float = 1.0) -> Tensor:
+    return counts**-tau
+
+
+def _with_counts(loss: Callable[..., Tensor]) -> Callable[..., Loss]:
+    return lambda counts, **options: partial(loss, counts=_positive(counts), **options)
+
+
+def _without_counts(loss: Callable[..., Tensor]) -> Callable[..., Loss]:
+    return lambda counts, **options: partial(loss, **options)
+
+
+LOSSES = {
+    "cross_entropy": _Row(_without_counts(cross_entropy), {"label_smoothing": 0.0}, "-", _even),
+    "weighted_cross_entropy": _Row(_weighted, {}, "inverse class frequency", _inverse),
+    "balanced_softmax": _Row(_with_counts(balanced_softmax), {"tau": 1.0}, "Ren et al. 2020", _shifted),
+    "focal": _Row(_without_counts(focal), {"gamma": 2.0}, "Lin et al. 2017", None),
+    "vector_scaling": _Row(_with_counts(vector_scaling), {"tau": 1.0, "gamma": 0.2}, "Kini et al. 2021", None),
+}
+
+
+def make_loss(name: str, *, counts: Tensor, **options: float) -> Loss:
+    """Build a supervised loss from its name.
+
+    Args:
+        name: as ``raredistill methods`` lists it.
+        counts: ``(K,)`` training samples per class.
+        options: hyper-parameters that differ from the defaults.
+
+    Raises:
+        ConfigError: the name or an option is unknown, or a class that the loss must weight has no training sample.
+    """
+    row = _row(name, options)
+    try:
+        return row.build(counts.float(), **options)
+    except ValueError as error:
+        raise ConfigError(f"loss {name}: {error}") from None
+
+
+def _row(name: str, options: dict[str, float]) -> _Row:
+    if name not in LOSSES:
+        raise ConfigError(f"unknown loss {name}{_near(name, LOSSES)}; raredistill methods lists them")
+    known = LOSSES[name].defaults
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"loss {name} has no option {option}{_near(option, known)}; it has {', '.join(known) or 'none'}")
+    return LOSSES[name]
+
+
+def _near(name: str, known: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def carried_prior(name: str, *, counts: Tensor, sampler: str, **options: float) -> tuple[float, ...] | None:
+    """The class prior that trained logits encode: sampling share x class weight x exp(-logit shift), normalised; None if unknown.
+
+    Args:
+        name: of the loss.
+        counts: ``(K,)`` training samples per class.
+        sampler: of the training epochs.
+        options: hyper-parameters of the loss.
+    """
+    row = _row(name, options)
+    if row.carries is None or options.get("label_smoothing"):
+        return None
+    counts = _positive(counts).double()
+    relevant = {key: value for key, value in options.items() if key != "label_smoothing"}
+    share = counts ** POWERS[sampler] * row.carries(counts, **relevant)
+    return tuple((share / share.sum()).tolist())
+
+
+def losses_table() -> list[dict[str, str]]:
+    """What ``raredistill methods`` prints of losses."""
+    return [
+        {
+            "name": name,
+            "source": row.source,
+            "carried prior": "unknown" if row.carries is None else "known",
+            "defaults": ", ".join(f"{key}={value:g}" for key, value in row.defaults.items()),
+        }
+        for name, row in LOSSES.items()
+    ]
