@@ -174,8 +174,10 @@ def test_pixels_are_percentiles_of_the_brain_resized_as_pillow_does():
     assert (limits.low, limits.high) == (low, high)
     expected = np.floor(np.clip((volume.astype(float) - low) / (high - low), 0, 1) * 255 + 0.5).astype(np.uint8)
     keep = np.arange(2, 12)
-    np.testing.assert_array_equal(volumes.render([volume], [limits], keep, volume.shape[1:])[0], expected[keep])
-    small = volumes.render([volume], [limits], keep, (9, 11))[0]
+    rendered = volumes.Renderer()
+    rendered.add("t2", volume)
+    np.testing.assert_array_equal(rendered.resized(keep, volume.shape[1:])["t2"], expected[keep])
+    small = rendered.resized(keep, (9, 11))["t2"]
     oracle = np.stack([np.asarray(Image.fromarray(plane).resize((11, 9), Image.Resampling.BILINEAR)) for plane in expected[keep]])
     assert np.abs(small.astype(int) - oracle).max() <= 1
 
@@ -186,16 +188,21 @@ def test_a_volume_without_contrast_or_brain():
         volumes.window(volume)
     volume[1, 1, 1] = 7
     keep = np.arange(3)
-    np.testing.assert_array_equal(volumes.render([volume], [volumes.window(volume)], keep, (4, 4))[0], np.where(volume == 7, 255, 0))
+    rendered = volumes.Renderer()
+    rendered.add("t1", volume)
+    np.testing.assert_array_equal(rendered.resized(keep, (4, 4))["t1"], np.where(volume == 7, 255, 0))
     with pytest.raises(DataError, match="not finite"):
         volumes.window(np.where(volume == 7, np.nan, 0.0))
 
 
 def test_the_commonest_value_need_not_be_the_corner():
     volume = np.full((3, 5, 5), 4.0)
-    volume[:, 0, 0] = 9
-    volume[1] = 2
+    volume[:, 0, 0] = 2
+    volume[1, 2:] = [[5], [6], [7]]
     assert volumes.commonest(volume) == 4
+    limits = volumes.window(volume)
+    assert limits.brain.tolist() == [0, 15, 0]
+    assert limits.present.tolist() == [True, True, True]
 
 
 @pytest.mark.parametrize("rule", ["default", "thesis"])

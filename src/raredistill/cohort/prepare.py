@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -165,7 +167,7 @@ def write_part(unit: Unit, source: Source, folder: Path, size: tuple[int, int]) 
         "checks": checks,
         "key": _key(unit),
     }
-    files.write_json(_part_file(folder, unit, "json"), part)
+    files.write_text(_part_file(folder, unit, "json"), json.dumps(part))
     return unit.patient, part, None
 
 
@@ -229,5 +231,10 @@ def _provenance(job: dict[str, Any], parts: list[dict[str, Any]], problems: list
         "left_out": [problem for problem in told if problem["patient"] and problem["patient"] not in used],
         "remarks": [problem for problem in told if problem["patient"] in used or not problem["patient"]],
         "hashes": {part["patient"]: part["hashes"] for part in parts},
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": _versions(),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}

@@ -6,7 +6,6 @@ formats is one patient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,8 @@ from raredistill.errors import DataError
 
 LOW, HIGH = 0.01, 0.99
 """Quantiles of the brain's values that become 0 and 255."""
+EXACT = 2**20
+"""Voxels around the brain up to which its quantiles are exact; of more, every second row and column is looked at."""
 LANES = 4
 """PyTorch's fast path for bytes resizes up to four interleaved channels at about the cost of one."""
 
@@ -30,23 +31,18 @@ class Window:
         high: value that becomes 255.
         brain: ``(n,)`` voxels above the background, by slice.
         present: ``(n,)`` whether a slice differs from the background anywhere.
-        box: rows and columns outside of which no slice has brain.
+        box: slices, rows and columns outside of which there is no brain.
     """
 
     low: float
     high: float
     brain: np.ndarray
     present: np.ndarray
-    box: tuple[slice, slice]
+    box: tuple[slice, slice, slice]
 
 
 def commonest(volume: np.ndarray) -> float:
     """The value that most voxels have: the background of a skull-stripped scan, whatever its scale."""
-    corner = volume[(0,) * volume.ndim]
-    if (
-        2 * sum(np.count_nonzero(plane == corner) for plane in volume) > volume.size
-    ):  # a majority is the mode; no need to sort nine million numbers
-        return float(corner)
     values, counts = np.unique(volume, return_counts=True)
     return float(values[counts.argmax()])
 
@@ -62,31 +58,46 @@ def window(volume: np.ndarray, background: np.ndarray | float | None = None) -> 
         DataError: values are not finite, or no voxel lies above the background.
     """
     if volume.dtype.kind == "f" and not np.isfinite(volume).all():
-        raise DataError("values that are not finite (NaN or infinity)")
-    level = commonest(volume) if background is None else background
-    levels = np.broadcast_to(np.asarray(level).astype(volume.dtype).reshape(-1), len(volume))
-    brain, present, touched = _scan(volume, levels)
+        raise DataError("holds values that are not finite (NaN or infinity)")
+    levels = _levels(volume, volume[0, 0, 0] if background is None else background)
+    brain, different, touched = _scan(volume, levels)
+    if background is None and 2 * different.sum() >= volume.size:  # a majority is the mode; only else are nine million numbers sorted
+        levels = _levels(volume, commonest(volume))
+        brain, different, touched = _scan(volume, levels)
     if not touched.any():
-        raise DataError("nothing but background")
+        raise DataError("holds nothing but background")
     depth, rows, columns = _extent(brain > 0), _extent(touched.any(axis=1)), _extent(touched.any(axis=0))
-    middle = np.ascontiguousarray(volume[depth, rows, columns])  # a fraction of the volume, and twice as fast once it is compact
-    low, high = _quantiles(middle[middle > levels[depth].reshape(-1, 1, 1)])
-    if low == high:
-        low = float(levels.min())  # all of the brain has one value: white on black
-    return Window(low, high, brain, present, (rows, columns))
+    low, high = _range(volume[depth, rows, columns], levels[depth])
+    return Window(low, high, brain, different > 0, (depth, rows, columns))
+
+
+def _levels(volume: np.ndarray, background: np.ndarray | float) -> np.ndarray:
+    return np.broadcast_to(np.asarray(background).astype(volume.dtype).reshape(-1), len(volume))
 
 
 def _scan(volume: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Brain voxels and presence by slice, and where any slice has brain; slice by slice, since a slice fits the processor's cache."""
-    brain, present = np.zeros(len(volume), np.int64), np.zeros(len(volume), bool)
+    """Voxels above the background and unlike it by slice, and where any slice has brain.
+
+    Slice by slice, since a slice fits the processor's cache and a volume does not.
+    """
+    brain, different = np.zeros(len(volume), np.int64), np.zeros(len(volume), np.int64)
     touched = np.zeros(volume.shape[1:], bool)
     for index, (plane, level) in enumerate(zip(volume, levels, strict=True)):
-        inside = plane > level
-        brain[index] = np.count_nonzero(inside)
-        present[index] = brain[index] > 0 or bool((plane != level).any())
-        if brain[index]:
+        different[index] = np.count_nonzero(plane != level)
+        if different[index]:
+            inside = plane > level
+            brain[index] = np.count_nonzero(inside)
             touched |= inside
-    return brain, present, touched
+    return brain, different, touched
+
+
+def _range(middle: np.ndarray, levels: np.ndarray) -> tuple[float, float]:
+    """Robust least and greatest value of the brain, the background's levels given by slice."""
+    step = 2 if middle.size > EXACT else 1
+    sample = np.ascontiguousarray(middle[:, ::step, ::step])
+    values = sample[sample > levels.reshape(-1, 1, 1)]
+    low, high = _quantiles(values if values.size else middle[middle > levels.reshape(-1, 1, 1)])
+    return (low, high) if low < high else (float(levels.min()), high)  # all of the brain has one value: white on black
 
 
 def _extent(touched: Any) -> slice:
@@ -104,45 +115,66 @@ def _quantiles(values: np.ndarray) -> tuple[float, float]:
     return float(ordered[first]), float(ordered[second])
 
 
-def to_bytes(volume: np.ndarray, keep: np.ndarray, low: float, high: float, out: np.ndarray) -> None:
+def to_bytes(volume: np.ndarray, low: float, high: float, out: np.ndarray) -> None:
     """Map ``low`` .. ``high`` to 0 .. 255, saturating.
 
     Args:
         volume: ``(n, height, width)``.
-        keep: ``(m,)`` slices to take.
         low: becomes 0, and so does everything below, background included.
         high: becomes 255, and so does everything above.
-        out: ``(m, height, width)`` uint8, written in place; may be strided.
+        out: ``(n, height, width)`` uint8, written in place; may be strided.
     """
     precision = np.result_type(volume.dtype, np.float32).type
     buffer = np.empty(volume.shape[1:], precision)
-    scale = precision(255 / (high - low))
-    for target, index in zip(out, keep, strict=True):
-        np.subtract(volume[index], precision(low), out=buffer)
-        np.multiply(buffer, scale, out=buffer)
-        np.add(buffer, precision(0.5), out=buffer)
+    scale = 255 / (high - low)
+    slope, intercept = precision(scale), precision(0.5 - low * scale)
+    for plane, target in zip(volume, out, strict=True):
+        np.multiply(plane, slope, out=buffer)
+        np.add(buffer, intercept, out=buffer)
         np.clip(buffer, 0, 255, out=buffer)
-        target[...] = buffer.astype(np.uint8)
+        target[...] = buffer
 
 
-def render(volumes: Sequence[np.ndarray], windows: Sequence[Window], keep: np.ndarray, size: tuple[int, int]) -> list[np.ndarray]:
-    """Normalise and resize the kept slices of all modalities of one patient.
+class Renderer:
+    """Makes bytes of the modalities of one patient, which come one after the other: only one at a time is in memory as numbers."""
 
-    Args:
-        volumes: at most four modalities, each ``(n, height, width)``.
-        windows: one a modality.
-        keep: ``(m,)`` slices to take.
-        size: ``(height, width)`` of the outcome; smaller sizes average over the pixels they cover.
+    def __init__(self) -> None:
+        self._windows: dict[str, Window] = {}
+        self._bytes = np.zeros((0, 0, 0, LANES), np.uint8)
 
-    Returns:
-        One ``(m, *size)`` uint8 array a modality.
-    """
-    interleaved = np.zeros((len(keep), *volumes[0].shape[1:], LANES), np.uint8)
-    for lane, (volume, limits) in enumerate(zip(volumes, windows, strict=True)):
-        rows, columns = limits.box  # all else is below the range: it stays 0
-        to_bytes(volume[:, rows, columns], keep, limits.low, limits.high, interleaved[:, rows, columns, lane])
-    resized = _resize(interleaved, size)
-    return [np.ascontiguousarray(resized[..., lane]) for lane in range(len(volumes))]
+    def add(self, channel: str, volume: np.ndarray, background: np.ndarray | float | None = None) -> None:
+        """Normalise a modality.
+
+        Args:
+            channel: its name; at most four come.
+            volume: ``(n, height, width)`` numbers in any unit, of one shape for all modalities.
+            background: as ``window`` takes it.
+
+        Raises:
+            DataError: as ``window`` does.
+        """
+        limits = window(volume, background)
+        if not self._windows:
+            self._bytes = np.zeros((*volume.shape, LANES), np.uint8)
+        to_bytes(volume[limits.box], limits.low, limits.high, self._bytes[(*limits.box, len(self._windows))])
+        self._windows[channel] = limits
+
+    @property
+    def brain(self) -> np.ndarray:
+        """``(n,)`` voxels of brain by slice, of the modality that has most."""
+        counts: np.ndarray = np.array([limits.brain for limits in self._windows.values()]).max(axis=0)
+        return counts
+
+    @property
+    def present(self) -> np.ndarray:
+        """``(n,)`` whether any modality differs from its background."""
+        anywhere: np.ndarray = np.array([limits.present for limits in self._windows.values()]).max(axis=0)
+        return anywhere
+
+    def resized(self, keep: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Channel -> ``(m, *size)`` uint8: the slices ``keep``; a smaller size averages over the pixels that it covers."""
+        images = _resize(self._bytes[keep], size)
+        return {channel: np.ascontiguousarray(images[..., lane]) for lane, channel in enumerate(self._windows)}
 
 
 def _resize(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:

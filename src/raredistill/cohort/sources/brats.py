@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from raredistill.cohort import labels, volumes
+from raredistill.cohort import labels
 from raredistill.cohort.labels import LabelRule
 from raredistill.cohort.sources import Problem, Slices, Unit
+from raredistill.cohort.volumes import Renderer
 from raredistill.errors import ConfigError, DataError
 
 CHANNELS = ("flair", "t1", "t1ce", "t2")
@@ -105,50 +106,44 @@ def rule_settings(rule: LabelRule) -> dict[str, Any]:
     return {"rule": rule.name, "min_tumour_voxels": rule.min_tumour_voxels, "min_brain_share": rule.min_brain_share}
 
 
+def read_bytes(file: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); check the file and its rights") from None
+
+
 def to_slices(
-    unit: Unit,
-    images: dict[str, np.ndarray],
-    mask: np.ndarray,
-    *,
-    rule: LabelRule,
-    size: tuple[int, int],
-    backgrounds: dict[str, np.ndarray | float | None] | None = None,
+    unit: Unit, rendered: Renderer, mask: np.ndarray, *, rule: LabelRule, size: tuple[int, int], hashes: dict[str, str], problems: Any = ()
 ) -> Slices:
-    """Label, select, normalise and resize the axial slices of one patient.
+    """Label, select and resize the axial slices of one patient.
 
     Args:
         unit: the patient.
-        images: channel -> ``(n, height, width)`` in any unit.
+        rendered: all its modalities.
         mask: ``(n, height, width)`` labels.
         rule: the label rule.
         size: ``(height, width)`` of the samples.
-        backgrounds: channel -> the background's value, where it is known.
+        hashes: of the files that were read.
+        problems: what decoding told.
 
     Raises:
-        DataError: a volume or the segmentation cannot be used; every reason is told.
+        DataError: the segmentation holds an unknown label.
     """
-    windows = _windows(unit, images, backgrounds or {})
-    present = np.logical_or.reduce([window.present for window in windows.values()])
-    brain = np.maximum.reduce([window.brain for window in windows.values()])
-    outcomes, differences = labels.compare_rules(mask, brain, present, rule=rule)
+    try:
+        outcomes, differences = labels.compare_rules(mask, rendered.brain, rendered.present, rule=rule)
+    except DataError as error:
+        raise DataError(f"{unit.patient}: {error}") from None
     keep = np.flatnonzero(np.isin(outcomes, [labels.TUMOUR, labels.HEALTHY]))
-    rendered = volumes.render(list(images.values()), list(windows.values()), keep, size)
     names, counts = np.unique(outcomes, return_counts=True)
     tally = {str(name): int(count) for name, count in zip(names, counts, strict=True)} | differences
     rows = [_row(unit, int(index), str(outcomes[index])) for index in keep]
-    return Slices(rows, dict(zip(images, rendered, strict=True)), tally)
-
-
-def _windows(unit: Unit, images: dict[str, np.ndarray], backgrounds: dict[str, Any]) -> dict[str, volumes.Window]:
-    windows, failures = {}, []
-    for channel, volume in images.items():
-        try:
-            windows[channel] = volumes.window(volume, backgrounds.get(channel))
-        except DataError as error:
-            failures.append(f"{channel} holds {error}")
-    if failures:
-        raise DataError(f"{unit.patient}: {'; '.join(failures)}; replace the file(s) or leave the patient out")
-    return windows
+    return Slices(rows, rendered.resized(keep, size), tally, hashes, tuple(problems))
 
 
 def _row(unit: Unit, index: int, outcome: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from raredistill.cohort.labels import LabelRule
 from raredistill.cohort.sources import Problem, Slices, Unit, brats
+from raredistill.cohort.volumes import Renderer
 from raredistill.errors import ConfigError, DataError
 
 NAME = re.compile(r"volume_(\d+)_slice_(\d+)\.(h5|hdf5)$")
@@ -99,10 +100,14 @@ class BratsHdf5:
             DataError: files cannot be decoded or disagree in shape; every reason is told.
         """
         stack, mask, hashes = _read_slices(unit, [self._order.index(channel) for channel in self.channels])
-        volumes = dict(zip(self.channels, stack, strict=True))
-        backgrounds = {channel: _backgrounds(volume) for channel, volume in volumes.items()}
-        slices = brats.to_slices(unit, volumes, mask, rule=self._rule, size=size, backgrounds=backgrounds)
-        return Slices(slices.rows, slices.pixels, slices.tally, hashes, _scaling(unit, volumes, backgrounds))
+        rendered, scaled = Renderer(), []
+        for channel, volume in zip(self.channels, stack, strict=True):
+            backgrounds = _backgrounds(volume)
+            _add(rendered, unit, channel, volume, backgrounds)
+            if backgrounds is not None or _flat_tops(volume):
+                scaled.append(channel)
+        problems = _scaling(unit, scaled)
+        return brats.to_slices(unit, rendered, mask, rule=self._rule, size=size, hashes=hashes, problems=problems)
 
     def _table_folder(self) -> Path:
         beside = [next(iter(slices.values())).parent for slices in self._volumes.values()][:1]
@@ -138,7 +143,7 @@ def _read_slices(unit: Unit, positions: list[int]) -> tuple[np.ndarray, np.ndarr
     labels, hashes, failures = np.empty(0, np.uint8), {}, []
     for index, file in enumerate(unit.files):
         try:
-            raw = _read_bytes(file)
+            raw = brats.read_bytes(file)
             image, mask = decode(raw, file)
             if stack is None:
                 stack = np.empty((len(positions), len(unit.files), *image.shape[1::-1]))
@@ -154,13 +159,6 @@ def _read_slices(unit: Unit, positions: list[int]) -> tuple[np.ndarray, np.ndarr
     if failures or stack is None:
         raise DataError("; ".join(failures))
     return stack, labels, hashes
-
-
-def _read_bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); check the file and its rights") from None
 
 
 def decode(raw: bytes, file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -208,9 +206,16 @@ def _merged(mask: np.ndarray) -> np.ndarray:
     return merged
 
 
-def _backgrounds(volume: np.ndarray) -> np.ndarray | float | None:
+def _add(rendered: Renderer, unit: Unit, channel: str, volume: np.ndarray, backgrounds: np.ndarray | None) -> None:
+    try:
+        rendered.add(channel, volume, backgrounds)
+    except DataError as error:
+        raise DataError(f"{unit.patient}: {channel} {error}; replace the patient's files or leave the patient out") from None
+
+
+def _backgrounds(volume: np.ndarray) -> np.ndarray | None:
     """``(n, 1, 1)`` values where slices differ in their background, else None: the volume's commonest value will do."""
-    if volume.dtype.kind == "f" and not np.isfinite(volume).all():
+    if not np.isfinite(volume).all():
         return None  # told where the volume is normalised
     corners = volume[:, 0, 0]
     if np.ptp(corners) <= 1e-6 * np.ptp(volume):
@@ -218,13 +223,12 @@ def _backgrounds(volume: np.ndarray) -> np.ndarray | float | None:
     return corners.reshape(-1, 1, 1)
 
 
-def _scaling(unit: Unit, volumes: dict[str, np.ndarray], backgrounds: dict[str, np.ndarray | float | None]) -> tuple[Problem, ...]:
+def _scaling(unit: Unit, scaled: list[str]) -> list[Problem]:
     """A warning where the archive scaled each slice by itself: brightness then says nothing across slices, and no cure brings it back."""
-    scaled = [channel for channel, volume in volumes.items() if backgrounds[channel] is not None or _flat_tops(volume)]
     if not scaled:
-        return ()
-    what = f"{', '.join(scaled)}: each slice seems to be scaled by itself (its background or its maximum is the same scale in every slice)"
-    return (Problem("warning", unit.patient, "", what, "prepare from the NIfTI files if brightness should compare across slices"),)
+        return []
+    what = f"{', '.join(scaled)}: each slice seems to be scaled by itself (backgrounds differ, or all slices reach the same maximum)"
+    return [Problem("warning", unit.patient, "", what, "prepare from the NIfTI files if brightness should compare across slices")]
 
 
 def _flat_tops(volume: np.ndarray) -> bool:

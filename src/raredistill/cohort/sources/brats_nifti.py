@@ -16,6 +16,7 @@ from isal import igzip_lib
 
 from raredistill.cohort.labels import LabelRule
 from raredistill.cohort.sources import Problem, Slices, Unit, brats
+from raredistill.cohort.volumes import Renderer
 from raredistill.errors import DataError
 
 NAME = re.compile(r"[_-](flair|t2f|t1ce|t1c|t1n|t1|t2w|t2|segm?)\.nii(\.gz)?$", re.IGNORECASE)
@@ -100,15 +101,16 @@ class BratsNifti:
         Raises:
             DataError: files cannot be decoded or disagree; every reason is told.
         """
-        arrays, hashes, failures = _read_all(unit)
-        if failures:
-            raise DataError("; ".join(failures))
-        _check_shapes(unit, arrays)
-        *volumes, mask = arrays
-        slices = brats.to_slices(
-            unit, dict(zip(self.channels, volumes, strict=True)), _labels(mask, unit.files[-1]), rule=self._rule, size=size
-        )
-        return Slices(slices.rows, slices.pixels, slices.tally, hashes)
+        reading = _Reading({}, {}, [], Renderer(), np.empty(0, np.uint8))
+        for role, file in zip((*self.channels, "seg"), unit.files, strict=True):
+            try:
+                reading.take(role, file)
+            except DataError as error:
+                reading.failures.append(str(error))
+        if reading.failures:
+            raise DataError("; ".join(reading.failures))
+        _check_shapes(unit, reading.shapes)
+        return brats.to_slices(unit, reading.rendered, reading.mask, rule=self._rule, size=size, hashes=reading.hashes)
 
     def _case_problems(self, case: _Case) -> list[Problem]:
         gone = case.missing(self.channels)
@@ -144,18 +146,30 @@ def _remarks(case: _Case) -> list[Problem]:
     return remarks
 
 
-def _read_all(unit: Unit) -> tuple[list[np.ndarray], dict[str, str], list[str]]:
-    arrays, hashes, failures = [], {}, []
-    for file in unit.files:
+@dataclass
+class _Reading:
+    """What is known of a case while its files are read one after the other."""
+
+    hashes: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    failures: list[str]
+    rendered: Renderer
+    mask: np.ndarray
+
+    def take(self, role: str, file: Path) -> None:
+        raw = brats.read_bytes(file)
+        self.hashes[file.name] = hashlib.sha256(raw).hexdigest()
+        volume = decode(raw, file)
+        self.shapes[file.name] = volume.shape[::-1]
+        if len(set(self.shapes.values())) > 1:
+            return  # told with all shapes once they are known
+        if role == "seg":
+            self.mask = _labels(volume, file)
+            return
         try:
-            raw = file.read_bytes()
-            hashes[file.name] = hashlib.sha256(raw).hexdigest()
-            arrays.append(decode(raw, file))
-        except OSError as error:
-            failures.append(f"{file}: cannot be read ({error.strerror}); check the file and its rights")
+            self.rendered.add(role, volume)
         except DataError as error:
-            failures.append(str(error))
-    return arrays, hashes, failures
+            raise DataError(f"{file}: {error}; replace it by the original or leave the patient out") from None
 
 
 def decode(raw: bytes, file: Path) -> np.ndarray:
@@ -254,8 +268,7 @@ def _labels(mask: np.ndarray, file: Path) -> np.ndarray:
     return whole
 
 
-def _check_shapes(unit: Unit, arrays: list[np.ndarray]) -> None:
-    shapes = {file.name: array.shape[::-1] for file, array in zip(unit.files, arrays, strict=True)}
+def _check_shapes(unit: Unit, shapes: dict[str, tuple[int, ...]]) -> None:
     if len(set(shapes.values())) > 1:
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise DataError(f"{unit.patient}: modalities disagree in shape ({found}); register them to one grid")
