@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raredistill import phantom
 from raredistill.cohort import labels, volumes
 from raredistill.cohort.labels import LabelRule, compare_rules, label_slices
+from raredistill.cohort.sources import brats
 from raredistill.cohort.sources.brats_nifti import decode
 from raredistill.cohort.sources.registry import open_source
 from raredistill.errors import ConfigError, DataError
@@ -343,6 +345,9 @@ def test_the_registry_knows_names_and_suggests(tmp_path):
         open_source("brats_nift", tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'min_tumour_voxels'"):
         open_source("brats_nifti", tmp_path, min_tumor_voxels=3)
+    with pytest.raises(ConfigError, match="min_tumour_voxels='many' does not fit"):
+        open_source("brats_nifti", tmp_path, min_tumour_voxels="many")
+    assert open_source("brats_nifti", tmp_path, channels="flair, t2", min_tumour_voxels="7").settings()["channels"] == ["flair", "t2"]
     with pytest.raises(DataError, match="no such file or folder"):
         open_source("brats_nifti", tmp_path / "absent")
     with pytest.raises(ConfigError, match="unknown channel"):
@@ -352,3 +357,13 @@ def test_the_registry_knows_names_and_suggests(tmp_path):
     (tmp_path / "name_mapping.csv").write_text("a,b\n")
     with pytest.raises(DataError, match="has the columns a, b; needed are patient,grade"):
         open_source("brats_nifti", tmp_path)
+
+
+def test_generated_data_says_so(tmp_path):
+    write_hdf5(tmp_path / "a" / "b", 1, 0)
+    write_nifti(tmp_path, "case", 0)
+    sources = [open_source("brats_hdf5", tmp_path / "a" / "b"), open_source("brats_nifti", tmp_path)]
+    assert ["generated" in source.settings() for source in sources] == [False, False]
+    assert brats.PHANTOM == phantom.MARKER
+    (tmp_path / phantom.MARKER).write_text("made")
+    assert [source.settings()["generated"] for source in sources] == [True, True]

@@ -76,7 +76,7 @@ def prepare(
 def _job(source: Source, size: tuple[int, int]) -> dict[str, Any]:
     """What determines the outcome: files by name and size, so that a moved source is the same."""
     units = [[unit.patient, unit.label, [[file.name, _file_size(file)] for file in unit.files]] for unit in source.units()]
-    return {"source": source.kind, "settings": source.settings(), "size": list(size), "inputs": files.fingerprint(units)}
+    return {"kind": source.kind, "settings": source.settings(), "size": list(size), "inputs": files.fingerprint(units)}
 
 
 def _file_size(file: Path) -> int:

@@ -20,6 +20,8 @@ CHANNELS = ("flair", "t1", "t1ce", "t2")
 GRADES = ("HGG", "LGG")
 CLASSES = ("healthy", *GRADES)
 MAPPING = "name_mapping.csv"
+PHANTOM = "PHANTOM.md"
+"""What ``raredistill phantom`` leaves beside its data; named here too, since to import the phantom costs every worker half a second."""
 
 
 def choose_channels(channels: Sequence[str]) -> tuple[str, ...]:
@@ -97,6 +99,12 @@ def _grades(file: Path, table: pd.DataFrame) -> Grades:
     pairs = pairs[~pairs["patient"].isin(["", "NA", "nan"])].drop_duplicates()
     conflicts = frozenset(pairs["patient"][pairs["patient"].duplicated()])
     return Grades(file, dict(zip(pairs["patient"], pairs["grade"], strict=True)), conflicts)
+
+
+def generated(root: Path) -> dict[str, Any]:
+    """``{"generated": True}`` for data that ``raredistill phantom`` wrote, so that it says so wherever it appears."""
+    places = (root, *root.resolve().parents[:3])
+    return {"generated": True} if any((place / PHANTOM).is_file() for place in places) else {}
 
 
 def rule_settings(rule: LabelRule) -> dict[str, Any]:

@@ -91,6 +91,7 @@ class BratsHdf5:
             "channels": list(self.channels),
             "channel_order": list(self._order),
             **brats.rule_settings(self._rule),
+            **brats.generated(self._path),
         }
 
     def read(self, unit: Unit, size: tuple[int, int]) -> Slices:

@@ -93,7 +93,7 @@ class BratsNifti:
 
     def settings(self) -> dict[str, Any]:
         """Channels, rule and grades."""
-        return {"kind": self.kind, "channels": list(self.channels), **brats.rule_settings(self._rule)}
+        return {"kind": self.kind, "channels": list(self.channels), **brats.rule_settings(self._rule), **brats.generated(self._path)}
 
     def read(self, unit: Unit, size: tuple[int, int]) -> Slices:
         """Decode one case and make its samples.

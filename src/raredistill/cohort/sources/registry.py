@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import inspect
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from raredistill.cohort.sources import Source
 from raredistill.errors import ConfigError, DataError
@@ -37,16 +39,29 @@ def open_source(kind: str, path: Path, **options: Any) -> Source:
         raise ConfigError(f"unknown source '{kind}'{_suggest(kind, list(KINDS))}; the sources are {', '.join(KINDS)}")
     module, name = KINDS[kind]
     source = getattr(import_module(module), name)
-    known = [parameter for parameter in inspect.signature(source).parameters if parameter != "path"]
+    known = {name: hint for name, hint in get_type_hints(source.__init__).items() if name not in ("path", "return")}
     for option in options:
         if option not in known:
-            raise ConfigError(f"{kind} has no option '{option}'{_suggest(option, known)}; it takes {', '.join(known)}")
+            raise ConfigError(f"{kind} has no option '{option}'{_suggest(option, list(known))}; it takes {', '.join(known)}")
+    values = {option: _value(f"{kind}: {option}", known[option], value) for option, value in options.items()}
     if not Path(path).exists():
         raise DataError(f"{path}: no such file or folder; give the place of the raw data")
-    opened: Source = source(Path(path), **options)
+    opened: Source = source(Path(path), **values)
     return opened
 
 
 def _suggest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _value(name: str, hint: Any, value: Any) -> Any:
+    """The value as the option's annotation wants it; ``a,b`` will do for a list."""
+    adapter: TypeAdapter[Any] = TypeAdapter(hint)
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        if isinstance(value, str):
+            with suppress(ValidationError):
+                return adapter.validate_python([item.strip() for item in value.split(",")])
+        raise ConfigError(f"{name}={value!r} does not fit: {error.errors()[0]['msg']}") from None
