@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from raredistill.batches import Batches
-from raredistill.distill.registry import make_method
-from raredistill.losses import make_loss
 from torch.nn import functional as F
 
+from raredistill.batches import Batches
 from raredistill.checkpoint import Promise
+from raredistill.distill.registry import make_method
 from raredistill.errors import CheckpointError
+from raredistill.losses import make_loss
 from raredistill.models import create
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import Tally, Trainer, fit, predict_logits

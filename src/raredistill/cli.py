@@ -199,7 +199,7 @@ def _study(config_path: Path, out: Path, overrides: list[str]) -> None:
 
     config = load_config(config_path, overrides)
     made = make_study(config, _cohort(config, out), shlex.join(["raredistill", *sys.argv[1:]]))
-    show_table(records(made.counts()), "what is trained and tested on")
+    show_table(records(made.overview()), "slices (patients) of each class")
     with StudyProgress(made) as watcher:
         runs = run_study(made, out, watcher)
     _finish(out, runs)
@@ -211,13 +211,13 @@ def _cohort(config: StudyConfig, out: Path) -> Any:
     from raredistill.cohort.store import Cohort
     from raredistill.config import cohort_folder
     from raredistill.console import Progress
-    from raredistill.files import claim_folder
+    from raredistill.study.run import claim
 
     if isinstance(config.cohort, Path):
         return Cohort.load(config.cohort)
     raw = config.cohort
-    claim_folder(out, "study.json") if not any(out.glob("cohort-*")) else None
     source = open_source(raw.source, raw.path, **raw.options)
+    claim(out)
     with Progress("prepared patients") as progress:
         return make_cohort(
             source, cohort_folder(config, out), size=(raw.size, raw.size), leave_out_bad=raw.leave_out_bad, progress=progress

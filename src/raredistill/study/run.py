@@ -18,7 +18,9 @@ from raredistill.splits import Split, save_split, split_table
 from raredistill.study.execute import Record, Watcher, describe, execute
 from raredistill.study.plan import Entry, Run, make_plan
 
-MARKER = "study.json"
+DESCRIPTION = "study.json"
+MARKER = ".study"
+"""Says that a folder is a study's, from its first moment on."""
 LIBRARIES = ("raredistill", "torch", "timm", "lightning", "numpy", "pandas", "scikit-learn", "nibabel")
 
 
@@ -43,6 +45,16 @@ class Study:
         """Slices and patients by split, side and class: what to look at before training."""
         return split_table(self.cohort, list(self.splits))
 
+    def overview(self) -> pd.DataFrame:
+        """The same counts with a row a side and a column a class, ``slices (patients)``."""
+        return _overview(self.counts())
+
+
+def _overview(counts: pd.DataFrame) -> pd.DataFrame:
+    cells = counts.assign(cell=[f"{slices} ({patients})" for slices, patients in zip(counts["slices"], counts["patients"], strict=True)])
+    wide = cells.pivot_table(index=["repeat", "fold", "side"], columns="class", values="cell", aggfunc="first", sort=False)
+    return wide.reset_index()
+
 
 def run_study(study: Study, out: Path, watcher: Watcher) -> list[Record]:
     """Carry out a study in ``out``; done runs are reused, and ``study.json`` always says how far it is.
@@ -50,7 +62,7 @@ def run_study(study: Study, out: Path, watcher: Watcher) -> list[Record]:
     Raises:
         DataError: ``out`` holds something else.
     """
-    claim_folder(out, MARKER)
+    claim(out)
     with locked(out / ".lock"):
         plan = study.plan()
         records = {run.id: describe(run, study.cohort) for run in plan}
@@ -66,6 +78,12 @@ def run_study(study: Study, out: Path, watcher: Watcher) -> list[Record]:
         return execute(plan, study.cohort, out, watcher, on_record)
 
 
+def claim(out: Path) -> None:
+    """Make ``out`` this study's folder; refuse one that holds something else."""
+    claim_folder(out, MARKER)
+    (out / MARKER).touch()
+
+
 def _writer(study: Study, out: Path) -> Callable[[list[Record]], None]:
     fixed = {
         "name": study.name, "command": study.command, "config": study.config, "cohort": _cohort(study.cohort), "protocol": study.protocol,
@@ -73,7 +91,7 @@ def _writer(study: Study, out: Path) -> Callable[[list[Record]], None]:
         "splits": [{"repeat": split.repeat, "fold": split.fold, "hash": split.hash} for split in study.splits],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}, "machine": machine(),
     }  # fmt: skip
-    return lambda runs: write_json(out / MARKER, {**fixed, "runs": runs})
+    return lambda runs: write_json(out / DESCRIPTION, {**fixed, "runs": runs})
 
 
 def rare_class(cohort: Cohort, splits: Sequence[Split]) -> str:

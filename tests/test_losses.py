@@ -1,0 +1,147 @@
+"""Every loss against its formula in float64 numpy, and the prior that it leaves in the logits."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+
+from raredistill.errors import ConfigError
+from raredistill.losses import (
+    LOSSES,
+    adjust_logits,
+    balanced_softmax,
+    carried_prior,
+    cross_entropy,
+    effective_number_weights,
+    focal,
+    inverse_frequency_weights,
+    ldam,
+    losses_table,
+    make_loss,
+    vector_scaling,
+)  # fmt: skip
+
+COUNTS = np.array([100.0, 30.0, 4.0])
+PRIOR = COUNTS / COUNTS.sum()
+
+
+@pytest.fixture
+def batch():
+    generator = np.random.default_rng(0)
+    return generator.normal(size=(12, 3)) * 3, generator.integers(0, 3, 12)
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def own(logits, target):
+    return log_softmax(logits)[np.arange(len(target)), target]
+
+
+def margin_logits(logits, target):
+    margins = 0.5 * COUNTS**-0.25 / (COUNTS**-0.25).max()
+    return 30 * (np.tanh(logits) - np.eye(3)[target] * margins[target][:, None])
+
+
+WEIGHTS = COUNTS.sum() / (3 * COUNTS)
+ORACLES = {
+    "cross_entropy": (cross_entropy, lambda z, y: -own(z, y)),
+    "smoothed": (
+        lambda z, y, **k: cross_entropy(z, y, label_smoothing=0.1, **k),
+        lambda z, y: -0.9 * own(z, y) - 0.1 * log_softmax(z).mean(1),
+    ),
+    "weighted": (
+        lambda z, y, **k: cross_entropy(z, y, class_weights=torch.tensor(WEIGHTS), **k),
+        lambda z, y: -WEIGHTS[y] * own(z, y),
+    ),
+    "focal": (lambda z, y, **k: focal(z, y, gamma=1.5, **k), lambda z, y: -((1 - np.exp(own(z, y))) ** 1.5) * own(z, y)),
+    "balanced_softmax": (
+        lambda z, y, **k: balanced_softmax(z, y, counts=torch.tensor(COUNTS), tau=0.7, **k),
+        lambda z, y: -own(z + 0.7 * np.log(PRIOR), y),
+    ),
+    "ldam": (lambda z, y, **k: ldam(torch.tanh(z), y, counts=torch.tensor(COUNTS), **k), lambda z, y: -own(margin_logits(z, y), y)),
+    "vector_scaling": (
+        lambda z, y, **k: vector_scaling(z, y, counts=torch.tensor(COUNTS), **k),
+        lambda z, y: -own(z * (COUNTS / 100) ** 0.2 + np.log(PRIOR), y),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_losses_equal_their_formula_and_divide_by_n(name, batch):
+    loss, oracle = ORACLES[name]
+    logits, target = torch.tensor(batch[0]), torch.tensor(batch[1])
+    expected = oracle(*batch)
+    np.testing.assert_allclose(loss(logits, target, reduction="none").numpy(), expected, atol=1e-5)
+    assert float(loss(logits, target)) == pytest.approx(expected.mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "ldam"])
+def test_confident_mistakes_give_finite_gradients(name):
+    logits = torch.tensor([[50.0, -50.0, 0.0], [-50.0, 50.0, 0.0]], requires_grad=True)
+    make_loss(name, counts=torch.tensor(COUNTS))(logits, torch.tensor([1, 1])).backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_inverse_frequency_is_scikit_learns_balanced():
+    labels = np.repeat([0, 1, 2], COUNTS.astype(int))
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    np.testing.assert_allclose(inverse_frequency_weights(torch.tensor(COUNTS)).numpy(), expected, rtol=1e-6)
+
+
+def test_effective_numbers_sum_to_the_number_of_classes():
+    weights = (1 - 0.9999) / (1 - 0.9999**COUNTS)
+    np.testing.assert_allclose(effective_number_weights(torch.tensor(COUNTS)).numpy(), weights * 3 / weights.sum(), rtol=1e-5)
+
+
+def test_adjusting_raises_the_rare_class():
+    adjusted = adjust_logits(torch.zeros(1, 3), counts=torch.tensor(COUNTS))
+    np.testing.assert_allclose(adjusted.numpy()[0], -np.log(PRIOR), rtol=1e-5)
+    assert adjusted.argmax() == 2
+
+
+def test_the_balanced_softmax_is_minimised_by_the_balanced_posterior():
+    # On data drawn with the prior, the free logits that minimise the loss give p(y | x) under equal classes.
+    likelihood = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])  # p(x | y) for two values of x, up to a factor
+    joint = likelihood * torch.tensor(PRIOR)
+    logits = torch.zeros(2, 3, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=200)
+
+    def closure():
+        optimizer.zero_grad()
+        losses = torch.stack(
+            [balanced_softmax(logits, torch.full((2,), y), counts=torch.tensor(COUNTS), reduction="none") for y in range(3)], 1
+        )
+        value = (joint * losses).sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    torch.testing.assert_close(logits.softmax(1).double(), (likelihood / likelihood.sum(1, keepdim=True)).double(), atol=1e-3, rtol=0)
+
+
+def test_carried_priors_follow_share_times_weight_over_shift():
+    counts = torch.tensor(COUNTS)
+
+    def carried(name, sampler="natural", **options):
+        return carried_prior(name, counts=counts, sampler=sampler, **options)
+
+    assert carried("cross_entropy") == pytest.approx(tuple(PRIOR))
+    for uniform in (carried("weighted_cross_entropy"), carried("balanced_softmax"), carried("cross_entropy", "balanced")):
+        assert uniform == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    half = COUNTS**0.5 / (COUNTS**0.5).sum()
+    assert carried("balanced_softmax", tau=0.5) == pytest.approx(tuple(half))
+    assert carried("cross_entropy", "sqrt") == pytest.approx(tuple(half))
+    assert carried("focal") is None
+
+
+def test_unknown_names_options_and_empty_classes_are_refused():
+    with pytest.raises(ConfigError, match="did you mean focal"):
+        make_loss("fokal", counts=torch.ones(2))
+    with pytest.raises(ConfigError, match="did you mean gamma"):
+        make_loss("focal", counts=torch.ones(2), gama=1.0)
+    with pytest.raises(ConfigError, match="training samples"):
+        make_loss("balanced_softmax", counts=torch.tensor([3.0, 0.0]))
+    assert {row["name"] for row in losses_table()} == set(LOSSES)
