@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -48,13 +50,23 @@ def over_units(
         DataError: a worker was killed, as systems do when memory ends.
     """
     count = min(workers or cores(), len(units))
-    if executor is not None:
-        yield from _results([executor.submit(work, unit, *arguments) for unit in units])
-    elif count <= 1:
+    if executor is None and count <= 1:
         yield from (work(unit, *arguments) for unit in units)
-    else:
-        with pool(count) as own:
-            yield from _results([own.submit(work, unit, *arguments) for unit in units])
+        return
+    packed = pickle.dumps(tuple(arguments))
+    with nullcontext(executor) if executor is not None else pool(count) as processes:
+        yield from _results([processes.submit(_call, work, unit, packed) for unit in units])
+
+
+def _call(work: Callable[..., Outcome], unit: Unit, packed: bytes) -> Outcome:
+    return work(unit, *_unpack(packed))
+
+
+@functools.lru_cache(maxsize=1)
+def _unpack(packed: bytes) -> tuple[Any, ...]:
+    """Arguments are unpacked once a worker, so that what a source finds out and keeps is found out once, not once a patient."""
+    arguments: tuple[Any, ...] = pickle.loads(packed)
+    return arguments
 
 
 def _results(futures: list[Future[Outcome]]) -> Iterator[Outcome]:
