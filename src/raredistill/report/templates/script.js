@@ -1,0 +1,19 @@
+"use strict";
+const number = (text) => { const value = parseFloat(text); return Number.isNaN(value) ? null : value; };
+function compare(one, other) {
+  const [a, b] = [number(one), number(other)];
+  return a !== null && b !== null ? a - b : one.localeCompare(other);
+}
+document.querySelectorAll("table.sortable").forEach((table) => {
+  table.querySelectorAll("th").forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
+    const up = head.getAttribute("aria-sort") !== "ascending";
+    table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const body = table.tBodies[0];
+    const rows = [...body.rows].sort((a, b) => compare(a.cells[column].textContent, b.cells[column].textContent) * (up ? 1 : -1));
+    body.append(...rows);
+  }));
+});
+document.querySelectorAll("input[data-entry]").forEach((box) => box.addEventListener("change", () => {
+  document.querySelectorAll(`[data-shown="${box.dataset.entry}"]`).forEach((part) => { part.hidden = !box.checked; });
+}));
