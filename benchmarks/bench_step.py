@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from raredistill.augment import PRESETS
-from raredistill.batches import Batch, Batches
-from raredistill.distill.registry import make_method
-from raredistill.losses import make_loss
 from torch.nn import functional as F
 
+from raredistill.augment import PRESETS
+from raredistill.batches import Batch, Batches
 from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort, save
+from raredistill.distill.registry import make_method
+from raredistill.losses import make_loss
 from raredistill.models import create
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import Tally, Trainer
@@ -37,8 +37,10 @@ SETTINGS = Settings(batch_size=BATCH)
 def make_cohort(root: Path) -> Cohort:
     number = 512
     labels = [CLASSES[n % 3] for n in range(number)]
-    rows = pd.DataFrame({"sample": [str(n) for n in range(number)], "patient": [str(n) for n in range(number)], "patient_label": labels, "label": labels,
-                         "slice": -1, "source": "", "split": ""})  # fmt: skip
+    names = [str(n) for n in range(number)]
+    rows = pd.DataFrame(
+        {"sample": names, "patient": names, "patient_label": labels, "label": labels, "slice": -1, "source": "", "split": ""}
+    )
     pixels = np.random.default_rng(0).integers(0, 255, (number, SIZE, SIZE), dtype=np.uint8)
     return save(root / "cohort", rows, {"grey": [pixels]}, classes=CLASSES, size=(SIZE, SIZE))
 
@@ -89,8 +91,8 @@ def whole(cohort: Cohort, *, taught: bool) -> Callable[[], None]:
 
 def teacher(fabric: object) -> Teacher:
     network = create("resnet18", channels=1, classes=3, image_size=SIZE)
-    promise = Promise(model="resnet18", head="linear", dropout=0.0, classes=CLASSES, channels=("grey",), image_size=SIZE, mean=(0.5,), std=(0.25,),
-                      prior=None, training_patients=None, external=True, split_hash="")  # fmt: skip
+    promise = Promise(model="resnet18", head="linear", dropout=0.0, classes=CLASSES, channels=("grey",), image_size=SIZE,
+                      mean=(0.5,), std=(0.25,), prior=None, training_patients=None, external=True, split_hash="")  # fmt: skip
     return Teacher(network, promise, fabric)  # type: ignore[arg-type]
 
 

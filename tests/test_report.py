@@ -61,7 +61,8 @@ def write_study(root, *, entries=tuple(SKILL), waiting=()):
     study = {
         "name": "s", "command": "raredistill study", "config": {"name": "s"},
         "cohort": cohort, "protocol": "outer", "rare": "LGG",
-        "split_table": [{"repeat": 0, "fold": 0, "side": "train", "class": "LGG", "slices": 1, "patients": 1}], "splits": [], "versions": {},
+        "split_table": [{"repeat": 0, "fold": 0, "side": "train", "class": "LGG", "slices": 1, "patients": 1}], "splits": [],
+        "versions": {},
         "machine": {}, "runs": runs,
     }  # fmt: skip
     write_json(root / "study.json", study)
