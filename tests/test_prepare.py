@@ -104,6 +104,7 @@ def test_a_part_is_read_again_when_its_file_changed_or_its_pixels_are_cut(tmp_pa
         prepare(source, out, size=SIZE, workers=1, progress=stop)
     cut = preparation._part_file(out / ".parts", source.units()[1], "t1.u8")
     cut.write_bytes(cut.read_bytes()[:-1])
+    preparation._part_file(out / ".parts", source.units()[2], "json").write_bytes(bytes(100))  # as a crash of the machine may leave it
     write_nifti(tmp_path / "new", "a", 77, ending=".nii")  # not compressed, so of the same size as before
     for path in (tmp_path / "new" / "a").iterdir():
         (tmp_path / "raw" / "a" / path.name).write_bytes(path.read_bytes())

@@ -167,8 +167,15 @@ def write_part(unit: Unit, source: Source, folder: Path, size: tuple[int, int]) 
         "checks": checks,
         "key": _key(unit),
     }
-    files.write_text(_part_file(folder, unit, "json"), json.dumps(part))
+    _write_description(_part_file(folder, unit, "json"), part)
     return unit.patient, part, None
+
+
+def _write_description(path: Path, part: dict[str, Any]) -> None:
+    """Whole or not at all, but without waiting for the disk: after a crash of the machine a part is made anew, or fails its checks."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(part), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _write_pixels(path: Path, pixels: np.ndarray) -> int:
@@ -194,7 +201,10 @@ def _load_part(folder: Path, unit: Unit, channels: tuple[str, ...], size: tuple[
     file = _part_file(folder, unit, "json")
     if not file.exists():
         return None
-    part: dict[str, Any] = files.read_json(file)
+    try:
+        part: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
     expected = len(part["rows"]) * size[0] * size[1]
     whole = all(_file_size(_part_file(folder, unit, f"{channel}.u8")) == expected for channel in channels)
     return part if whole and part["stamps"] == _stamps(unit) and part["label"] == unit.label else None
