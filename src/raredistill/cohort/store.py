@@ -136,23 +136,11 @@ def save(
         raise DataError(f"{root} already holds a cohort; name another folder or delete it")
     files.claim_folder(root, WORK)
     (root / WORK).mkdir(exist_ok=True)
-    expected = len(table) * size[0] * size[1]
-    with ThreadPoolExecutor() as threads:  # hashing and writing leave Python's lock
-        hashes = dict(
-            zip(pixels, threads.map(lambda item: _write_pixels(pixel_file(root, item[0]), item[1], expected), pixels.items()), strict=True)
-        )
+    hashes = _write_channels(root, pixels, len(table) * size[0] * size[1])
     with files.atomic(root / SAMPLES) as temporary:
         table.to_parquet(temporary, index=False)
     content = {"classes": names, "channels": tuple(pixels), "size": tuple(size), "pixels": hashes, "samples": _table_hash(table)}
-    description = {
-        "format": FORMAT,
-        **content,
-        "background": background_of(table, names),
-        "hash": files.fingerprint(content),
-        "samples_file": files.sha256(root / SAMPLES),
-        "provenance": dict(provenance or {}),
-    }
-    files.write_json(root / DESCRIPTION, description)
+    files.write_json(root / DESCRIPTION, _describe(root, table, content, names, provenance or {}))
     shutil.rmtree(root / WORK)
     return Cohort.load(root)
 
@@ -166,6 +154,19 @@ def background_of(samples: pd.DataFrame, classes: tuple[str, ...]) -> str | None
 def pixel_file(root: Path, channel: str) -> Path:
     """Where a channel's pixels lie: N x height x width bytes without a header."""
     return root / "pixels" / f"{channel}.u8"
+
+
+def _describe(
+    root: Path, table: pd.DataFrame, content: dict[str, Any], classes: tuple[str, ...], provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        **content,
+        "background": background_of(table, classes),
+        "hash": files.fingerprint(content),
+        "samples_file": files.sha256(root / SAMPLES),
+        "provenance": dict(provenance),
+    }
 
 
 def _tidy(samples: pd.DataFrame) -> pd.DataFrame:
@@ -185,6 +186,16 @@ def _check_samples(samples: pd.DataFrame, classes: tuple[str, ...]) -> None:
     twice = samples["sample"][samples["sample"].duplicated()]
     if len(twice):
         raise DataError(f"sample '{twice.iloc[0]}' occurs twice; give every sample a name of its own")
+
+
+def _write_channels(root: Path, pixels: Mapping[str, Iterable[np.ndarray]], expected: int) -> dict[str, str]:
+    """Write all channels side by side (hashing and writing leave Python's lock); channel -> hash."""
+
+    def write(channel: str) -> str:
+        return _write_pixels(pixel_file(root, channel), pixels[channel], expected)
+
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(pixels, threads.map(write, pixels), strict=True))
 
 
 def _write_pixels(path: Path, blocks: Iterable[np.ndarray], expected: int) -> str:
