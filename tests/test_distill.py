@@ -71,20 +71,46 @@ def test_distillers_equal_their_formula(name, logits):
     assert float(ours(torch.tensor(student), torch.tensor(teacher), torch.tensor(target))) == pytest.approx(oracle(*logits), abs=1e-5)
 
 
-def terms(name, student, teacher, labels):
-    method = make_method(name, counts=COUNTS, classes=3)
+def terms(name, student, teacher, labels, counts=COUNTS):
+    method = make_method(name, counts=counts, classes=len(counts))
     return method.terms(SimpleNamespace(labels=labels), Outputs(student), Outputs(teacher))
 
 
+SOUND = [(name, classes) for name, method in METHODS.items() for classes in (2, 3, 100) if classes >= method.min_classes]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", METHODS)
-def test_confident_mistakes_stay_finite(name, dtype):
-    student = torch.tensor([[50.0, -50.0, 0.0], [-50.0, 50.0, 0.0]], dtype=dtype, requires_grad=True)
-    teacher = -student.detach()
-    found = terms(name, student, teacher, torch.tensor([1, 1]))
+@pytest.mark.parametrize(("name", "classes"), SOUND)
+def test_confident_mistakes_in_a_batch_that_lacks_classes_stay_finite(name, classes, dtype):
+    student = torch.zeros(2, classes, dtype=dtype)
+    student[0, 0] = student[1, 1] = 50
+    student[0, 1] = student[1, 0] = -50
+    teacher = (-student).requires_grad_()
+    student.requires_grad_()
+    found = terms(name, student, teacher, torch.tensor([1, 1]), torch.arange(1, classes + 1))
     torch.stack(list(found.values())).sum().backward()
-    assert all(torch.isfinite(term) for term in found.values())
+    assert all(torch.isfinite(term) and term.dtype == torch.float32 for term in found.values())
     assert torch.isfinite(student.grad).all()
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("name", METHODS)
+def test_one_sample_and_outputs_without_variance_stay_finite(name, samples):
+    student = torch.zeros(samples, 3, requires_grad=True)
+    sum(terms(name, student, torch.zeros(samples, 3), torch.arange(samples) % 3).values()).backward()
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_gradient_step_lowers_the_distance_and_reaches_the_student_only(name, logits):
+    student, teacher, target = (torch.tensor(part) for part in logits)
+    student.requires_grad_()
+    teacher.requires_grad_()
+    value = sum(terms(name, student, teacher, target).values())
+    value.backward()
+    assert teacher.grad is None
+    assert sum(terms(name, student.detach() - 0.1 * student.grad, teacher, target).values()) < value
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist"])
@@ -99,10 +125,8 @@ def test_a_doubled_batch_and_permuted_classes_change_nothing(name, logits):
     value = sum(terms(name, student, teacher, target).values())
     double = sum(terms(name, student.repeat(2, 1), teacher.repeat(2, 1), target.repeat(2)).values())
     assert float(double) == pytest.approx(float(value), rel=1e-4)
-    if name == "bkd":
-        return  # its weights follow the counts' order
     order = torch.tensor([2, 0, 1])
-    permuted = sum(terms(name, student[:, order], teacher[:, order], torch.argsort(order)[target]).values())
+    permuted = sum(terms(name, student[:, order], teacher[:, order], torch.argsort(order)[target], COUNTS[order]).values())
     assert float(permuted) == pytest.approx(float(value), rel=1e-4)
 
 
@@ -118,6 +142,12 @@ def test_unknown_names_and_values_are_refused_with_the_nearest():
         make_method("dve", counts=COUNTS, classes=3)
     with pytest.raises(ConfigError, match="did you mean temperature"):
         make_method("kd", counts=COUNTS, classes=3, temprature=3)
-    with pytest.raises(ConfigError, match="positive"):
+    with pytest.raises(ConfigError, match="temperature must be a number above 0"):
         make_method("kd", counts=COUNTS, classes=3, temperature=0)
+    with pytest.raises(ConfigError, match="power must be a number above 0 and at most 1"):
+        make_method("dive", counts=COUNTS, classes=3, power=1.5)
+    with pytest.raises(ConfigError, match="beta must be a number at least 0"):
+        make_method("dkd", counts=COUNTS, classes=3, beta=float("nan"))
+    with pytest.raises(ConfigError, match="training samples"):
+        make_method("bkd", counts=torch.tensor([3, 0]), classes=2)
     assert [row["name"] for row in methods_table()] == list(METHODS)

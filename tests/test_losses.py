@@ -78,11 +78,33 @@ def test_losses_equal_their_formula_and_divide_by_n(name, batch):
     assert float(loss(logits, target)) == pytest.approx(expected.mean(), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "ldam"])
-def test_confident_mistakes_give_finite_gradients(name):
-    logits = torch.tensor([[50.0, -50.0, 0.0], [-50.0, 50.0, 0.0]], requires_grad=True)
-    make_loss(name, counts=torch.tensor(COUNTS))(logits, torch.tensor([1, 1])).backward()
+@pytest.mark.parametrize("classes", [2, 3, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_confident_mistakes_in_a_batch_that_lacks_classes_stay_finite(name, dtype, classes):
+    logits = torch.zeros(2, classes, dtype=dtype)
+    logits[0, 0] = logits[1, 1] = 50
+    logits[0, 1] = logits[1, 0] = -50
+    logits.requires_grad_()
+    value = make_loss(name, counts=torch.arange(1, classes + 1))(logits, torch.tensor([1, 1]))
+    value.backward()
+    assert value.dtype == torch.float32
+    assert torch.isfinite(value)
     assert torch.isfinite(logits.grad).all()
+    assert logits.grad[0].abs().sum() > 0.1  # the mistake is corrected, by vector scaling with a scaled slope
+
+
+def test_half_precision_costs_no_more_than_the_rounding_of_the_logits(batch):
+    logits, target = torch.tensor(batch[0]).bfloat16(), torch.tensor(batch[1])
+    for name in LOSSES:
+        loss = make_loss(name, counts=torch.tensor(COUNTS))
+        assert float(loss(logits, target)) == pytest.approx(float(loss(logits.double(), target)), rel=1e-5)
+
+
+def test_weights_follow_the_classes_not_their_order_of_appearance():
+    target = torch.tensor([2, 2, 0])
+    weighted = make_loss("weighted_cross_entropy", counts=torch.tensor(COUNTS))(torch.zeros(3, 3), target, reduction="none")
+    np.testing.assert_allclose(weighted.numpy(), np.log(3) * WEIGHTS[[2, 2, 0]], rtol=1e-6)
 
 
 def test_inverse_frequency_is_scikit_learns_balanced():
@@ -103,23 +125,24 @@ def test_adjusting_raises_the_rare_class():
 
 
 def test_the_balanced_softmax_is_minimised_by_the_balanced_posterior():
-    # On data drawn with the prior, the free logits that minimise the loss give p(y | x) under equal classes.
-    likelihood = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])  # p(x | y) for two values of x, up to a factor
+    # On data drawn with the prior, the expected loss has no slope at the logits of p(y | x) under equal classes, and is larger around them.
+    likelihood = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]], dtype=torch.float64)  # p(x | y) for two values of x, up to a factor
     joint = likelihood * torch.tensor(PRIOR)
-    logits = torch.zeros(2, 3, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=200)
 
-    def closure():
-        optimizer.zero_grad()
-        losses = torch.stack(
-            [balanced_softmax(logits, torch.full((2,), y), counts=torch.tensor(COUNTS), reduction="none") for y in range(3)], 1
-        )
-        value = (joint * losses).sum()
-        value.backward()
-        return value
+    def expected(logits):
+        losses = [balanced_softmax(logits, torch.full((2,), y), counts=torch.tensor(COUNTS), reduction="none") for y in range(3)]
+        return (joint * torch.stack(losses, 1)).sum()
 
-    optimizer.step(closure)
-    torch.testing.assert_close(logits.softmax(1).double(), (likelihood / likelihood.sum(1, keepdim=True)).double(), atol=1e-3, rtol=0)
+    best = (likelihood / likelihood.sum(1, keepdim=True)).log().requires_grad_()
+    expected(best).backward()
+    np.testing.assert_allclose(best.grad.numpy(), 0, atol=1e-7)
+    for place in range(3):
+        assert expected(best + 0.1 * torch.eye(3)[place]) > expected(best)
+    # With the wrong sign of the shift the same logits have a slope.
+    wrong = best.detach().clone().requires_grad_()
+    losses = [balanced_softmax(wrong, torch.full((2,), y), counts=torch.tensor(COUNTS), tau=-1, reduction="none") for y in range(3)]
+    (joint * torch.stack(losses, 1)).sum().backward()
+    assert wrong.grad.abs().max() > 0.01
 
 
 def test_carried_priors_follow_share_times_weight_over_shift():
@@ -134,7 +157,14 @@ def test_carried_priors_follow_share_times_weight_over_shift():
     half = COUNTS**0.5 / (COUNTS**0.5).sum()
     assert carried("balanced_softmax", tau=0.5) == pytest.approx(tuple(half))
     assert carried("cross_entropy", "sqrt") == pytest.approx(tuple(half))
-    assert carried("focal") is None
+    # Two corrections overshoot: equal sampling and a shift leave the inverse of the counts.
+    assert carried("balanced_softmax", "balanced") == pytest.approx(tuple(1 / COUNTS / (1 / COUNTS).sum()))
+    for unknown in (carried("focal"), carried("vector_scaling"), carried("cross_entropy", label_smoothing=0.1)):
+        assert unknown is None
+    with pytest.raises(ConfigError, match="did you mean balanced"):
+        carried("cross_entropy", "balancd")
+    with pytest.raises(ConfigError, match="training samples"):
+        carried_prior("cross_entropy", counts=torch.tensor([3, 0]), sampler="natural")
 
 
 def test_unknown_names_options_and_empty_classes_are_refused():
@@ -145,3 +175,12 @@ def test_unknown_names_options_and_empty_classes_are_refused():
     with pytest.raises(ConfigError, match="training samples"):
         make_loss("balanced_softmax", counts=torch.tensor([3.0, 0.0]))
     assert {row["name"] for row in losses_table()} == set(LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("focal", "gamma", -1), ("focal", "gamma", "2"), ("cross_entropy", "label_smoothing", 1.5), ("balanced_softmax", "tau", float("nan"))],
+)
+def test_values_out_of_range_are_refused_before_training(name, option, value):
+    with pytest.raises(ConfigError, match=f"loss {name}: {option} must be a number at least 0"):
+        make_loss(name, counts=torch.ones(2), **{option: value})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ Reduction = Literal["mean", "none"]
 def _reduced(losses: Tensor, reduction: Reduction) -> Tensor:
     # Always divided by N, also with class weights: additive under accumulation and over processes.
     return losses.mean() if reduction == "mean" else losses
+
+
+def _wide(logits: Tensor) -> Tensor:
+    # Half precision keeps too few digits for a logarithm of a sum of exponentials.
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _positive(counts: Tensor) -> Tensor:
@@ -44,7 +50,9 @@ def cross_entropy(
     Returns:
         Scalar, or ``(N,)`` with ``reduction="none"``, in nats.
     """
-    return _reduced(F.cross_entropy(logits, target, weight=class_weights, label_smoothing=label_smoothing, reduction="none"), reduction)
+    logits = _wide(logits)
+    weight = None if class_weights is None else class_weights.to(logits)
+    return _reduced(F.cross_entropy(logits, target, weight=weight, label_smoothing=label_smoothing, reduction="none"), reduction)
 
 
 def focal(
@@ -65,10 +73,10 @@ def focal(
     References:
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, eq. 4 (softmax form).
     """
-    own = F.log_softmax(logits.float(), dim=1).gather(1, target[:, None])[:, 0]
+    own = F.log_softmax(_wide(logits), dim=1).gather(1, target[:, None])[:, 0]
     # 1 - p by expm1, and no power of exact zero: its gradient is not finite for gamma < 1.
     losses = -((-torch.expm1(own)).clamp(min=1e-12) ** gamma) * own
-    return _reduced(losses if class_weights is None else losses * class_weights[target], reduction)
+    return _reduced(losses if class_weights is None else losses * class_weights.to(losses)[target], reduction)
 
 
 def balanced_softmax(logits: Tensor, target: Tensor, *, counts: Tensor, tau: float = 1.0, reduction: Reduction = "mean") -> Tensor:
@@ -91,7 +99,7 @@ def balanced_softmax(logits: Tensor, target: Tensor, *, counts: Tensor, tau: flo
         Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020, eq. 4.
     """
     counts = _positive(counts)
-    return cross_entropy(logits + tau * (counts / counts.sum()).log(), target, reduction=reduction)
+    return cross_entropy(_wide(logits) + tau * (counts / counts.sum()).log(), target, reduction=reduction)
 
 
 def ldam(
@@ -123,7 +131,7 @@ def ldam(
     """
     margins = _positive(counts) ** -0.25
     margins = margins * (max_margin / margins.max())
-    shifted = cosines - F.one_hot(target, cosines.shape[1]) * margins[target][:, None]
+    shifted = _wide(cosines) - F.one_hot(target, cosines.shape[1]) * margins[target][:, None]
     return cross_entropy(scale * shifted, target, class_weights=class_weights, reduction=reduction)
 
 
@@ -147,7 +155,7 @@ def vector_scaling(
         Kini et al., Label-Imbalanced and Group-Sensitive Classification under Overparameterization, NeurIPS 2021, eq. 2.
     """
     counts = _positive(counts)
-    scaled = logits * (counts / counts.max()) ** gamma
+    scaled = _wide(logits) * (counts / counts.max()) ** gamma
     return balanced_softmax(scaled, target, counts=counts, tau=tau, reduction=reduction)
 
 
@@ -186,20 +194,44 @@ def _weighted(counts: Tensor) -> Loss:
 
 
 @dataclass(frozen=True)
+class Option:
+    """A hyper-parameter's default and the values it may take: from ``low`` (itself only if ``closed``) to ``high``."""
+
+    default: float
+    low: float = 0.0
+    high: float = math.inf
+    closed: bool = True
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse what is no finite number in the range.
+
+        Raises:
+            ValueError: names the option and the range.
+        """
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not (self.low <= value <= self.high) or (value == self.low and not self.closed):  # type: ignore[operator]
+            bounds = f"{'at least' if self.closed else 'above'} {self.low:g}" + (
+                f" and at most {self.high:g}" if self.high < math.inf else ""
+            )
+            raise ValueError(f"{name} must be a number {bounds}, not {value!r}")
+
+
+@dataclass(frozen=True)
 class _Row:
-    """A loss by name: how it is built from counts, its options, and the prior that its logits carry beside the sampler's."""
+    """A loss by name: how it is built from counts, what it needs, its options, and the prior that its logits carry beside the sampler's."""
 
     build: Callable[..., Loss]
-    defaults: dict[str, float]
+    needs: str
+    options: dict[str, Option]
     source: str
     carries: Callable[..., Tensor] | None
 
 
-def _even(counts: Tensor, **_: float) -> Tensor:
+def _even(counts: Tensor) -> Tensor:
     return torch.ones_like(counts)
 
 
-def _inverse(counts: Tensor, **_: float) -> Tensor:
+def _inverse(counts: Tensor) -> Tensor:
     return inverse_frequency_weights(counts)
 
 
@@ -215,12 +247,13 @@ def _without_counts(loss: Callable[..., Tensor]) -> Callable[..., Loss]:
     return lambda counts, **options: partial(loss, **options)
 
 
+_SMOOTHING, _TAU = {"label_smoothing": Option(0.0, high=1.0)}, {"tau": Option(1.0)}
 LOSSES = {
-    "cross_entropy": _Row(_without_counts(cross_entropy), {"label_smoothing": 0.0}, "-", _even),
-    "weighted_cross_entropy": _Row(_weighted, {}, "inverse class frequency", _inverse),
-    "balanced_softmax": _Row(_with_counts(balanced_softmax), {"tau": 1.0}, "Ren et al. 2020", _shifted),
-    "focal": _Row(_without_counts(focal), {"gamma": 2.0}, "Lin et al. 2017", None),
-    "vector_scaling": _Row(_with_counts(vector_scaling), {"tau": 1.0, "gamma": 0.2}, "Kini et al. 2021", None),
+    "cross_entropy": _Row(_without_counts(cross_entropy), "nothing", _SMOOTHING, "maximum likelihood", _even),
+    "weighted_cross_entropy": _Row(_weighted, "counts", {}, "King & Zeng 2001", _inverse),
+    "balanced_softmax": _Row(_with_counts(balanced_softmax), "counts", _TAU, "Ren et al. 2020", _shifted),
+    "focal": _Row(_without_counts(focal), "nothing", {"gamma": Option(2.0)}, "Lin et al. 2017", None),
+    "vector_scaling": _Row(_with_counts(vector_scaling), "counts", {**_TAU, "gamma": Option(0.2)}, "Kini et al. 2021", None),
 }
 
 
@@ -229,32 +262,17 @@ def make_loss(name: str, *, counts: Tensor, **options: float) -> Loss:
 
     Args:
         name: as ``raredistill methods`` lists it.
-        counts: ``(K,)`` training samples per class.
+        counts: ``(K,)`` training samples per class, on the device of the training.
         options: hyper-parameters that differ from the defaults.
 
     Raises:
-        ConfigError: the name or an option is unknown, or a class that the loss must weight has no training sample.
+        ConfigError: the name or an option is unknown, a value is out of range, or a class that the loss must weight has no training sample.
     """
     row = _row(name, options)
     try:
         return row.build(counts.float(), **options)
     except ValueError as error:
         raise ConfigError(f"loss {name}: {error}") from None
-
-
-def _row(name: str, options: dict[str, float]) -> _Row:
-    if name not in LOSSES:
-        raise ConfigError(f"unknown loss {name}{_near(name, LOSSES)}; raredistill methods lists them")
-    known = LOSSES[name].defaults
-    for option in options:
-        if option not in known:
-            raise ConfigError(f"loss {name} has no option {option}{_near(option, known)}; it has {', '.join(known) or 'none'}")
-    return LOSSES[name]
-
-
-def _near(name: str, known: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def carried_prior(name: str, *, counts: Tensor, sampler: str, **options: float) -> tuple[float, ...] | None:
@@ -265,13 +283,20 @@ def carried_prior(name: str, *, counts: Tensor, sampler: str, **options: float) 
         counts: ``(K,)`` training samples per class.
         sampler: of the training epochs.
         options: hyper-parameters of the loss.
+
+    Raises:
+        ConfigError: as :func:`make_loss`, or the sampler is unknown.
     """
     row = _row(name, options)
+    if sampler not in POWERS:
+        raise ConfigError(f"unknown sampler {sampler}{did_you_mean(sampler, POWERS)}; there are {', '.join(POWERS)}")
     if row.carries is None or options.get("label_smoothing"):
         return None
-    counts = _positive(counts).double()
-    relevant = {key: value for key, value in options.items() if key != "label_smoothing"}
-    share = counts ** POWERS[sampler] * row.carries(counts, **relevant)
+    try:
+        counts = _positive(counts).double()
+    except ValueError as error:
+        raise ConfigError(f"loss {name}: {error}") from None
+    share = counts ** POWERS[sampler] * row.carries(counts, **{key: value for key, value in options.items() if key != "label_smoothing"})
     return tuple((share / share.sum()).tolist())
 
 
@@ -281,8 +306,29 @@ def losses_table() -> list[dict[str, str]]:
         {
             "name": name,
             "source": row.source,
+            "needs": row.needs,
             "carried prior": "unknown" if row.carries is None else "known",
-            "defaults": ", ".join(f"{key}={value:g}" for key, value in row.defaults.items()),
+            "defaults": ", ".join(f"{key}={option.default:g}" for key, option in row.options.items()),
         }
         for name, row in LOSSES.items()
     ]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: its nearest known one, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _row(name: str, options: dict[str, float]) -> _Row:
+    if name not in LOSSES:
+        raise ConfigError(f"unknown loss {name}{did_you_mean(name, LOSSES)}; raredistill methods lists them")
+    known = LOSSES[name].options
+    for option, value in options.items():
+        if option not in known:
+            raise ConfigError(f"loss {name} has no option {option}{did_you_mean(option, known)}; it has {', '.join(known) or 'none'}")
+        try:
+            known[option].check(option, value)
+        except ValueError as error:
+            raise ConfigError(f"loss {name}: {error}") from None
+    return LOSSES[name]

@@ -1,11 +1,15 @@
-"""What a distiller is: a small class that returns named terms."""
+"""What a distiller is: a small class that returns named terms, and checks its own hyper-parameters."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
+
+from raredistill.losses import Option
 
 
 @dataclass(frozen=True)
@@ -43,3 +47,26 @@ class Method(Protocol):
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """Return named scalars, each a mean over the batch; gradients reach the student only."""
+
+
+def not_negative(default: float, *, high: float = math.inf) -> Any:
+    """A hyper-parameter of a method, at least 0."""
+    return dataclasses.field(default=default, metadata={"option": Option(default, high=high)})
+
+
+def above_zero(default: float, *, high: float = math.inf) -> Any:
+    """A hyper-parameter of a method, above 0."""
+    return dataclasses.field(default=default, metadata={"option": Option(default, high=high, closed=False)})
+
+
+class Checked:
+    """Base of methods: a hyper-parameter out of its range is refused when the method is made."""
+
+    def __post_init__(self) -> None:
+        for name, option in hyperparameters(type(self)).items():
+            option.check(name, getattr(self, name))
+
+
+def hyperparameters(method: Any) -> dict[str, Option]:
+    """What a method lets a configuration set, by name."""
+    return {field.name: field.metadata["option"] for field in dataclasses.fields(method) if "option" in field.metadata}

@@ -1,4 +1,7 @@
-"""Distillers that compare logits. All include T squared and divide by the batch size; all compute in float32."""
+"""Distillers that compare logits.
+
+All include T squared, divide by the batch size, compute in float32 and let no gradient reach the teacher.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raredistill.distill.contract import Labelled, Outputs
+from raredistill.distill.contract import Checked, Labelled, Outputs, above_zero, not_negative
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -17,8 +20,8 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _kl(teacher_log: Tensor, student_log: Tensor) -> Tensor:
-    # KL(teacher || student), a mean over rows; xlogy-safe, since log_target keeps 0 log 0 at 0.
-    return F.kl_div(student_log, teacher_log, log_target=True, reduction="batchmean")
+    # KL(teacher || student), a mean over rows; both as logarithms, so that a probability that underflows gives 0 and not 0 * inf.
+    return F.kl_div(student_log, teacher_log.detach(), log_target=True, reduction="batchmean")
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -123,6 +126,7 @@ def dist(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, gamma: 
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, eq. 8 to 10.
     """
     student, teacher = (_log_softmax(logits, temperature).exp() for logits in (student_logits, teacher_logits))
+    teacher = teacher.detach()
     return (beta * _unlike(student, teacher) + gamma * _unlike(student.T, teacher.T)) * temperature**2
 
 
@@ -132,24 +136,16 @@ def _unlike(one: Tensor, other: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(first, second, dim=1, eps=1e-8).mean()
 
 
-def _checked_temperature(temperature: float) -> None:
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, it is {temperature}")
-
-
 @dataclass(frozen=True)
-class KD:
+class KD(Checked):
     """See ``kd``."""
 
-    temperature: float = 4.0
+    temperature: float = above_zero(4.0)
     name: ClassVar[str] = "kd"
     family: ClassVar[str] = "logits"
     source: ClassVar[str] = "Hinton et al. 2015"
     needs: ClassVar[str] = "logits"
     min_classes: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        _checked_temperature(self.temperature)
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""
@@ -157,20 +153,17 @@ class KD:
 
 
 @dataclass(frozen=True)
-class DKD:
+class DKD(Checked):
     """See ``dkd``."""
 
-    alpha: float = 1.0
-    beta: float = 8.0
-    temperature: float = 4.0
+    alpha: float = not_negative(1.0)
+    beta: float = not_negative(8.0)
+    temperature: float = above_zero(4.0)
     name: ClassVar[str] = "dkd"
     family: ClassVar[str] = "logits"
     source: ClassVar[str] = "Zhao et al. 2022"
     needs: ClassVar[str] = "logits"
     min_classes: ClassVar[int] = 3
-
-    def __post_init__(self) -> None:
-        _checked_temperature(self.temperature)
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""
@@ -178,20 +171,17 @@ class DKD:
         return {"dkd": dkd(student.logits, teacher.logits, batch.labels, **options)}
 
 
-@dataclass(frozen=True)
-class BKD:
+@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
+class BKD(Checked):
     """See ``bkd``; ``class_weights`` come from the training counts."""
 
     class_weights: Tensor
-    temperature: float = 2.0
+    temperature: float = above_zero(2.0)
     name: ClassVar[str] = "bkd"
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "Zhang et al. 2023"
     needs: ClassVar[str] = "logits"
     min_classes: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        _checked_temperature(self.temperature)
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""
@@ -199,19 +189,16 @@ class BKD:
 
 
 @dataclass(frozen=True)
-class DiVE:
+class DiVE(Checked):
     """See ``dive``."""
 
-    power: float = 0.5
-    temperature: float = 3.0
+    power: float = above_zero(0.5, high=1.0)
+    temperature: float = above_zero(3.0)
     name: ClassVar[str] = "dive"
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "He et al. 2021"
     needs: ClassVar[str] = "logits"
     min_classes: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        _checked_temperature(self.temperature)
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""
@@ -219,20 +206,17 @@ class DiVE:
 
 
 @dataclass(frozen=True)
-class DIST:
+class DIST(Checked):
     """See ``dist``."""
 
-    beta: float = 1.0
-    gamma: float = 1.0
-    temperature: float = 1.0
+    beta: float = not_negative(1.0)
+    gamma: float = not_negative(1.0)
+    temperature: float = above_zero(1.0)
     name: ClassVar[str] = "dist"
     family: ClassVar[str] = "relations of logits"
     source: ClassVar[str] = "Huang et al. 2022"
     needs: ClassVar[str] = "logits"
     min_classes: ClassVar[int] = 3
-
-    def __post_init__(self) -> None:
-        _checked_temperature(self.temperature)
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from typing import Any
 
 from torch import Tensor
 
-from raredistill.distill.contract import Method
+from raredistill.distill.contract import Method, hyperparameters
 from raredistill.distill.logits import BKD, DIST, DKD, KD, DiVE
 from raredistill.errors import ConfigError
-from raredistill.losses import effective_number_weights
+from raredistill.losses import did_you_mean, effective_number_weights
 
 METHODS: dict[str, Any] = {method.name: method for method in (KD, DKD, BKD, DiVE, DIST)}
 
@@ -21,34 +19,33 @@ def make_method(name: str, *, counts: Tensor, classes: int, **options: float) ->
 
     Args:
         name: as ``raredistill methods`` lists it.
-        counts: ``(K,)`` training samples per class, for methods that weight classes.
+        counts: ``(K,)`` training samples per class, for methods that weight classes; on the device of the training.
         classes: K.
         options: hyper-parameters that differ from the published defaults.
 
     Raises:
-        ConfigError: the name or an option is unknown, a value is out of range, or the method is not sound for so few classes.
+        ConfigError: the name or an option is unknown, a value is out of range, the method is not sound for so few classes, or a class that
+            it must weight has no training sample.
     """
     if name not in METHODS:
-        raise ConfigError(f"unknown method {name}{_near(name, METHODS)}; raredistill methods lists them")
+        raise ConfigError(f"unknown method {name}{did_you_mean(name, METHODS)}; raredistill methods lists them")
     family = METHODS[name]
     if classes < family.min_classes:
         raise ConfigError(f"method {name} carries no sound signal for {classes} classes (at least {family.min_classes}); use kd")
-    known = [field.name for field in dataclasses.fields(family) if field.name != "class_weights"]
+    known = hyperparameters(family)
     for option in options:
         if option not in known:
-            raise ConfigError(f"method {name} has no option {option}{_near(option, known)}; it has {', '.join(known)}")
-    if "class_weights" in family.__dataclass_fields__:
-        options["class_weights"] = effective_number_weights(counts.clamp(min=1))  # type: ignore[assignment]
+            raise ConfigError(f"method {name} has no option {option}{did_you_mean(option, known)}; it has {', '.join(known)}")
     try:
-        made: Method = family(**options)
-    except (ValueError, TypeError) as error:
+        weights = {"class_weights": effective_number_weights(counts)} if _weighs_classes(family) else {}
+        made: Method = family(**weights, **options)
+    except ValueError as error:
         raise ConfigError(f"method {name}: {error}") from None
     return made
 
 
-def _near(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def _weighs_classes(method: Any) -> bool:
+    return "class_weights" in method.__dataclass_fields__
 
 
 def methods_table() -> list[dict[str, Any]]:
@@ -67,5 +64,5 @@ def methods_table() -> list[dict[str, Any]]:
 
 
 def _defaults(method: Any) -> str:
-    fields = dataclasses.fields(method)
-    return ", ".join(f"{field.name}={field.default:g}" for field in fields if field.default is not dataclasses.MISSING)
+    shown = [f"{name}={option.default:g}" for name, option in hyperparameters(method).items()]
+    return ", ".join([*shown, *(["class weights by effective number"] if _weighs_classes(method) else [])])
