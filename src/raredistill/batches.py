@@ -103,8 +103,10 @@ class Batches:
         if self._resident is None:
             yield from self._stream(parts)
             return
+        # One buffer for all: what is made of it is always a copy, and fresh memory costs page faults.
+        buffer = torch.empty((self.batch_size, *self._resident.shape[1:]), dtype=torch.uint8, device=self.device)
         for part in parts:
-            yield part, self._resident.index_select(0, torch.from_numpy(part).to(self.device))
+            yield part, torch.index_select(self._resident, 0, torch.from_numpy(part).to(self.device), out=buffer[: len(part)])
 
     def _stream(self, parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
         waiting: queue.Queue[tuple[np.ndarray, Tensor] | BaseException] = queue.Queue(AHEAD)
@@ -144,10 +146,11 @@ class Batches:
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
     def _batch(self, positions: np.ndarray, pixels: Tensor, epoch: int) -> Batch:
-        images = pixels.to(torch.float32).mul_(1 / 255)
         rows = self.rows[positions]
-        if self.augmentation is not None:
-            images = apply(images, make_params(self.augmentation, seed=self.seed, epoch=epoch, samples=rows))
+        if self.augmentation is None:
+            images = pixels.to(torch.float32).mul_(1 / 255)
+        else:
+            images = apply(pixels, make_params(self.augmentation, seed=self.seed, epoch=epoch, samples=rows))
         labels = self._labels_there[torch.from_numpy(positions).to(self.device)]
         return Batch(torch.from_numpy(rows), images, labels, self.channels)
 
