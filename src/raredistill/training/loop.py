@@ -121,7 +121,8 @@ class Trainer:
         self.model.train()
         tally = Tally(self.classes, self.fabric.device)
         for step, batch in enumerate(batches.epoch(epoch)):
-            set_learning_rate(self.optimizer, learning_rate(self.settings, epoch + (step + 1) / len(batches)))
+            # The middle of the step: a warm-up wastes no step at rate 0, and an epoch's last step is not yet the next epoch's.
+            set_learning_rate(self.optimizer, learning_rate(self.settings, epoch + (step + 0.5) / len(batches)))
             terms, logits = self.step(batch)
             tally.add(logits, batch.labels, terms)
         summary = tally.summary()
