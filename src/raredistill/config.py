@@ -19,8 +19,10 @@ from raredistill.files import fingerprint
 from raredistill.losses import make_loss
 from raredistill.models import facts
 from raredistill.splits import make_splits
+from raredistill.study.execute import build_network
 from raredistill.study.plan import Entry, External
 from raredistill.study.run import Study
+from raredistill.study.teachers import check_external
 from raredistill.training.settings import Settings
 
 
@@ -187,6 +189,8 @@ def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
     entries = [_entry(run, config, cohort) for run in config.runs]
     for entry in entries:
         _check(entry, cohort)
+        if isinstance(entry.teacher, External):
+            check_external(entry.teacher, cohort, splits)
     plain = config.model_dump(mode="json")
     return Study(config.name, cohort, splits, entries, config.seeds, config.splits.protocol, plain, command)
 
@@ -207,6 +211,8 @@ def _check(entry: Entry, cohort: Cohort) -> None:
     make_loss(entry.settings.loss, counts=counts, **entry.settings.loss_options)
     if entry.teacher is not None:
         make_method(entry.method, counts=counts, classes=classes, **entry.method_options)
+    if entry.pretrained:
+        build_network(entry, cohort)
 
 
 def _teacher(teacher: str | ExternalConfig | None) -> str | External | None:

@@ -23,7 +23,7 @@ from raredistill.distill.registry import make_method
 from raredistill.files import locked, new_folder, read_json, write_json
 from raredistill.losses import carried_prior, make_loss
 from raredistill.models import Network, create, facts
-from raredistill.study.plan import External, Run
+from raredistill.study.plan import Entry, External, Run
 from raredistill.study.predict import plain_batches, prediction_table
 from raredistill.study.teachers import load_teacher, teacher_channels, teacher_name
 from raredistill.training.devices import make_fabric
@@ -113,7 +113,7 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher) -> Record:
     watcher.run_started(run, settings.epochs)
     fabric = make_fabric(settings.accelerator, settings.precision)
     torch.manual_seed(fold_seed(run))
-    network = _network(run, cohort)
+    network = build_network(run.entry, cohort)
     with new_folder(folder) as draft:
         fitted = _fit(run, cohort, network, fabric, draft, watcher)
         _save_checkpoints(run, cohort, network, fitted, draft)
@@ -135,8 +135,13 @@ def fold_seed(run: Run) -> int:
     return run.seed + 1000 * run.split.fold + 100_000 * run.split.repeat
 
 
-def _network(run: Run, cohort: Cohort) -> Network:
-    entry = run.entry
+def build_network(entry: Entry, cohort: Cohort) -> Network:
+    """An entry's network as it begins to train.
+
+    Raises:
+        ConfigError: unknown name, or an image size that it cannot take.
+        CheckpointError: pre-trained weights that cannot be had or do not fit.
+    """
     given = None if entry.mean is None or entry.std is None else ([entry.mean] * len(entry.channels), [entry.std] * len(entry.channels))
     return create(
         entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0],

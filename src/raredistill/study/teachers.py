@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort
 from raredistill.errors import CheckpointError, ConfigError
 from raredistill.models import Network, create, restore
+from raredistill.splits import Split
 from raredistill.study.plan import External, Run
 from raredistill.training.teacher import Teacher, check_teacher
 
@@ -24,9 +26,29 @@ def load_teacher(run: Run, cohort: Cohort, fabric: Fabric, runs: Path) -> Teache
         network, promise = restore(runs / run.teacher.id / "best.safetensors")
     else:
         raise ConfigError(f"{run.entry.name} has no teacher")
-    held_out = set(cohort.samples["patient"].to_numpy()[np.concatenate([run.split.validation, run.split.test])])
-    check_teacher(promise, name=teacher_name(run.entry.teacher), classes=cohort.classes, channels=cohort.channels, held_out=held_out)
+    _check(promise, teacher_name(run.entry.teacher), cohort, run.split)
     return Teacher(network, promise, fabric)
+
+
+def check_external(teacher: External, cohort: Cohort, splits: Sequence[Split]) -> None:
+    """Refuse a teacher from elsewhere that does not fit one of the splits, before anything is trained.
+
+    Raises:
+        CheckpointError: it cannot be read, lacks what it must say of itself, or does not fit.
+    """
+    _, promise = _external_promise(teacher)
+    for split in splits:
+        _check(promise, teacher_name(teacher), cohort, split)
+
+
+def _check(promise: Promise, name: str, cohort: Cohort, split: Split) -> None:
+    held_out = set(cohort.samples["patient"].to_numpy()[np.concatenate([split.validation, split.test])])
+    check_teacher(promise, name=name, classes=cohort.classes, channels=cohort.channels, held_out=held_out)
+    if promise.image_size != cohort.size[0]:
+        raise CheckpointError(
+            f"teacher {name} was trained on {promise.image_size} pixels, {cohort.root} has {cohort.size[0]}: "
+            f"prepare the cohort with --size {promise.image_size}"
+        )
 
 
 def teacher_channels(run: Run) -> tuple[str, ...]:
