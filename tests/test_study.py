@@ -168,7 +168,7 @@ def test_an_external_teacher_that_fits_teaches(tiny_cohort, tmp_path):
 def test_weights_that_do_not_fit_are_refused_before_training(tiny_cohort, tmp_path):
     weights = tmp_path / "other.safetensors"
     safetensors.torch.save_file({"something.weight": torch.zeros(3)}, weights)
-    with pytest.raises(CheckpointError, match="lacks .* of the network"):
+    with pytest.raises(CheckpointError, match=r"lacks .* of the network"):
         study(tiny_cohort, [{"name": "s", "model": "test_resnet", "pretrained": str(weights)}])
 
 
