@@ -20,13 +20,18 @@ def load_teacher(run: Run, cohort: Cohort, fabric: Fabric, runs: Path) -> Teache
     """The teacher of a run, from this study or from elsewhere, refused where it does not fit."""
     if isinstance(run.entry.teacher, External):
         network, promise = _external_promise(run.entry.teacher)
-    elif run.teacher is not None:
-        network, promise = restore(runs / run.teacher.id / "best.safetensors")
+    elif (file := teacher_file(run, runs)) is not None:
+        network, promise = restore(file)
     else:
         raise ConfigError(f"{run.entry.name} has no teacher")
     held_out = set(cohort.samples["patient"].to_numpy()[np.concatenate([run.split.validation, run.split.test])])
     check_teacher(promise, name=teacher_name(run.entry.teacher), classes=cohort.classes, channels=cohort.channels, held_out=held_out)
     return Teacher(network, promise, fabric)
+
+
+def teacher_file(run: Run, runs: Path) -> Path | None:
+    """The checkpoint of a teacher from this study; none without one."""
+    return runs / run.teacher.id / "best.safetensors" if run.teacher is not None else None
 
 
 def teacher_channels(run: Run) -> tuple[str, ...]:
