@@ -43,6 +43,12 @@ class Batch:
             return self.images
         return self.images[:, [self.channels.index(channel) for channel in channels]]
 
+    def split(self, parts: int) -> list[Batch]:
+        """Cut into ``parts`` batches, in order, of sizes that differ by one at most; fewer when there are not as many samples."""
+        cuts = torch.arange(len(self.labels)).tensor_split(min(parts, len(self.labels)))
+        slices = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts]
+        return [Batch(self.rows[cut], self.images[cut], self.labels[cut], self.channels) for cut in slices]
+
 
 class Batches:
     """Batches of some rows of a cohort, the same whether pixels are resident on the device or streamed from disk.
@@ -87,12 +93,18 @@ class Batches:
         whole, rest = divmod(len(self.rows), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Serve an epoch; order and views are functions of (seed, epoch, row)."""
-        positions = self._order(epoch)
-        parts = [positions[start * self.batch_size : (start + 1) * self.batch_size] for start in range(len(self))]
-        for part, pixels in self._pixels_of(parts):
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Serve an epoch from its batch ``start`` on; order and views are functions of (seed, epoch, row)."""
+        for part, pixels in self._pixels_of(self._parts(epoch)[start:]):
             yield self._batch(part, pixels, epoch)
+
+    def rows_of(self, epoch: int, step: int) -> np.ndarray:
+        """Rows of the cohort in one batch of an epoch."""
+        return np.asarray(self.rows[self._parts(epoch)[step]])
+
+    def _parts(self, epoch: int) -> list[np.ndarray]:
+        positions = self._order(epoch)
+        return [positions[step * self.batch_size : (step + 1) * self.batch_size] for step in range(len(self))]
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:

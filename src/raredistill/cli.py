@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from raredistill.study.plan import Run
     from raredistill.study.run import Study
 
+TERMINATED = 128 + signal.SIGTERM
+
 app = typer.Typer(
     help="Does a teacher help the rare class? Patient-grouped evidence on knowledge distillation for imbalanced images.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -35,17 +37,27 @@ Workers = Annotated[int | None, typer.Option(help="processes; all cores by defau
 
 def main() -> None:
     """Run the command line: 0 done; 1 finished, but runs failed; 2 bad input; 130 and 143 interrupted and resumable."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
         app(standalone_mode=False)
     except RareDistillError as error:
         _stop(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
-        _stop(f"interrupted; go on with: {shlex.join(['raredistill', *sys.argv[1:]])}", 130)
+        _stop(f"interrupted; {_go_on()}", 130)
+    except SystemExit as stop:
+        if stop.code == TERMINATED:
+            _stop(f"terminated; {_go_on()}", TERMINATED)
+        raise
+    except OSError as error:
+        _stop(f"{error}; what was written before is intact; free space or mend the folder, then {_go_on()}", 2)
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
         _usage(error)
+
+
+def _go_on() -> str:
+    return f"go on with: {shlex.join(['raredistill', *sys.argv[1:]])}"
 
 
 def _usage(error: Any) -> None:
@@ -230,6 +242,9 @@ def _finish(out: Path, runs: list[dict[str, Any]]) -> None:
 
     show_table(records(summary_table(out)), "test results, mean over folds and seeds")
     _report(out)
+    for record in runs:
+        for remark in record.get("remarks", ()):
+            print(f"remark: {record['id']}: {remark}", file=sys.stderr)
     failed = [record for record in runs if record["status"] == "failed"]
     for record in failed:
         print(f"failed: {record['id']}: {record['error']}", file=sys.stderr)

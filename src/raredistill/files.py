@@ -6,12 +6,10 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from raredistill.errors import DataError
 
@@ -59,7 +57,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); delete it and run the command again") from None
 
 
@@ -77,26 +75,38 @@ def fingerprint(value: Any) -> str:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``path`` while the block runs; a second process waits. It ends with the process, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
+    with _lock_file(path) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)
+        yield
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``path`` only when the block succeeds; ``path`` must not hold anything yet."""
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """As :func:`locked`, but without waiting: yields whether the lock was free, and is held while the block runs."""
+    with _lock_file(path) as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextmanager
+def _lock_file(path: Path) -> Iterator[IO[str]]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with path.open("a") as handle:  # closing it ends the lock
+        yield handle
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to a JSON-like record the hash of what it says."""
+    return {**record, "seal": fingerprint(record)}
+
+
+def is_sealed(record: Mapping[str, Any]) -> bool:
+    """Whether a record still says what it said when it was sealed."""
+    return record.get("seal") == fingerprint({key: value for key, value in record.items() if key != "seal"})
 
 
 def claim_folder(path: Path, marker: str) -> None:

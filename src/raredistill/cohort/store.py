@@ -99,6 +99,19 @@ class Cohort:
         shape = (len(self.samples), *self.size)
         return np.memmap(pixel_file(self.root, channel), dtype=np.uint8, mode="r", shape=shape)
 
+    def check_pixels(self, channels: Iterable[str]) -> None:
+        """Read some channels once and compare them with their hashes.
+
+        Raises:
+            DataError: a file was damaged or edited.
+        """
+        told = _description(self.root)["pixels"]
+        paths = {channel: pixel_file(self.root, channel) for channel in channels}
+        with ThreadPoolExecutor() as threads:
+            for channel, digest in zip(paths, threads.map(files.sha256, paths.values()), strict=True):
+                if digest != told[channel]:
+                    raise DataError(f"{paths[channel]}: its content does not match its hash; prepare the cohort again")
+
     def counts(self) -> pd.DataFrame:
         """Slices and patients by class: columns ``class, slices, patients``, one row a class in the order of ``classes``."""
         grouped = self.samples.groupby("label", observed=True)["patient"]

@@ -22,8 +22,8 @@ def load_teacher(run: Run, cohort: Cohort, fabric: Fabric, runs: Path) -> Teache
     """The teacher of a run, from this study or from elsewhere, refused where it does not fit."""
     if isinstance(run.entry.teacher, External):
         network, promise = _external_promise(run.entry.teacher)
-    elif run.teacher is not None:
-        network, promise = restore(runs / run.teacher.id / "best.safetensors")
+    elif (file := teacher_file(run, runs)) is not None:
+        network, promise = restore(file)
     else:
         raise ConfigError(f"{run.entry.name} has no teacher")
     _check(promise, teacher_name(run.entry.teacher), cohort, run.split)
@@ -49,6 +49,11 @@ def _check(promise: Promise, name: str, cohort: Cohort, split: Split) -> None:
             f"teacher {name} was trained on {promise.image_size} pixels, {cohort.root} has {cohort.size[0]}: "
             f"prepare the cohort with --size {promise.image_size}"
         )
+
+
+def teacher_file(run: Run, runs: Path) -> Path | None:
+    """The checkpoint of a teacher from this study; none without one."""
+    return runs / run.teacher.id / "best.safetensors" if run.teacher is not None else None
 
 
 def teacher_channels(run: Run) -> tuple[str, ...]:
