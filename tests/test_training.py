@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from raredistill.batches import Batches
 from raredistill.checkpoint import Promise
+from raredistill.distill.contract import Facts
 from raredistill.distill.registry import make_method
 from raredistill.errors import CheckpointError
 from raredistill.losses import make_loss
@@ -108,8 +109,11 @@ def test_early_stopping_waits_for_its_patience(tiny_cohort, fabric):
 
 
 def test_an_infinite_loss_stops_with_the_epoch_named(tiny_cohort, fabric):
+    def infinite(logits, target, *, reduction):
+        return logits.sum(dim=1) * math.inf
+
     with pytest.raises(FloatingPointError, match="epoch 0"):
-        fit(small(), lambda batch, student: {"ce": student.logits.sum() * math.inf}, batches(tiny_cohort), None,
+        fit(small(), Supervised(infinite), batches(tiny_cohort), None,
             settings=Settings(epochs=1), channels=("flair",), classes=CLASSES, fabric=fabric)  # fmt: skip
 
 
@@ -130,7 +134,7 @@ def test_a_distilled_step_minimises_the_weighted_sum_and_leaves_the_teacher_alon
     teacher_network, student = small(channels=2, seed=1), small()
     before = {name: value.clone() for name, value in teacher_network.state_dict().items()}
     teacher = Teacher(teacher_network, promise(channels=("t1ce", "flair"), mean=(0.5, 0.5), std=(0.25, 0.25)), fabric)
-    method = make_method("kd", counts=torch.ones(3), classes=3, temperature=2.0)
+    method = make_method("kd", Facts(torch.ones(3)), temperature=2.0)
     objective = Distilled(make_loss("cross_entropy", counts=torch.ones(3)), method, teacher, ce_weight=0.7, kd_weight=0.3)
     trainer = Trainer(student, objective, Settings(), ("flair",), CLASSES, fabric)
     batch = next(iter(batches(tiny_cohort).epoch(0)))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -71,6 +72,61 @@ def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: n
         brightness=1 + augmentation.brightness * (2 * draws[4] - 1),
         contrast=1 + augmentation.contrast * (2 * draws[5] - 1),
     )
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How samples are mixed with partners.
+
+    Attributes:
+        alpha: of the Beta distribution of the own share.
+        remix: let the label go to the rarer class where the counts of the two differ enough.
+        ratio: of the counts from which the label goes to the rarer class (kappa).
+        threshold: largest share of the rarer class' image for which it still must not (tau).
+
+    References:
+        Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018; Chou et al., Remix: Rebalanced Mixup, ECCV Workshops 2020,
+        eq. 4.
+    """
+
+    alpha: float = 1.0
+    remix: bool = False
+    ratio: float = 3.0
+    threshold: float = 0.5
+
+    def label_share(self, own: Tensor, labels: Tensor, partners: Tensor, counts: Tensor) -> Tensor:
+        """How much of each target stays the sample's own label, sample by sample: ``(N,)``.
+
+        Args:
+            own: ``(N,)`` share of the sample's own image.
+            labels: ``(N,)`` of the samples.
+            partners: ``(N,)`` labels of their partners.
+            counts: ``(K,)`` training samples per class.
+        """
+        commoner = counts[labels] / counts[partners]
+        to_partner = (commoner >= self.ratio) & (own < self.threshold)
+        to_own = (commoner <= 1 / self.ratio) & (1 - own < self.threshold)
+        return own.masked_fill(to_partner, 0.0).masked_fill(to_own, 1.0)
+
+
+MIXINGS: dict[str, Mixing | None] = {"none": None, "mixup": Mixing(), "remix": Mixing(remix=True)}
+
+
+def mix_params(mixing: Mixing, *, seed: int, epoch: int, samples: np.ndarray, population: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw partners and strengths as functions of (seed, epoch, sample).
+
+    Args:
+        mixing: strength.
+        seed: of the run.
+        epoch: from 0.
+        samples: ``(N,)`` rows of the cohort.
+        population: how many positions a partner may come from.
+
+    Returns:
+        ``(N,)`` int64 positions of the partners, and ``(N,)`` float64 shares of the own images.
+    """
+    draws = uniform(seed, epoch, samples, np.array([[6], [7]]))
+    return (draws[0] * population).astype(np.int64), betaincinv(mixing.alpha, mixing.alpha, draws[1])
 
 
 def uniform(seed: int, epoch: int, samples: np.ndarray, stream: int | np.ndarray) -> np.ndarray:

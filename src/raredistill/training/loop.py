@@ -19,7 +19,7 @@ from raredistill.distill.contract import Outputs
 from raredistill.metrics import metrics_from_confusion
 from raredistill.models import Network
 from raredistill.training.objectives import Objective
-from raredistill.training.optimizers import learning_rate, make_optimizer, set_learning_rate
+from raredistill.training.optimizers import climb, learning_rate, make_optimizer, set_learning_rate
 from raredistill.training.settings import Settings
 
 Weights = dict[str, Tensor]
@@ -105,7 +105,8 @@ class Trainer:
         self.settings, self.channels, self.classes, self.fabric = settings, channels, classes, fabric
         self.objective = objective
         self.network = network
-        self.model, self.optimizer = fabric.setup(network, make_optimizer(network, settings))
+        self.model, self.optimizer = fabric.setup(network, make_optimizer(network, settings, objective.trainable))
+        self.model.mark_forward_method("see")
         self.average = _moving_average(network, settings.ema_decay)
 
     def epoch(self, train: Batches, validation: Batches | None, epoch: int) -> dict[str, Any]:
@@ -131,15 +132,24 @@ class Trainer:
 
     def step(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
         """One optimiser step on a batch; returns the detached terms and logits, still on the device."""
-        self.optimizer.zero_grad(set_to_none=True)
-        student = Outputs(logits=self.model(batch.select(self.channels)))
-        terms = self.objective(batch, student)
-        self.fabric.backward(torch.stack(list(terms.values())).sum())
+        terms, logits = self._slope(batch)
+        if self.settings.sam_rho is not None:
+            back = climb(self.network.parameters(), self.settings.sam_rho)
+            self._slope(batch)
+            back()
         if self.settings.clip_norm is not None:
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.settings.clip_norm)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.network)
+        return terms, logits
+
+    def _slope(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        seen = self.model.see(batch.select(self.channels), maps=self.objective.maps)
+        student = Outputs(seen.logits, seen.features, seen.maps)
+        terms = self.objective(batch, student)
+        self.fabric.backward(torch.stack(list(terms.values())).sum())
         return {name: term.detach() for name, term in terms.items()}, student.logits.detach()
 
     def _look(self, batches: Batches) -> dict[str, Any]:
