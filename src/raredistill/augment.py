@@ -24,6 +24,7 @@ class Augmentation:
         scale: smallest and largest zoom.
         brightness: largest change of the brightness factor (0.2: 0.8 to 1.2).
         contrast: the same around each image's mean.
+        crop: largest shift up, down, left and right, in whole pixels; what comes in is 0, as of a random crop after padding.
     """
 
     rotation: float = 0.0
@@ -32,18 +33,20 @@ class Augmentation:
     scale: tuple[float, float] = (1.0, 1.0)
     brightness: float = 0.0
     contrast: float = 0.0
+    crop: int = 0
 
 
 PRESETS: dict[str, Augmentation | None] = {
     "none": None,
     "default": Augmentation(rotation=15, hflip=0.5, scale=(0.9, 1.1), brightness=0.2, contrast=0.2),
     "thesis": Augmentation(rotation=30, hflip=0.5, vflip=0.5, scale=(0.9, 1.1), brightness=0.2, contrast=0.2),
+    "cifar": Augmentation(hflip=0.5, crop=4),
 }
 
 
 @dataclass(frozen=True)
 class Params:
-    """One view an image, ``(N,)`` float32 each: angle in radians, zoom, signs of the flips (-1 or 1), brightness and contrast factors."""
+    """One view an image, ``(N,)`` float32 each: angle in radians, zoom, signs of the flips (-1 or 1), factors, and shifts in pixels."""
 
     angle: np.ndarray
     zoom: np.ndarray
@@ -51,6 +54,8 @@ class Params:
     vsign: np.ndarray
     brightness: np.ndarray
     contrast: np.ndarray
+    right: np.ndarray
+    down: np.ndarray
 
 
 def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: np.ndarray) -> Params:
@@ -62,7 +67,7 @@ def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: n
         epoch: or number of the view.
         samples: ``(N,)`` rows of the cohort.
     """
-    draws = uniform(seed, epoch, samples, np.arange(6)[:, None]).astype(np.float32)
+    draws = uniform(seed, epoch, samples, np.array([0, 1, 2, 3, 4, 5, 8, 9])[:, None]).astype(np.float32)
     low, high = augmentation.scale
     return Params(
         angle=np.deg2rad(augmentation.rotation * (2 * draws[0] - 1)),
@@ -71,7 +76,15 @@ def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: n
         vsign=np.where(draws[3] < augmentation.vflip, -1, 1).astype(np.float32),
         brightness=1 + augmentation.brightness * (2 * draws[4] - 1),
         contrast=1 + augmentation.contrast * (2 * draws[5] - 1),
+        right=_shifts(augmentation.crop, draws[6]),
+        down=_shifts(augmentation.crop, draws[7]),
     )
+
+
+def _shifts(largest: int, draws: np.ndarray) -> np.ndarray:
+    # A float32 draw just below 1 may round up to it.
+    shifts: np.ndarray = np.minimum(np.floor(draws * (2 * largest + 1)), 2 * largest) - largest
+    return shifts
 
 
 @dataclass(frozen=True)
@@ -190,7 +203,9 @@ def _positions(params: Params, images: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = np.cos(params.angle) / params.zoom, np.sin(params.angle) / params.zoom
     across = params.hsign * (cos + 1j * sin / ratio)
     down = params.vsign * (-sin * ratio + 1j * cos)
-    columns, rows = across[:, None, None] * _centres(width), down[:, None, None] * _centres(height)[:, None]
+    offset = 2 * (params.right / width + 1j * params.down / height)
+    columns = across[:, None, None] * _centres(width) + offset[:, None, None]
+    rows = down[:, None, None] * _centres(height)[:, None]
     shares = [torch.from_numpy(share.astype(np.complex64)).to(images.device) for share in (columns, rows)]
     return shares[0], shares[1]
 

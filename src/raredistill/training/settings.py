@@ -30,7 +30,7 @@ class Settings:
         select: the validation metric that chooses the best checkpoint; ``last`` takes the last epoch, as does a split without validation.
         patience: stop after so many epochs without improvement; never when not given.
         sampler: order of samples: ``natural``, ``sqrt``, ``balanced`` or ``progressive``.
-        augmentation: preset: ``none``, ``default`` or ``thesis``.
+        augmentation: preset: ``none``, ``default``, ``thesis`` or ``cifar`` (crops after padding by 4, and flips).
         mixing: of samples with partners: ``none``, ``mixup`` or ``remix``.
         loss: name of the supervised loss; ``loss_options`` are its hyper-parameters.
         deferred: class weights on any loss from ``deferred_epoch`` on: ``none``, ``inverse``, ``sqrt`` or ``effective``.
@@ -59,7 +59,7 @@ class Settings:
     select: Metric = "macro_f1"
     patience: Count | None = None
     sampler: Literal["natural", "sqrt", "balanced", "progressive"] = "natural"
-    augmentation: Literal["none", "default", "thesis"] = "default"
+    augmentation: Literal["none", "default", "thesis", "cifar"] = "default"
     mixing: Literal["none", "mixup", "remix"] = "none"
     loss: str = "cross_entropy"
     loss_options: dict[str, Any] = field(default_factory=dict)
