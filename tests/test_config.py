@@ -77,3 +77,32 @@ def test_the_thesis_grid_has_its_published_hyper_parameters():
     }  # fmt: skip
     assert all(run.ce_weight == 0.9 and run.kd_weight == pytest.approx(0.1 / 9) for run in config.runs if run.teacher)
     assert (config.training["weight_decay"], config.training["bias_weight_decay"], config.training["select"]) == (3e-4, 1e-4, "last")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"training": {"loss": "ldam"}}, "needs cosines, but head is not cosine"),
+        ({"training": {"loss": "weighted_cross_entropy", "deferred": "effective"}}, "weighs already"),
+        (
+            {"teacher": "a", "method": "pckd", "training": {"loss": "balanced_softmax"}},
+            "brings its own loss on labels, but",
+        ),
+        ({"teacher": "a", "method": "dkd", "training": {"mixing": "remix"}}, "looks at labels, but mixing: remix"),
+        ({"teacher": "a", "cross_fit": 2, "training": {"mixing": "mixup"}}, "mixes patients"),
+        ({"teacher": ["a", "b"], "cross_fit": 2}, "cross_fit needs one teacher"),
+        ({"cross_fit": 2}, "cross_fit makes copies of a teacher, but it has none"),
+        ({"teacher": ["a", "b"], "method": "rkd"}, "compares features"),
+        ({"teacher": "v", "method": "at"}, "method at: it compares maps, but v gives none"),
+        ({"teacher": "a", "method": "fitnet", "method_options": {"stage": 9}}, "stage must be a whole number from 1"),
+        ({"teacher": "a", "method": "ltkd", "method_options": {"groups": [["healthy"], ["HGG", "LGGG"]]}}, "groups must name each"),
+        ({"training": {"loss": "weighted_cross_entropy", "loss_options": {"weights": "invers"}}}, "weights must be one of"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_both_sides_named(tmp_path, tiny_cohort, change, said):
+    grid = [
+        {"name": "a", "model": "small_cnn"}, {"name": "b", "model": "small_cnn"}, {"name": "v", "model": "test_vit"},
+        {"name": "s", "model": "small_cnn", **change},
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=said):
+        make_study(load_config(write(tmp_path, runs=grid)), tiny_cohort, "")

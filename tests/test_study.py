@@ -9,13 +9,18 @@ import safetensors.torch
 import timm
 import torch
 
+from conftest import write_tiny
 from raredistill import predictions
 from raredistill.checkpoint import load
 from raredistill.cohort.store import Cohort
 from raredistill.config import StudyConfig, make_study
 from raredistill.errors import CheckpointError, ConfigError, DataError
+from raredistill.models import create
+from raredistill.report.results import read_results
 from raredistill.study.predict import predict
 from raredistill.study.run import rare_class, run_study
+from raredistill.study.teachers import teach
+from raredistill.training.devices import make_fabric
 
 RUNS = [
     {"name": "taught", "model": "small_cnn", "teacher": "large"},
@@ -186,8 +191,6 @@ def test_predict_writes_the_same_logits_for_the_same_samples(finished, tiny_coho
 
 
 def test_predict_refuses_a_cohort_of_another_size(finished, tmp_path):
-    from conftest import write_tiny
-
     other = write_tiny(tmp_path / "other", patients={"HGG": 2, "LGG": 2}, size=24)
     with pytest.raises(CheckpointError, match="--size 16"):
         predict(finished[0] / "runs" / finished[1][0]["id"], other, tmp_path / "p.parquet", accelerator="cpu")
@@ -201,3 +204,81 @@ def test_a_folder_with_other_things_is_refused(tiny_cohort, tmp_path):
 
 def test_the_rare_class_is_counted_in_training(tiny_cohort):
     assert rare_class(tiny_cohort, study(tiny_cohort).splits) == "LGG"
+
+
+TAUGHT = [
+    {"name": "big", "model": "cifar_resnet8"},
+    {"name": "margin", "model": "small_cnn", "head": "cosine", "training": {"loss": "ldam", "deferred": "effective"}},
+    {"name": "ours", "model": "small_cnn", "teacher": "big", "method": "pckd", "cross_fit": 2},
+    {"name": "hints", "model": "small_cnn", "teacher": "big", "method": "fitnet", "cross_fit": 2, "training": {"sampler": "progressive"}},
+    {"name": "pair", "model": "small_cnn", "teacher": ["big", "margin"], "training": {"mixing": "remix"}},
+    {"name": "unknown", "model": "small_cnn", "teacher": "margin", "method": "pckd"},
+    {"name": "twice", "model": "small_cnn", "teacher": "ours", "method": "bkd"},
+]
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    cohort = write_tiny(tmp_path_factory.mktemp("cohort") / "c", patients={"HGG": 16, "LGG": 12})
+    made = study(cohort, TAUGHT)
+    out = tmp_path_factory.mktemp("taught")
+    return made, out, {(record["name"], record["fold"]): record for record in run_study(made, out, Silent())}
+
+
+def test_cross_fitted_teachers_are_trained_once_for_their_students_and_before_them(taught):
+    made, _, records = taught
+    plan = made.plan()
+    assert [record["status"] for (name, _), record in records.items() if name != "twice"] == ["done"] * 2 * 8
+    for split in made.splits:
+        parts = [run for run in plan if run.part is not None and run.split.fold == split.fold]
+        students = [run for run in plan if run.entry.name in ("ours", "hints") and run.split.fold == split.fold]
+        assert len(parts) == 2
+        for student in students:
+            assert [teacher.id for teacher in student.teachers] == [part.id for part in parts]
+            assert plan.index(parts[-1]) < plan.index(student)
+
+
+def test_a_student_is_given_the_recalls_of_its_corrected_teachers_on_patients_that_they_never_saw(taught):
+    made, out, _ = taught
+    run = next(run for run in made.plan() if run.entry.name == "ours")
+    cohort = made.cohort
+    counts = torch.from_numpy(np.bincount(cohort.labels[run.split.train], minlength=3))
+    network = create("small_cnn", channels=1, classes=3, image_size=16)
+    _, facts = teach(run, cohort, network, make_fabric("cpu", "32-true"), out / "runs", counts=counts)
+    hits, samples = np.zeros(3), np.zeros(3)
+    for part in run.teachers:
+        table = predictions.read(out / "runs" / part.id / "predictions.parquet").table.query("split == 'test' and checkpoint == 'best'")
+        own = np.bincount(cohort.labels[part.split.train], minlength=3)
+        found = (np.stack(table["logits"].to_list()) - np.log(own / own.sum())).argmax(axis=1)
+        truth = np.array([cohort.classes.index(name) for name in table["label"]])
+        hits += np.bincount(truth[truth == found], minlength=3)
+        samples += np.bincount(truth, minlength=3)
+    assert samples.tolist() == counts.tolist()
+    np.testing.assert_allclose(facts.reliability.numpy(), (hits + 10 * (hits / samples).mean()) / (samples + 10))
+
+
+def test_checkpoints_say_which_prior_their_logits_carry(taught):
+    _, out, records = taught
+
+    def prior(name):
+        return load(out / "runs" / records[name, 0]["id"] / "best.safetensors")[1].prior
+
+    assert prior("big") == pytest.approx((0.5, 0.2857, 0.2143), abs=0.05)
+    assert prior("ours") == prior("unknown") == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    for name in ("margin", "hints", "pair"):
+        assert prior(name) is None
+
+
+def test_a_second_correction_is_refused_before_the_first_step_and_both_sides_are_named(taught):
+    _, out, records = taught
+    record = records["twice", 0]
+    assert record["status"] == "failed"
+    assert "method bkd" in record["error"]
+    assert "ours carries [0.333, 0.333, 0.333]" in record["error"]
+    assert not (out / "runs" / record["id"]).exists()
+
+
+def test_cross_fitted_teachers_are_no_results(taught):
+    _, out, _ = taught
+    results = read_results(out)
+    assert results.entries == ["big", "margin", "ours", "hints", "pair", "unknown", "twice"]

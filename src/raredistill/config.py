@@ -13,11 +13,12 @@ from annotated_types import Ge, Interval, MinLen
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from raredistill.cohort.store import Cohort
-from raredistill.distill.registry import make_method
+from raredistill.distill.contract import Facts, Shape
+from raredistill.distill.registry import make_method, method_class
 from raredistill.errors import ConfigError
 from raredistill.files import fingerprint
 from raredistill.losses import make_loss
-from raredistill.models import facts
+from raredistill.models import facts, widths
 from raredistill.splits import make_splits
 from raredistill.study.execute import build_network
 from raredistill.study.plan import Entry, External
@@ -75,10 +76,11 @@ class RunConfig(_Strict):
     pretrained: bool | Path = False
     mean: float | None = None
     std: float | None = None
-    head: Literal["linear", "thesis"] = "linear"
+    head: Literal["linear", "thesis", "cosine"] = "linear"
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     channels: tuple[str, ...] | None = None
-    teacher: str | ExternalConfig | None = None
+    teacher: str | Annotated[tuple[str, ...], MinLen(2)] | ExternalConfig | None = None
+    cross_fit: Annotated[int, Interval(ge=2, le=20)] | Literal[0] = 0
     method: str = "kd"
     method_options: dict[str, Any] = {}
     ce_weight: Annotated[float, Ge(0)] = 1.0
@@ -188,7 +190,7 @@ def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
     splits = make_splits(cohort, **config.splits.model_dump())
     entries = [_entry(run, config, cohort) for run in config.runs]
     for entry in entries:
-        _check(entry, cohort)
+        _check(entry, entries, cohort)
         if isinstance(entry.teacher, External):
             check_external(entry.teacher, cohort, splits)
     plain = config.model_dump(mode="json")
@@ -204,18 +206,55 @@ def _entry(run: RunConfig, config: StudyConfig, cohort: Cohort) -> Entry:
     return Entry(**taken, channels=tuple(channels), settings=settings, teacher=_teacher(run.teacher))
 
 
-def _check(entry: Entry, cohort: Cohort) -> None:
+def _check(entry: Entry, entries: Sequence[Entry], cohort: Cohort) -> None:
     # Everything that a name can get wrong is found before the first run, not hours later.
-    counts, classes = torch.ones(len(cohort.classes)), len(cohort.classes)
-    facts(entry.model, channels=len(entry.channels), classes=classes, image_size=cohort.size[0], head=entry.head)
-    make_loss(entry.settings.loss, counts=counts, **entry.settings.loss_options)
+    counts, settings = torch.ones(len(cohort.classes)), entry.settings
+    facts(entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0], head=entry.head)
+    make_loss(settings.loss, counts=counts, **settings.loss_options)
+    _check_together(entry)
     if entry.teacher is not None:
-        make_method(entry.method, counts=counts, classes=classes, **entry.method_options)
+        taught = _facts(entry, [each for each in entries if each.name in entry.teachers], cohort)
+        make_method(entry.method, taught, **entry.method_options)
+    elif entry.cross_fit:
+        raise ConfigError(f"runs {entry.name}: cross_fit makes copies of a teacher, but it has none; name one with teacher:")
     if entry.pretrained:
         build_network(entry, cohort)
 
 
-def _teacher(teacher: str | ExternalConfig | None) -> str | External | None:
+def _facts(entry: Entry, teachers: Sequence[Entry], cohort: Cohort) -> Facts:
+    # What can be known without training; priors and reliabilities are checked when there are teachers.
+    known = torch.full((len(cohort.classes),), 1.0)
+    shapes = [Shape(*widths(e.model, channels=len(e.channels), image_size=cohort.size[0])) for e in (entry, *teachers[:1])]
+    teacher = shapes[-1] if len(teachers) == 1 or isinstance(entry.teacher, External) else None
+    return Facts(known, None, cohort.classes, None, str(entry.teacher), known / known.sum(), known, shapes[0], teacher)
+
+
+def _check_together(entry: Entry) -> None:
+    settings = entry.settings
+    method = None if entry.teacher is None else method_class(entry.method, entry.method_options)
+    needs = () if method is None else method.wants(entry.method_options)
+    mixing = settings.mixing != "none"
+    refused = {
+        "loss ldam needs cosines, but head is not cosine: set head: cosine": settings.loss == "ldam" and entry.head != "cosine",
+        f"deferred: {settings.deferred} weighs classes that loss {settings.loss} weighs already; use cross_entropy or deferred: none": (
+            settings.deferred != "none" and settings.loss in ("weighted_cross_entropy", "class_balanced_focal")
+        ),
+        f"method {entry.method} brings its own loss on labels, but loss is {settings.loss}; leave loss at cross_entropy": (
+            method is not None and method.own_loss and (settings.loss, settings.deferred) != ("cross_entropy", "none")
+        ),
+        f"method {entry.method} looks at labels, but mixing: {settings.mixing} gives each sample two; use kd or mixing: none": (
+            mixing and "labels" in needs
+        ),
+        f"cross_fit keeps patients from their teachers, but mixing: {settings.mixing} mixes patients; use mixing: none": (
+            mixing and bool(entry.cross_fit)
+        ),
+        "cross_fit needs one teacher of this study": bool(entry.cross_fit) and entry.teacher is not None and len(entry.teachers) != 1,
+    }
+    if found := [message for message, wrong in refused.items() if wrong]:
+        raise ConfigError(f"runs {entry.name}: {'; '.join(found)}")
+
+
+def _teacher(teacher: str | tuple[str, ...] | ExternalConfig | None) -> str | tuple[str, ...] | External | None:
     return External(**teacher.model_dump()) if isinstance(teacher, ExternalConfig) else teacher
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +21,6 @@ from raredistill.errors import CheckpointError
 SAVE_EVERY = 60.0
 """Seconds of training that a crash can cost."""
 SLOTS = ("state-a.safetensors", "state-b.safetensors")
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """An objective that keeps something between steps, such as averages or a queue, says so with these two."""
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """Everything that the next step depends on."""
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
-        """Go on from what ``state_dict`` gave."""
 
 
 @dataclass(frozen=True)
