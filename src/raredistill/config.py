@@ -13,11 +13,12 @@ from annotated_types import Ge, Interval, MinLen
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from raredistill.cohort.store import Cohort
+from raredistill.distill.consistent import taught_prior
 from raredistill.distill.contract import Facts, Shape
 from raredistill.distill.registry import make_method, method_class
 from raredistill.errors import ConfigError
 from raredistill.files import fingerprint
-from raredistill.losses import make_loss
+from raredistill.losses import carried_prior, make_loss
 from raredistill.models import facts, widths
 from raredistill.splits import make_splits
 from raredistill.study.plan import Entry, External
@@ -242,10 +243,25 @@ def _check_together(entry: Entry) -> None:
         f"cross_fit keeps patients from their teachers, but mixing: {settings.mixing} mixes patients; use mixing: none": (
             mixing and bool(entry.cross_fit)
         ),
+        f"stage {settings.stage} changes a linear classifier, but head is cosine": settings.stage != "none" and entry.head == "cosine",
+        f"stage logit_adjustment takes the training prior off, but {_corrected(entry)} has done so already; use stage: none": (
+            settings.stage == "logit_adjustment" and bool(_corrected(entry))
+        ),
         "cross_fit needs one teacher of this study": bool(entry.cross_fit) and entry.teacher is not None and len(entry.teachers) != 1,
     }
     if found := [message for message, wrong in refused.items() if wrong]:
         raise ConfigError(f"runs {entry.name}: {'; '.join(found)}")
+
+
+def _corrected(entry: Entry) -> str:
+    """What takes the training prior off the logits during training, for a message; empty when nothing is known to."""
+    settings, counts = entry.settings, torch.tensor([1.0, 2.0])
+    if entry.teacher is not None:
+        return f"method {entry.method}" if taught_prior(entry.method, counts, entry.method_options) is not None else ""
+    carried = carried_prior(settings.loss, counts=counts, sampler=settings.sampler, deferred=settings.deferred, **settings.loss_options)
+    if carried is None or settings.mixing != "none" or abs(carried[0] - 1 / 3) < 1e-6:
+        return ""
+    return f"loss {settings.loss} with sampler {settings.sampler}"
 
 
 def _teacher(teacher: str | tuple[str, ...] | ExternalConfig | None) -> str | tuple[str, ...] | External | None:

@@ -26,6 +26,7 @@ from raredistill.losses import carried_prior, class_weights, make_loss
 from raredistill.models import Network, create, facts
 from raredistill.study.plan import External, Run
 from raredistill.study.predict import plain_batches, prediction_table
+from raredistill.study.stages import second_stage
 from raredistill.study.teachers import teach, teacher_channels, teacher_name
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import Fitted, fit, predict_logits
@@ -123,6 +124,7 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher) -> Record:
     network = _network(run, cohort)
     with new_folder(folder) as draft:
         fitted = _fit(run, cohort, network, fabric, draft, watcher)
+        stage = second_stage(run, cohort, network, fitted, fabric, seed=fold_seed(run))
         _save_checkpoints(run, cohort, network, fitted, draft)
         _save_predictions(run, cohort, network, fitted, fabric, draft)
         seconds = round(time.perf_counter() - start, 2)
@@ -132,6 +134,7 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher) -> Record:
             "seconds": seconds,
             "best_epoch": fitted.best_epoch,
             "epochs": len(fitted.epochs),
+            **stage,
         }
         write_json(draft / "run.json", record)
     return record
@@ -222,6 +225,10 @@ def _save_checkpoints(run: Run, cohort: Cohort, network: Network, fitted: Fitted
 
 def _prior(run: Run, cohort: Cohort) -> tuple[float, ...] | None:
     counts, settings = torch.from_numpy(_counts(run, cohort)), run.entry.settings
+    if settings.stage in ("crt", "lws"):
+        return tuple([1 / len(cohort.classes)] * len(cohort.classes))
+    if settings.stage != "none":
+        return None
     if run.entry.teacher is not None:
         # What a student's logits carry also depends on its teacher's: only a consistent method says it.
         return taught_prior(run.entry.method, counts, run.entry.method_options)
