@@ -95,6 +95,11 @@ def test_the_thesis_grid_has_its_published_hyper_parameters():
         ({"training": {"stage": "logit_adjustment", "loss": "balanced_softmax"}}, "loss balanced_softmax with sampler natural has done so"),
         ({"training": {"stage": "logit_adjustment", "sampler": "balanced"}}, "cross_entropy with sampler balanced has done so"),
         ({"teacher": "a", "method": "pckd", "training": {"stage": "logit_adjustment"}}, "method pckd has done so"),
+        (
+            {"teacher": "a", "online": "mutual", "method": "at"},
+            "online: mutual compares logits of networks in training, but method at needs",
+        ),
+        ({"online": "one_way"}, "online: one_way trains entries of this study"),
         ({"cross_fit": 2}, "cross_fit makes copies of a teacher, but it has none"),
         ({"teacher": ["a", "b"], "method": "rkd"}, "compares features"),
         ({"teacher": "v", "method": "at"}, "method at: it compares maps, but v gives none"),

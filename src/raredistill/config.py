@@ -80,6 +80,7 @@ class RunConfig(_Strict):
     channels: tuple[str, ...] | None = None
     teacher: str | Annotated[tuple[str, ...], MinLen(2)] | ExternalConfig | None = None
     cross_fit: Annotated[int, Interval(ge=2, le=20)] | Literal[0] = 0
+    online: Literal["no", "one_way", "mutual"] = "no"
     method: str = "kd"
     method_options: dict[str, Any] = {}
     ce_weight: Annotated[float, Ge(0)] = 1.0
@@ -246,6 +247,15 @@ def _check_together(entry: Entry) -> None:
         f"stage {settings.stage} changes a linear classifier, but head is cosine": settings.stage != "none" and entry.head == "cosine",
         f"stage logit_adjustment takes the training prior off, but {_corrected(entry)} has done so already; use stage: none": (
             settings.stage == "logit_adjustment" and bool(_corrected(entry))
+        ),
+        f"online: {entry.online} trains entries of this study beside the student; name one or more with teacher:": (
+            entry.online != "no" and not entry.teachers
+        ),
+        f"online: {entry.online} compares logits of networks in training, but method {entry.method} needs {', '.join(needs)}": (
+            entry.online != "no" and (not set(needs) <= {"logits", "labels"} or (method is not None and method.own_loss))
+        ),
+        f"online: {entry.online} has no trained teacher to copy, but cross_fit is {entry.cross_fit}": (
+            entry.online != "no" and bool(entry.cross_fit)
         ),
         "cross_fit needs one teacher of this study": bool(entry.cross_fit) and entry.teacher is not None and len(entry.teachers) != 1,
     }

@@ -20,17 +20,19 @@ from raredistill.batches import Batches
 from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort
 from raredistill.distill.consistent import taught_prior
+from raredistill.distill.contract import Facts
 from raredistill.distill.registry import make_method
 from raredistill.files import locked, new_folder, read_json, write_json
 from raredistill.losses import carried_prior, class_weights, make_loss
-from raredistill.models import Network, create, facts
+from raredistill.models import Network, facts
 from raredistill.study.plan import External, Run
 from raredistill.study.predict import plain_batches, prediction_table
 from raredistill.study.stages import second_stage
-from raredistill.study.teachers import teach, teacher_channels, teacher_name
+from raredistill.study.teachers import network_of, peers_of, teach, teacher_channels, teacher_name
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import Fitted, fit, predict_logits
 from raredistill.training.objectives import Deferred, Distilled, Objective, Supervised
+from raredistill.training.online import Together
 
 Record = dict[str, Any]
 
@@ -121,7 +123,7 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher) -> Record:
     watcher.run_started(run, settings.epochs)
     fabric = make_fabric(settings.accelerator, settings.precision)
     torch.manual_seed(fold_seed(run))
-    network = _network(run, cohort)
+    network = network_of(run.entry, cohort)
     with new_folder(folder) as draft:
         fitted = _fit(run, cohort, network, fabric, draft, watcher)
         stage = second_stage(run, cohort, network, fitted, fabric, seed=fold_seed(run))
@@ -143,15 +145,6 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher) -> Record:
 def fold_seed(run: Run) -> int:
     """The seed of a run: the same for every entry of a fold, repeat and seed, so that comparisons are paired."""
     return run.seed + 1000 * run.split.fold + 100_000 * run.split.repeat
-
-
-def _network(run: Run, cohort: Cohort) -> Network:
-    entry = run.entry
-    given = None if entry.mean is None or entry.std is None else ([entry.mean] * len(entry.channels), [entry.std] * len(entry.channels))
-    return create(
-        entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0],
-        pretrained=entry.pretrained, head=entry.head, dropout=entry.dropout, normalisation=given,
-    )  # fmt: skip
 
 
 def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path, watcher: Watcher) -> Fitted:
@@ -202,9 +195,14 @@ def make_objective(run: Run, cohort: Cohort, network: Network, fabric: Fabric, r
     deferred = None if settings.deferred == "none" else Deferred(class_weights(settings.deferred, counts), settings.deferred_epoch)
     if entry.teacher is None:
         return Supervised(loss, deferred)
+    weights = {"ce_weight": entry.ce_weight, "kd_weight": entry.kd_weight}
+    if run.peers:
+        method = make_method(entry.method, Facts(counts, classes=cohort.classes), **entry.method_options)
+        peers = peers_of(run, cohort, counts=counts)
+        return Together(loss, method, peers, fabric, mutual=entry.online == "mutual", deferred=deferred, **weights)
     teacher, facts = teach(run, cohort, network, fabric, runs, counts=counts)
     method = make_method(entry.method, facts, **entry.method_options)
-    return Distilled(loss, method, teacher, ce_weight=entry.ce_weight, kd_weight=entry.kd_weight, deferred=deferred)
+    return Distilled(loss, method, teacher, deferred=deferred, **weights)
 
 
 def _counts(run: Run, cohort: Cohort) -> np.ndarray:
