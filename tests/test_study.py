@@ -213,6 +213,8 @@ TAUGHT = [
     {"name": "hints", "model": "small_cnn", "teacher": "big", "method": "fitnet", "cross_fit": 2, "training": {"sampler": "progressive"}},
     {"name": "pair", "model": "small_cnn", "teacher": ["big", "margin"], "training": {"mixing": "remix"}},
     {"name": "unknown", "model": "small_cnn", "teacher": "margin", "method": "pckd"},
+    {"name": "beside", "model": "small_cnn", "teacher": "big", "online": "one_way"},
+    {"name": "peers", "model": "small_cnn", "teacher": ["big", "margin"], "online": "mutual", "training": {"precision": "bf16-mixed"}},
     {"name": "twice", "model": "small_cnn", "teacher": "ours", "method": "bkd"},
 ]
 
@@ -228,7 +230,7 @@ def taught(tmp_path_factory):
 def test_cross_fitted_teachers_are_trained_once_for_their_students_and_before_them(taught):
     made, _, records = taught
     plan = made.plan()
-    assert [record["status"] for (name, _), record in records.items() if name != "twice"] == ["done"] * 2 * 8
+    assert [record["status"] for (name, _), record in records.items() if name != "twice"] == ["done"] * 2 * 10
     for split in made.splits:
         parts = [run for run in plan if run.part is not None and run.split.fold == split.fold]
         students = [run for run in plan if run.entry.name in ("ours", "hints") and run.split.fold == split.fold]
@@ -278,7 +280,18 @@ def test_a_second_correction_is_refused_before_the_first_step_and_both_sides_are
     assert not (out / "runs" / record["id"]).exists()
 
 
+def test_peers_are_trained_in_the_run_itself_and_name_it(taught):
+    made, _, records = taught
+    run = next(run for run in made.plan() if run.entry.name == "peers")
+    assert run.teachers == ()
+    assert [peer.name for peer in run.peers] == ["big", "margin"]
+    assert records["peers", 0]["kind"] == "distilled"
+    assert records["peers", 0]["teacher_name"] == "big + margin"
+    other = study(made.cohort, [{**entry, "dropout": 0.1} if entry["name"] == "margin" else entry for entry in TAUGHT])
+    assert next(each for each in other.plan() if each.entry.name == "peers").id != run.id
+
+
 def test_cross_fitted_teachers_are_no_results(taught):
     _, out, _ = taught
     results = read_results(out)
-    assert results.entries == ["big", "margin", "ours", "hints", "pair", "unknown", "twice"]
+    assert results.entries == ["big", "margin", "ours", "hints", "pair", "unknown", "beside", "peers", "twice"]

@@ -19,6 +19,7 @@ from raredistill.models import create
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import Tally, Trainer, fit, predict_logits
 from raredistill.training.objectives import Deferred, Distilled, Supervised
+from raredistill.training.online import Peer, Together
 from raredistill.training.optimizers import learning_rate, make_optimizer
 from raredistill.training.settings import Settings
 from raredistill.training.teacher import CrossFitted, Ensemble, Teacher, check_teacher
@@ -275,3 +276,37 @@ def test_cross_fitted_teachers_run_on_their_own_samples_only(tiny_cohort, fabric
         torch.testing.assert_close(found.features[own], whole.features)
         torch.testing.assert_close(found.maps[-1][own], whole.maps[-1])
         torch.testing.assert_close(found.log_prior[own].exp(), torch.tensor(priors[number]).expand(int(own.sum()), 3))
+
+
+def kl(teacher, student):
+    return F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), log_target=True, reduction="batchmean")
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+def test_peers_learn_in_one_pass_each_from_detached_targets(mutual, tiny_cohort, fabric):
+    networks = [small(seed=seed) for seed in (1, 2, 3)]
+    twins = copy.deepcopy(networks)
+    passes = [[], [], []]
+    for network, calls in zip(networks, passes, strict=True):
+        network.body.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+    loss, method = make_loss("cross_entropy", counts=torch.ones(3)), make_method("kd", Facts(torch.ones(3)), temperature=1)
+    peers = [Peer(network, ("flair",), loss) for network in networks[1:]]
+    objective = Together(loss, method, peers, fabric, mutual=mutual, ce_weight=0.6, kd_weight=0.4)
+    settings = Settings(optimizer="sgd", momentum=0.0, learning_rate=0.1, weight_decay=0.0)
+    trainer = Trainer(networks[0], objective, settings, ("flair",), CLASSES, fabric)
+    trainer.model.train()
+    batch = next(iter(batches(tiny_cohort).epoch(0)))
+    terms, _ = trainer.step(batch)
+    assert [len(calls) for calls in passes] == [1, 1, 1]
+    assert set(terms) >= {"ce", "kd", "peer1_ce", "peer2_ce"}
+    assert ("peer1_kd" in terms) == mutual
+
+    # Each network by itself, against fixed targets.
+    outputs = [twin.train()(batch.select(("flair",))) for twin in twins]
+    for number, twin in enumerate(twins):
+        others = [kl(output.detach(), outputs[number]) for other, output in enumerate(outputs) if other != number]
+        own = F.cross_entropy(outputs[number], batch.labels)
+        objective_alone = 0.6 * own + 0.4 * sum(others) / 2 if mutual or number == 0 else own
+        slopes = torch.autograd.grad(objective_alone, list(twin.parameters()))
+        for weight, slope, found in zip(twin.parameters(), slopes, networks[number].parameters(), strict=True):
+            torch.testing.assert_close(found, weight - 0.1 * slope, atol=1e-5, rtol=1e-4)

@@ -12,17 +12,17 @@ from annotated_types import Ge, Interval, MinLen
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from raredistill.cohort.store import Cohort
+from raredistill.distill.consistent import taught_prior
 from raredistill.distill.contract import Facts, Shape
 from raredistill.distill.registry import make_method, method_class
 from raredistill.errors import ConfigError
 from raredistill.files import fingerprint, parse_yaml
-from raredistill.losses import make_loss
+from raredistill.losses import carried_prior, make_loss
 from raredistill.models import facts, widths
 from raredistill.splits import make_splits
-from raredistill.study.execute import build_network
 from raredistill.study.plan import Entry, External
 from raredistill.study.run import Study
-from raredistill.study.teachers import check_external
+from raredistill.study.teachers import check_external, network_of
 from raredistill.training.settings import Settings
 
 
@@ -80,6 +80,7 @@ class RunConfig(_Strict):
     channels: tuple[str, ...] | None = None
     teacher: str | Annotated[tuple[str, ...], MinLen(2)] | ExternalConfig | None = None
     cross_fit: Annotated[int, Interval(ge=2, le=20)] | Literal[0] = 0
+    online: Literal["no", "one_way", "mutual"] = "no"
     method: str = "kd"
     method_options: dict[str, Any] = {}
     ce_weight: Annotated[float, Ge(0)] = 1.0
@@ -168,6 +169,8 @@ def _is_noise(item: dict[str, Any]) -> bool:
     """What pydantic adds without telling more: the other branches of a choice between types, and a list whose members are wrong."""
     if item["type"] == "too_short":
         return bool(item["input"])
+    if item["type"] == "tuple_type" and _several(item["loc"][-1]):
+        return True
     return isinstance(item["input"], dict) if _scalar(item["loc"][-1]) else item["loc"][-1] in _CHOICES
 
 
@@ -175,8 +178,12 @@ def _scalar(part: int | str) -> bool:
     return part == "str" or str(part).startswith("lax-or-strict")
 
 
+def _several(part: int | str) -> bool:
+    return str(part).startswith("tuple[")
+
+
 def _mistake(item: dict[str, Any], model: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"] if part not in _CHOICES and not _scalar(part))
+    where = ".".join(str(part) for part in item["loc"] if part not in _CHOICES and not _scalar(part) and not _several(part))
     if item["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: {item['msg'].lower()} (it is {item['input']!r:.60})"
     known = _known_keys(model, item["loc"])
@@ -235,7 +242,7 @@ def _check(entry: Entry, entries: Sequence[Entry], cohort: Cohort) -> None:
     elif entry.cross_fit:
         raise ConfigError(f"runs {entry.name}: cross_fit makes copies of a teacher, but it has none; name one with teacher:")
     if entry.pretrained:
-        build_network(entry, cohort)
+        network_of(entry, cohort)
 
 
 def _facts(entry: Entry, teachers: Sequence[Entry], cohort: Cohort) -> Facts:
@@ -265,10 +272,34 @@ def _check_together(entry: Entry) -> None:
         f"cross_fit keeps patients from their teachers, but mixing: {settings.mixing} mixes patients; use mixing: none": (
             mixing and bool(entry.cross_fit)
         ),
+        f"stage {settings.stage} changes a linear classifier, but head is cosine": settings.stage != "none" and entry.head == "cosine",
+        f"stage logit_adjustment takes the training prior off, but {_corrected(entry)} has done so already; use stage: none": (
+            settings.stage == "logit_adjustment" and bool(_corrected(entry))
+        ),
+        f"online: {entry.online} trains entries of this study beside the student; name one or more with teacher:": (
+            entry.online != "no" and not entry.teachers
+        ),
+        f"online: {entry.online} compares logits of networks in training, but method {entry.method} needs {', '.join(needs)}": (
+            entry.online != "no" and (not set(needs) <= {"logits", "labels"} or (method is not None and method.own_loss))
+        ),
+        f"online: {entry.online} has no trained teacher to copy, but cross_fit is {entry.cross_fit}": (
+            entry.online != "no" and bool(entry.cross_fit)
+        ),
         "cross_fit needs one teacher of this study": bool(entry.cross_fit) and entry.teacher is not None and len(entry.teachers) != 1,
     }
     if found := [message for message, wrong in refused.items() if wrong]:
         raise ConfigError(f"runs {entry.name}: {'; '.join(found)}")
+
+
+def _corrected(entry: Entry) -> str:
+    """What takes the training prior off the logits during training, for a message; empty when nothing is known to."""
+    settings, counts = entry.settings, torch.tensor([1.0, 2.0])
+    if entry.teacher is not None:
+        return f"method {entry.method}" if taught_prior(entry.method, counts, entry.method_options) is not None else ""
+    carried = carried_prior(settings.loss, counts=counts, sampler=settings.sampler, deferred=settings.deferred, **settings.loss_options)
+    if carried is None or settings.mixing != "none" or abs(carried[0] - 1 / 3) < 1e-6:
+        return ""
+    return f"loss {settings.loss} with sampler {settings.sampler}"
 
 
 def _teacher(teacher: str | tuple[str, ...] | ExternalConfig | None) -> str | tuple[str, ...] | External | None:

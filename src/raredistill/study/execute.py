@@ -20,18 +20,21 @@ from raredistill.batches import Batches
 from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort
 from raredistill.distill.consistent import taught_prior
+from raredistill.distill.contract import Facts
 from raredistill.distill.registry import make_method
 from raredistill.errors import DataError
 from raredistill.files import lock_if_free, write_text
 from raredistill.losses import carried_prior, class_weights, make_loss
-from raredistill.models import Network, create, facts
+from raredistill.models import Network, facts
 from raredistill.study.drafts import check_origin, finish, open_draft, origin, read_finished, set_aside
-from raredistill.study.plan import Entry, External, Run
+from raredistill.study.plan import External, Run
 from raredistill.study.predict import plain_batches, prediction_table
-from raredistill.study.teachers import teach, teacher_channels, teacher_files, teacher_name
+from raredistill.study.stages import second_stage
+from raredistill.study.teachers import network_of, peers_of, teach, teacher_channels, teacher_files, teacher_name
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import DivergedError, Fitted, fit, predict_logits
 from raredistill.training.objectives import Deferred, Distilled, Objective, Supervised
+from raredistill.training.online import Together
 from raredistill.training.resume import Keeper
 
 Record = dict[str, Any]
@@ -162,19 +165,20 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: li
     now = origin(fabric.device.type, teacher_files(run, folder.parent))
     draft = open_draft(folder, now)
     torch.manual_seed(fold_seed(run))
-    network = build_network(run.entry, cohort)
+    network = network_of(run.entry, cohort)
     keeper = Keeper(draft)
     try:
         fitted = _fit(run, cohort, network, fabric, draft, watcher, keeper)
     except DivergedError as error:
         raise FloatingPointError(_told(error, run, cohort, network, draft)) from error
     start = time.perf_counter()
+    stage = second_stage(run, cohort, network, fitted, fabric, seed=fold_seed(run))
     _save_checkpoints(run, cohort, network, fitted, draft)
     _save_predictions(run, cohort, network, fitted, fabric, draft)
     seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
     record = {
         **describe(run, cohort), "status": "done", "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch,
-        "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch, "remarks": [*remarks, *keeper.remarks], "made_with": now,
+        "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch, "remarks": [*remarks, *keeper.remarks], "made_with": now, **stage,
     }  # fmt: skip
     finish(folder, record)
     return record
@@ -193,20 +197,6 @@ def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draf
 def fold_seed(run: Run) -> int:
     """The seed of a run: the same for every entry of a fold, repeat and seed, so that comparisons are paired."""
     return run.seed + 1000 * run.split.fold + 100_000 * run.split.repeat
-
-
-def build_network(entry: Entry, cohort: Cohort) -> Network:
-    """An entry's network as it begins to train.
-
-    Raises:
-        ConfigError: unknown name, or an image size that it cannot take.
-        CheckpointError: pre-trained weights that cannot be had or do not fit.
-    """
-    given = None if entry.mean is None or entry.std is None else ([entry.mean] * len(entry.channels), [entry.std] * len(entry.channels))
-    return create(
-        entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0],
-        pretrained=entry.pretrained, head=entry.head, dropout=entry.dropout, normalisation=given,
-    )  # fmt: skip
 
 
 def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path, watcher: Watcher, keeper: Keeper) -> Fitted:
@@ -257,9 +247,14 @@ def make_objective(run: Run, cohort: Cohort, network: Network, fabric: Fabric, r
     deferred = None if settings.deferred == "none" else Deferred(class_weights(settings.deferred, counts), settings.deferred_epoch)
     if entry.teacher is None:
         return Supervised(loss, deferred)
+    weights = {"ce_weight": entry.ce_weight, "kd_weight": entry.kd_weight}
+    if run.peers:
+        method = make_method(entry.method, Facts(counts, classes=cohort.classes), **entry.method_options)
+        peers = peers_of(run, cohort, counts=counts)
+        return Together(loss, method, peers, fabric, mutual=entry.online == "mutual", deferred=deferred, **weights)
     teacher, facts = teach(run, cohort, network, fabric, runs, counts=counts)
     method = make_method(entry.method, facts, **entry.method_options)
-    return Distilled(loss, method, teacher, ce_weight=entry.ce_weight, kd_weight=entry.kd_weight, deferred=deferred)
+    return Distilled(loss, method, teacher, deferred=deferred, **weights)
 
 
 def _counts(run: Run, cohort: Cohort) -> np.ndarray:
@@ -284,6 +279,10 @@ def _promise(run: Run, cohort: Cohort, network: Network) -> Promise:
 
 def _prior(run: Run, cohort: Cohort) -> tuple[float, ...] | None:
     counts, settings = torch.from_numpy(_counts(run, cohort)), run.entry.settings
+    if settings.stage in ("crt", "lws"):
+        return tuple([1 / len(cohort.classes)] * len(cohort.classes))
+    if settings.stage != "none":
+        return None
     if run.entry.teacher is not None:
         # What a student's logits carry also depends on its teacher's: only a consistent method says it.
         return taught_prior(run.entry.method, counts, run.entry.method_options)

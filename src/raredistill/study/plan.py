@@ -59,6 +59,7 @@ class Entry:
         teacher: another entry's name, several names (their probabilities are averaged), a teacher from elsewhere, or nobody.
         cross_fit: train that many copies of the teacher, each without a part of the training patients, whom it then teaches; 0 for one
             teacher trained on them all.
+        online: the teacher learns beside the student, ``one_way`` or ``mutual`` (from the student, too); ``no`` for a trained teacher.
         method: distiller, when there is a teacher.
         method_options: its hyper-parameters.
         ce_weight: of the supervised loss, when there is a teacher.
@@ -76,6 +77,7 @@ class Entry:
     dropout: float = 0.0
     teacher: str | tuple[str, ...] | External | None = None
     cross_fit: int = 0
+    online: str = "no"
     method: str = "kd"
     method_options: dict[str, Any] = field(default_factory=dict)
     ce_weight: float = 1.0
@@ -99,6 +101,7 @@ class Run:
         split: on whom.
         seed: of everything random.
         teachers: the runs it waits for, more than one for an ensemble or for cross-fitted teachers.
+        peers: entries whose networks learn beside its own.
         part: for a cross-fitted teacher, which part of the training patients it leaves out; None for a line of the study.
     """
 
@@ -107,6 +110,7 @@ class Run:
     split: Split
     seed: int
     teachers: tuple[Run, ...] = ()
+    peers: tuple[Entry, ...] = ()
     part: int | None = None
 
     @property
@@ -157,7 +161,7 @@ class _Cell:
                 yield from self._cross(entry)
                 teachers = self.crossed[entry.teachers[0], entry.cross_fit]
             else:
-                teachers = tuple(self.done[name] for name in entry.teachers)
+                teachers = () if entry.online != "no" else tuple(self.done[name] for name in entry.teachers)
             self.done[entry.name] = self._run(entry, self.split, teachers)
             yield self.done[entry.name]
 
@@ -173,19 +177,25 @@ class _Cell:
             yield from self.crossed[key]
 
     def _run(self, entry: Entry, split: Split, teachers: tuple[Run, ...], part: int | None = None) -> Run:
-        return Run(_name(entry, split, self.seed, teachers, self.cohort_hash), entry, split, self.seed, teachers, part)
+        peers = tuple(self.done[name].entry for name in entry.teachers) if entry.online != "no" else ()
+        return Run(_name(entry, split, self.seed, teachers, peers, self.cohort_hash), entry, split, self.seed, teachers, peers, part)
 
 
-def _name(entry: Entry, split: Split, seed: int, teachers: Sequence[Run], cohort_hash: str) -> str:
+def _name(entry: Entry, split: Split, seed: int, teachers: Sequence[Run], peers: Sequence[Entry], cohort_hash: str) -> str:
     determines: dict[str, Any] = {
-        "entry": {key: value for key, value in asdict(entry).items() if key not in ("name", "teacher")},
-        "teacher": [teacher.id.rsplit("-", 1)[1] for teacher in teachers] or _file_of(entry.teacher),
+        "entry": _settings_of(entry),
+        "teacher": [teacher.id.rsplit("-", 1)[1] for teacher in teachers] or _file_of(entry.teacher if not peers else None),
+        "peers": [{**_settings_of(peer), "pretrained": _file_of(peer.pretrained)} for peer in peers],
         "pretrained": _file_of(entry.pretrained),
         "cohort": cohort_hash,
         "split": split.hash,
         "seed": seed,
     }
     return f"{entry.name}-r{split.repeat}f{split.fold}s{seed}-{fingerprint(_plain(determines))[:10]}"
+
+
+def _settings_of(entry: Entry) -> dict[str, Any]:
+    return {key: value for key, value in asdict(entry).items() if key not in ("name", "teacher")}
 
 
 def _file_of(value: Any) -> str:

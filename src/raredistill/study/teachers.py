@@ -21,11 +21,12 @@ from raredistill.distill.contract import Facts, Outputs, Shape
 from raredistill.distill.imbalance import shrunk_recall
 from raredistill.distill.registry import method_class
 from raredistill.errors import CheckpointError
-from raredistill.losses import estimate_prior
+from raredistill.losses import estimate_prior, make_loss
 from raredistill.models import Network, create, restore
 from raredistill.sampling import POWERS
 from raredistill.splits import Split
-from raredistill.study.plan import External, Run
+from raredistill.study.plan import Entry, External, Run
+from raredistill.training.online import Peer
 from raredistill.training.teacher import CrossFitted, Ensemble, Teacher, check_teacher
 
 Taught = Callable[[Batch], Outputs]
@@ -154,10 +155,32 @@ def teacher_files(run: Run, runs: Path) -> dict[str, Path]:
     return {teacher.id: runs / teacher.id / "best.safetensors" for teacher in run.teachers}
 
 
+def network_of(entry: Entry, cohort: Cohort) -> Network:
+    """An entry's network as it begins to train.
+
+    Raises:
+        ConfigError: unknown name, or an image size that it cannot take.
+        CheckpointError: pre-trained weights that cannot be had or do not fit.
+    """
+    given = None if entry.mean is None or entry.std is None else ([entry.mean] * len(entry.channels), [entry.std] * len(entry.channels))
+    return create(
+        entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0],
+        pretrained=entry.pretrained, head=entry.head, dropout=entry.dropout, normalisation=given,
+    )  # fmt: skip
+
+
+def peers_of(run: Run, cohort: Cohort, *, counts: Tensor) -> list[Peer]:
+    """The networks that learn beside a run's own, each with its own loss and channels."""
+    return [
+        Peer(network_of(peer, cohort), peer.channels, make_loss(peer.settings.loss, counts=counts, **peer.settings.loss_options))
+        for peer in run.peers
+    ]
+
+
 def teacher_channels(run: Run) -> tuple[str, ...]:
-    """Channels that a run's teachers take; none without a teacher."""
-    if run.teachers:
-        return tuple(dict.fromkeys(channel for teacher in run.teachers for channel in teacher.entry.channels))
+    """Channels that a run's teachers or peers take; none without them."""
+    if entries := [*(teacher.entry for teacher in run.teachers), *run.peers]:
+        return tuple(dict.fromkeys(channel for entry in entries for channel in entry.channels))
     return _external_promise(run.entry.teacher)[1].channels if isinstance(run.entry.teacher, External) else ()
 
 

@@ -35,6 +35,9 @@ class Settings:
         loss: name of the supervised loss; ``loss_options`` are its hyper-parameters.
         deferred: class weights on any loss from ``deferred_epoch`` on: ``none``, ``inverse``, ``sqrt`` or ``effective``.
         sam_rho: radius of sharpness-aware minimisation (two passes a step); plain steps when not given.
+        stage: second stage of the trained classifier: ``none``, ``crt`` (re-training on balanced classes), ``lws`` (learnt scale of each
+            class), ``tau_norm`` or ``logit_adjustment`` (tau of both chosen on validation by ``select``, or macro F1).
+        stage_epochs: of ``crt`` and ``lws``.
         precision: ``32-true`` or ``bf16-mixed`` (Lightning Fabric's names).
         accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         residence: whether pixels stay on the device: ``auto``, ``resident`` or ``streamed``.
@@ -66,6 +69,8 @@ class Settings:
     deferred: Literal["none", "inverse", "sqrt", "effective"] = "none"
     deferred_epoch: Annotated[int, Ge(0)] = 0
     sam_rho: Positive | None = None
+    stage: Literal["none", "crt", "lws", "tau_norm", "logit_adjustment"] = "none"
+    stage_epochs: Count = 10
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     residence: Literal["auto", "resident", "streamed"] = "auto"
