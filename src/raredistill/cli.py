@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from raredistill.study.plan import Run
     from raredistill.study.run import Study
 
-TERMINATED = 128 + signal.SIGTERM
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 app = typer.Typer(
     help="Does a teacher help the rare class? Patient-grouped evidence on knowledge distillation for imbalanced images.",
@@ -39,11 +39,12 @@ def main() -> None:
     """Run the command line: 0 done; 1 finished, but runs failed; 2 bad input; 130 and 143 interrupted and resumable."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == INTERRUPTED:  # what typer makes of Ctrl-C
+            _stop(f"interrupted; {_go_on()}", INTERRUPTED)
     except RareDistillError as error:
         _stop(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
-        _stop(f"interrupted; {_go_on()}", 130)
+        _stop(f"interrupted; {_go_on()}", INTERRUPTED)
     except SystemExit as stop:
         if stop.code == TERMINATED:
             _stop(f"terminated; {_go_on()}", TERMINATED)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import raredistill
+from raredistill.checkpoint import content_hash
 from raredistill.errors import CheckpointError, DataError
 from raredistill.files import is_sealed, read_json, seal, sha256, write_json
 from raredistill.training.resume import clear_state
@@ -26,7 +27,7 @@ ASIDE = ("cli.py", "config.py", "console.py", "demo.yaml", "phantom.py", "cohort
 
 def origin(device: str, teacher: Path | None) -> dict[str, dict[str, str]]:
     """What a run's numbers depend on beside what names it: versions, device, the files of the program, and the teacher's weights."""
-    files = {} if teacher is None or not teacher.is_file() else {"teacher": sha256(teacher)}
+    files = {} if teacher is None or not teacher.is_file() else {"teacher": content_hash(teacher)}
     return {"versions": {**versions(), "device": device}, "code": code(), "files": files}
 
 

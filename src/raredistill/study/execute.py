@@ -24,6 +24,7 @@ from raredistill.errors import DataError
 from raredistill.files import lock_if_free, write_text
 from raredistill.losses import carried_prior, make_loss
 from raredistill.models import Network, create, facts
+from raredistill.study.board import Board
 from raredistill.study.drafts import check_origin, finish, open_draft, origin, read_finished, set_aside
 from raredistill.study.plan import External, Run
 from raredistill.study.predict import plain_batches, prediction_table
@@ -167,10 +168,21 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: li
     seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
     record = {
         **describe(run, cohort), "status": "done", "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch,
-        "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch, "remarks": [*remarks, *keeper.remarks], "made_with": now,
+        "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch, "remarks": [*remarks, *keeper.remarks, *_halved(run, fitted)],
+        "made_with": now,
     }  # fmt: skip
     finish(folder, record)
     return record
+
+
+def _halved(run: Run, fitted: Fitted) -> list[str]:
+    if not fitted.micro_batch:
+        return []
+    size = run.entry.settings.batch_size
+    return [
+        f"the device's memory did not hold {size} samples: steps of {size} were made of micro-batches of {fitted.micro_batch}, "
+        "from which batch statistics and terms that compare samples then come"
+    ]
 
 
 def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draft: Path) -> str:
@@ -198,14 +210,12 @@ def _network(run: Run, cohort: Cohort) -> Network:
 
 
 def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path, watcher: Watcher, keeper: Keeper) -> Fitted:
-    from torch.utils.tensorboard import SummaryWriter
-
-    with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, SummaryWriter(str(draft / "tensorboard")) as board:
+    with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, Board(draft / "tensorboard") as board:
 
         def on_epoch(record: Record) -> None:
             log.write(json.dumps(record) + "\n")
             log.flush()
-            _to_tensorboard(board, record)
+            board.add(record["epoch"], _scalars(record))
             watcher.epoch_done(run, record)
 
         channels, train, validation = _batches(run, cohort, fabric)
@@ -215,13 +225,13 @@ def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path
         )  # fmt: skip
 
 
-def _to_tensorboard(board: Any, record: Record) -> None:
+def _scalars(record: Record) -> dict[str, float]:
+    found = {}
     for part in ("train", "validation"):
         for key, value in record.get(part, {}).items():
             values = value if isinstance(value, dict) else {"all": value}
-            for name, number in values.items():
-                if number is not None:
-                    board.add_scalar(f"{key}/{part}/{name}", number, record["epoch"])
+            found.update({f"{key}/{part}/{name}": number for name, number in values.items() if number is not None})
+    return found
 
 
 def _batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...], Batches, Batches | None]:
