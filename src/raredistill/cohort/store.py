@@ -20,6 +20,8 @@ FORMAT = 1
 COLUMNS = ("sample", "patient", "patient_label", "label", "slice", "source", "split")
 DESCRIPTION = "cohort.json"
 SAMPLES = "samples.parquet"
+CONTENT = ("classes", "channels", "size", "pixels", "samples")
+"""Entries of the description that the cohort's hash covers."""
 WORK = ".parts"
 """Folder inside an unfinished cohort: its presence says that the folder is ours to go on with."""
 
@@ -99,18 +101,16 @@ class Cohort:
         shape = (len(self.samples), *self.size)
         return np.memmap(pixel_file(self.root, channel), dtype=np.uint8, mode="r", shape=shape)
 
-    def check_pixels(self, channels: Iterable[str]) -> None:
-        """Read some channels once and compare them with their hashes.
+    def check_pixels(self) -> None:
+        """Read every pixel once and compare with the hashes of the description: a disk may change what it keeps.
 
         Raises:
-            DataError: a file was damaged or edited.
+            DataError: a channel's file was changed after the cohort was made.
         """
-        told = _description(self.root)["pixels"]
-        paths = {channel: pixel_file(self.root, channel) for channel in channels}
-        with ThreadPoolExecutor() as threads:
-            for channel, digest in zip(paths, threads.map(files.sha256, paths.values()), strict=True):
-                if digest != told[channel]:
-                    raise DataError(f"{paths[channel]}: its content does not match its hash; prepare the cohort again")
+        expected = _description(self.root)["pixels"]
+        for channel in self.channels:
+            if files.sha256(pixel_file(self.root, channel)) != expected[channel]:
+                raise DataError(f"{pixel_file(self.root, channel)} was changed after the cohort was made; prepare the cohort again")
 
     def counts(self) -> pd.DataFrame:
         """Slices and patients by class: columns ``class, slices, patients``, one row a class in the order of ``classes``."""
@@ -244,6 +244,8 @@ def _description(root: Path) -> dict[str, Any]:
     description = files.read_json(root / DESCRIPTION)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise DataError(f"{root / DESCRIPTION} is of an unknown format; prepare the cohort again with this version")
+    if description.get("hash") != files.fingerprint({key: description.get(key) for key in CONTENT}):
+        raise DataError(f"{root / DESCRIPTION}: its content does not match its hash; prepare the cohort again")
     return description
 
 

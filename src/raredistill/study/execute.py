@@ -28,7 +28,7 @@ from raredistill.study.board import Board
 from raredistill.study.drafts import check_origin, finish, open_draft, origin, read_finished, set_aside
 from raredistill.study.plan import External, Run
 from raredistill.study.predict import plain_batches, prediction_table
-from raredistill.study.teachers import load_teacher, teacher_channels, teacher_file, teacher_name
+from raredistill.study.teachers import load_teacher, patients_before, teacher_channels, teacher_file, teacher_name
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import DivergedError, Fitted, fit, predict_logits
 from raredistill.training.objectives import Distilled, Objective, Supervised
@@ -202,6 +202,7 @@ def fold_seed(run: Run) -> int:
 
 def _network(run: Run, cohort: Cohort) -> Network:
     entry = run.entry
+    patients_before(run, cohort)  # refused here where they leak
     given = None if entry.mean is None or entry.std is None else ([entry.mean] * len(entry.channels), [entry.std] * len(entry.channels))
     return create(
         entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0],
@@ -269,11 +270,11 @@ def _save_checkpoints(run: Run, cohort: Cohort, network: Network, fitted: Fitted
 
 def _promise(run: Run, cohort: Cohort, network: Network) -> Promise:
     entry = run.entry
-    patients = cohort.samples["patient"].to_numpy()[run.split.train]
+    patients = {*cohort.samples["patient"].to_numpy()[run.split.train], *patients_before(run, cohort)}
     return Promise(
         model=entry.model, head=entry.head, dropout=entry.dropout, classes=cohort.classes, channels=entry.channels,
         image_size=cohort.size[0], mean=tuple(network.mean), std=tuple(network.std), prior=_prior(run, cohort),
-        training_patients=tuple(sorted(set(patients))), external=False, split_hash=run.split.hash,
+        training_patients=tuple(sorted(patients)), external=False, split_hash=run.split.hash,
     )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def _cell(order: Sequence[Entry], split: Split, seed: int, cohort_hash: str) -> 
 def _name(entry: Entry, split: Split, seed: int, teacher: Run | None, cohort_hash: str) -> str:
     determines: dict[str, Any] = {
         "entry": {key: value for key, value in asdict(entry).items() if key not in ("name", "teacher")},
-        "teacher": teacher.id.rsplit("-", 1)[1] if teacher else _file_of(entry.teacher),
+        "teacher": teacher.id.rsplit("-", 1)[1] if teacher else _external(entry.teacher),
         "pretrained": _file_of(entry.pretrained),
         "cohort": cohort_hash,
         "split": split.hash,
@@ -122,13 +122,17 @@ def _name(entry: Entry, split: Split, seed: int, teacher: Run | None, cohort_has
     return f"{entry.name}-r{split.repeat}f{split.fold}s{seed}-{fingerprint(_plain(determines))[:10]}"
 
 
+def _external(teacher: Any) -> Any:
+    """All that is said of a teacher from elsewhere: a corrected list of patients is another run, and is looked at."""
+    return {key: _file_of(value) for key, value in asdict(teacher).items()} if isinstance(teacher, External) else str(teacher)
+
+
 def _file_of(value: Any) -> str:
-    path = value.weights if isinstance(value, External) else value
-    if not isinstance(path, Path):
-        return str(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such weights file; check the path in the configuration")
-    return sha256(path)
+    if not isinstance(value, Path):
+        return str(value)
+    if not value.is_file():
+        raise ConfigError(f"{value}: no such file; check the path in the configuration")
+    return sha256(value)
 
 
 def _plain(value: Any) -> Any:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from lightning.fabric import Fabric
 
-from raredistill.checkpoint import Promise
+from raredistill.checkpoint import Promise, load, read_safetensors
 from raredistill.cohort.store import Cohort
 from raredistill.errors import CheckpointError, ConfigError
 from raredistill.models import Network, create, restore
 from raredistill.study.plan import External, Run
-from raredistill.training.teacher import Teacher, check_teacher
+from raredistill.training.teacher import Teacher, check_patients, check_teacher
 
 
 def load_teacher(run: Run, cohort: Cohort, fabric: Fabric, runs: Path) -> Teacher:
@@ -24,9 +24,29 @@ def load_teacher(run: Run, cohort: Cohort, fabric: Fabric, runs: Path) -> Teache
         network, promise = restore(file)
     else:
         raise ConfigError(f"{run.entry.name} has no teacher")
-    held_out = set(cohort.samples["patient"].to_numpy()[np.concatenate([run.split.validation, run.split.test])])
-    check_teacher(promise, name=teacher_name(run.entry.teacher), classes=cohort.classes, channels=cohort.channels, held_out=held_out)
+    check_teacher(
+        promise, name=teacher_name(run.entry.teacher), classes=cohort.classes, channels=cohort.channels, held_out=held_out(run, cohort)
+    )
     return Teacher(network, promise, fabric)
+
+
+def held_out(run: Run, cohort: Cohort) -> set[str]:
+    """The validation and test patients of a run: nothing that it learns from may have seen them."""
+    return set(cohort.samples["patient"].to_numpy()[np.concatenate([run.split.validation, run.split.test])])
+
+
+def patients_before(run: Run, cohort: Cohort) -> set[str]:
+    """Patients that the pre-trained weights of a run have seen, as far as their file tells: a checkpoint does, plain weights do not.
+
+    Raises:
+        CheckpointError: some of them are held out, or a checkpoint does not tell.
+    """
+    path = run.entry.pretrained
+    if isinstance(path, bool) or not read_safetensors(path)[1].get("kind"):
+        return set()
+    promise = load(path)[1]
+    check_patients(promise, f"the pre-trained weights {path}", held_out(run, cohort))
+    return set(promise.training_patients or ())
 
 
 def teacher_file(run: Run, runs: Path) -> Path | None:
@@ -69,6 +89,15 @@ def _external_promise(teacher: External) -> tuple[Network, Promise]:
 def _with_patients(promise: Promise, teacher: External) -> Promise:
     if teacher.training_patients is None:
         return replace(promise, external=teacher.external)
-    return replace(
-        promise, training_patients=tuple(teacher.training_patients.read_text(encoding="utf-8").split()), external=teacher.external
-    )
+    return replace(promise, training_patients=_lines(teacher.training_patients), external=teacher.external)
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    try:
+        # A line is a patient, whose name may hold spaces.
+        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as a list of patients ({error})") from None
+    if not lines:
+        raise ConfigError(f"{path}: names no patient; write one a line")
+    return lines
