@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,9 @@ from raredistill.errors import ConfigError
 from raredistill.files import fingerprint, sha256
 from raredistill.splits import Split
 from raredistill.training.settings import Settings
+
+LONGEST_NAME = 80
+FOLDER_NAME = re.compile(rf"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{{0,{LONGEST_NAME - 1}}}")
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,10 @@ def _plain(value: Any) -> Any:
 
 def _in_order(entries: Sequence[Entry]) -> list[Entry]:
     names = [entry.name for entry in entries]
+    if unfit := [name for name in names if not FOLDER_NAME.fullmatch(name)]:
+        raise ConfigError(
+            f"the run {unfit[0]!r:.80} names a folder: up to {LONGEST_NAME} characters, no slash or control character, no dot at the start"
+        )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two runs are called {twice[0]}; every run of a study needs its own name")
     order: list[Entry] = []

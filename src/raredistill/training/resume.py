@@ -128,7 +128,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str,
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """Where torch's generators stand that dropout draws from; order, views and mixing are functions of (seed, epoch, sample) instead."""
     state = {"cpu": torch.get_rng_state()}
-    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
 
 
 def load_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
@@ -136,6 +140,8 @@ def load_random_state(state: Mapping[str, Tensor], device: torch.device) -> None
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps":
+        torch.mps.set_rng_state(state["mps"])
 
 
 @contextmanager
