@@ -88,6 +88,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], Promise]:
         raise CheckpointError(f"{path}: its promise is not one of this version ({error}); it needs {wanted}") from None
 
 
+def content_hash(path: Path) -> str:
+    """The hash of what a checkpoint says, the same for every file that says it (the order of safetensors' metadata is not fixed).
+
+    Raises:
+        CheckpointError: as :func:`load`.
+    """
+    return read_safetensors(path)[1].get("sha256", "")
+
+
 def save_state(path: Path, tensors: Mapping[str, Tensor], info: Any) -> None:
     """Write the state of an interrupted training, whole or not at all.
 

@@ -42,9 +42,8 @@ def main() -> None:
     """Run the command line: 0 done; 1 finished, but runs failed; 2 bad input; 130 and 143 interrupted and resumable."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
-        # Newer typers turn Ctrl-C into a code that they return.
-        if app(standalone_mode=False) == INTERRUPTED:
-            raise KeyboardInterrupt
+        if app(standalone_mode=False) == INTERRUPTED:  # what typer makes of Ctrl-C
+            _stop(f"interrupted; {_go_on()}", INTERRUPTED)
     except RareDistillError as error:
         _stop(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):

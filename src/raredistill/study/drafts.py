@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import raredistill
+from raredistill.checkpoint import content_hash
 from raredistill.errors import CheckpointError, DataError
 from raredistill.files import is_sealed, read_json, seal, sha256, write_json
 from raredistill.training.resume import clear_state
@@ -27,7 +28,7 @@ ASIDE = ("cli.py", "config.py", "console.py", "demo.yaml", "phantom.py", "cohort
 
 def origin(device: str, teachers: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     """What a run's numbers depend on beside what names it: versions, device, the files of the program, and its teachers' weights."""
-    files = {f"teacher {name}": sha256(file) for name, file in teachers.items() if file.is_file()}
+    files = {f"teacher {name}": content_hash(file) for name, file in teachers.items() if file.is_file()}
     return {"versions": {**versions(), "device": device}, "code": code(), "files": files}
 
 

@@ -19,7 +19,6 @@ from raredistill.files import claim_folder, lock_if_free, locked, read_json, wri
 from raredistill.splits import Split, cross_fit, save_split, split_table
 from raredistill.study.execute import Record, Watcher, describe, execute, lock_of, refuse_changed
 from raredistill.study.plan import Entry, Run, make_plan
-from raredistill.study.teachers import teacher_channels
 
 DESCRIPTION = "study.json"
 MARKER = ".study"
@@ -69,7 +68,7 @@ def run_study(study: Study, out: Path, watcher: Watcher) -> list[Record]:
     plan = study.plan()
     refuse_changed(plan, out)
     _refuse_company(plan, out)
-    study.cohort.check_pixels({channel for run in plan for channel in (*run.entry.channels, *teacher_channels(run))})
+    study.cohort.check_pixels()
     records = {run.id: describe(run, study.cohort) for run in plan}
     write = _writer(study, out)
     write(records)
