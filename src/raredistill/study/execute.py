@@ -92,7 +92,7 @@ def describe(run: Run, cohort: Cohort) -> Record:
     size = facts(entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0], head=entry.head)
     return {
         "id": run.id, "name": entry.name, "kind": _kind(run), "direction": direction(run, cohort),
-        "model": entry.model, "loss": entry.settings.loss, "method": "" if teacher is None else entry.method,
+        "model": entry.model, "loss": entry.settings.recipe, "method": "" if teacher is None else entry.method,
         "teacher": run.teacher.id if run.teacher else "", "teacher_name": teacher_name(teacher),
         "external_teacher": isinstance(teacher, External) and teacher.external,
         "channels": list(entry.channels), "repeat": run.split.repeat, "fold": run.split.fold, "seed": run.seed,

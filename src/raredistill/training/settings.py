@@ -74,3 +74,15 @@ class Settings:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     residence: Literal["auto", "resident", "streamed"] = "auto"
+
+    @property
+    def recipe(self) -> str:
+        """The loss with all that changes what it weighs, as reports call it: two baselines of one recipe differ by their network only."""
+        extras = {
+            f"deferred {self.deferred}": self.deferred != "none",
+            f"{self.sampler} sampling": self.sampler != "natural",
+            self.mixing: self.mixing != "none",
+            "sam": self.sam_rho is not None,
+            self.stage: self.stage != "none",
+        }
+        return ", ".join([self.loss, *(extra for extra, given in extras.items() if given)])
