@@ -1,12 +1,13 @@
 """What each method costs: its training step against the student's step plus the teacher's forward pass.
 
 resnet18 teaches small_cnn, 96 x 96, one channel, batch 64, data in memory, no augmentation. Interleaved medians; two peers that learn from
-each other stand against their two single steps. Command: ``python benchmarks/bench_methods.py``
+each other stand against their two single steps. Command: ``python benchmarks/bench_methods.py [METHOD ...]`` (all of them by default).
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -25,7 +26,7 @@ from raredistill.training.online import Peer, Together
 from raredistill.training.settings import Settings
 from raredistill.training.teacher import Teacher
 
-CLASSES, CHANNELS, SIZE, BATCH, ROUNDS = ("a", "b", "c"), ("grey",), 96, 64, 9
+CLASSES, CHANNELS, SIZE, BATCH, ROUNDS = ("a", "b", "c"), ("grey",), 96, 64, 5
 COUNTS = torch.tensor([500.0, 300.0, 60.0])
 FABRIC = make_fabric("cpu", "32-true")
 LOSS = make_loss("cross_entropy", counts=COUNTS)
@@ -88,15 +89,16 @@ def main() -> None:
     """Print a table of medians and ratios."""
     batch = make_batch()
     steps = {"student step": single(batch), "teacher forward": forward(batch), "two peers": mutual(batch)}
-    steps |= {name: taught(name, batch) for name in METHODS}
+    names = sys.argv[1:] or list(METHODS)
+    steps |= {name: taught(name, batch) for name in names}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(ROUNDS + 2):
+    for turn in range(ROUNDS + 1):
         for name, step in steps.items():
             elapsed = seconds(step)
-            if turn >= 2:
+            if turn >= 1:
                 times[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    floors = dict.fromkeys(METHODS, medians["student step"] + medians["teacher forward"]) | {"two peers": 2 * medians["student step"]}
+    floors = dict.fromkeys(names, medians["student step"] + medians["teacher forward"]) | {"two peers": 2 * medians["student step"]}
     print(
         f"resnet18 to small_cnn, {SIZE} x {SIZE}, batch {BATCH}, {torch.get_num_threads()} threads, medians of {ROUNDS} interleaved steps\n"
     )

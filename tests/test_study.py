@@ -274,6 +274,8 @@ def test_records_tell_recipes_apart(taught):
     assert records["big", 0]["loss"] == "cross_entropy"
     assert records["margin", 0]["loss"] == "ldam, deferred effective"
     assert records["pair", 0]["loss"] == "cross_entropy, remix"
+    # Without its teacher ours is the balanced softmax, so that is its control.
+    assert records["ours", 0]["loss"] == "balanced_softmax"
     assert records["hints", 0]["loss"] == "cross_entropy, progressive sampling"
 
 
