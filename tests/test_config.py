@@ -1,5 +1,6 @@
 """The YAML of a study: overrides, defaults, and every mistake at once with its cure."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,44 @@ def test_missing_and_broken_files_are_named(tmp_path):
         load_config(tmp_path / "bad.yaml")
     with pytest.raises(ConfigError, match="key=value"):
         load_config(write(tmp_path), ["epochs"])
+
+
+@pytest.mark.parametrize("override", ["runs.0.model=[a", "name.x=a", "runs.x.model=a", "runs.7.model=a", "runs.a=b"])
+def test_an_override_without_a_place_or_a_value_is_named(tmp_path, override):
+    with pytest.raises(ConfigError, match=re.escape(override)):
+        load_config(write(tmp_path), [override])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"cohort": 3}, ["cohort: input is not a valid path"]),
+        ({"cohort": {"sourc": "table", "path": "x"}}, ["cohort.source: field required", "cohort.sourc: unknown key; did you mean source?"]),
+        ({"training": 5}, ["training: input should be a valid dictionary"]),
+        ({"runs": [{"name": "a", "model": "m", "modle": "n"}]}, ["runs.0.modle: unknown key; did you mean model?"]),
+        ({"runs": [{"name": "a", "model": "m", "teacher": 4}]}, ["runs.0.teacher: input should be a valid string"]),
+        ({"runs": [{"name": "a", "model": "m", "teacher": {"weight": "x"}}]}, ["weights: field required", "did you mean weights?"]),
+        ({"splits": {"zzz": 3}}, ["splits.zzz: unknown key; the keys are protocol, folds,"]),
+        ({"runs": []}, ["runs: tuple should have at least 1 item"]),
+    ],
+)
+def test_a_mistake_is_one_line_without_the_words_of_the_checker(tmp_path, change, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, **change))
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == len(said)
+    assert all(any(part in line for line in lines) for part in said)
+    assert "lax-or-strict" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &a [x, *a]", "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))])]
+)
+def test_aliases_without_end_are_refused_at_once(tmp_path, text):
+    path = tmp_path / "laughs.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="aliases"):
+        load_config(path)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -173,7 +173,7 @@ def test_an_epoch_leaves_every_bit_of_the_teacher_and_trains_what_the_method_bri
     beside = [] if method.trainable is None else [each.detach().clone() for each in method.trainable.parameters()]
     network.train()
     batches = Batches(tiny_cohort, np.arange(48), channels=("flair",), batch_size=16, device=fabric.device)
-    trainer.epoch(batches, None, 0)
+    trainer.epoch(batches, None)
     assert fingerprint(network) == before
     assert all(parameter.grad is None for parameter in network.parameters())
     assert not any(module._forward_hooks for module in (*network.modules(), *student.modules()))

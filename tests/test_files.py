@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from raredistill.errors import DataError
-from raredistill.files import atomic, claim_folder, fingerprint, new_folder, read_json, sha256, write_json, write_text
+from raredistill.files import atomic, claim_folder, fingerprint, is_sealed, lock_if_free, read_json, seal, sha256, write_json, write_text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -23,18 +23,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [child.name for child in tmp_path.iterdir()] == ["state.txt"]
 
 
-def test_a_folder_appears_only_when_complete(tmp_path):
-    def fail():
-        with new_folder(tmp_path / "run") as draft:
-            (draft / "weights").write_text("half")
-            raise RuntimeError
+def test_a_lock_that_another_holds_is_told_at_once(tmp_path):
+    with lock_if_free(tmp_path / "lock") as first, lock_if_free(tmp_path / "lock") as second:
+        assert (first, second) == (True, False)
+    with lock_if_free(tmp_path / "lock") as third:
+        assert third
 
-    with pytest.raises(RuntimeError):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-    with new_folder(tmp_path / "run") as draft:
-        (draft / "weights").write_text("whole")
-    assert (tmp_path / "run" / "weights").read_text() == "whole"
+
+def test_a_sealed_record_that_was_changed_is_noticed():
+    record = seal({"runs": [1, 2], "name": "é"})
+    assert is_sealed(record)
+    assert not is_sealed({**record, "runs": [1, 3]})
+    assert not is_sealed({"runs": [1, 2]})
 
 
 def test_sha256_is_hashlibs(tmp_path):

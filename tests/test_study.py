@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
+import timm
 import torch
 
 from conftest import write_tiny
@@ -146,13 +148,33 @@ def test_a_failed_run_is_told_and_the_others_go_on(tiny_cohort, tmp_path):
     assert json.loads((tmp_path / "study.json").read_text())["runs"] == records
 
 
-def test_an_external_teacher_is_checked_for_leaks_and_used_when_it_is_clean(finished, tiny_cohort, tmp_path):
+def test_an_external_teacher_that_saw_tested_patients_is_refused_before_training(finished, tiny_cohort):
     out, records = finished
-    weights = str(out / "runs" / next(r["id"] for r in records if r["name"] == "large") / "best.safetensors")
-    leaking = run_study(study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": {"weights": weights}}]), tmp_path, Silent())
     # The teacher of fold 0 fits the students of fold 0 only: in fold 1 its training patients are tested.
-    assert {record["fold"]: record["status"] for record in leaking} == {0: "done", 1: "failed"}
-    assert "leak" in next(record for record in leaking if record["fold"] == 1)["error"]
+    weights = str(out / "runs" / next(r["id"] for r in records if r["name"] == "large") / "best.safetensors")
+    with pytest.raises(CheckpointError, match="leak"):
+        study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": {"weights": weights}}])
+
+
+def test_an_external_teacher_that_fits_teaches(tiny_cohort, tmp_path):
+    weights = tmp_path / "elsewhere.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_resnet", num_classes=3, in_chans=1).state_dict(), weights)
+    elsewhere = {
+        "weights": str(weights), "model": "test_resnet", "classes": tiny_cohort.classes, "channels": ["t1ce"],
+        "image_size": tiny_cohort.size[0], "external": True,
+    }  # fmt: skip
+    made = study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": elsewhere}])
+    records = run_study(made, tmp_path / "out", Silent())
+    assert {(record["status"], record["external_teacher"], record["teacher_name"]) for record in records} == {("done", True, "elsewhere")}
+    with pytest.raises(CheckpointError, match="prepare the cohort with --size 99"):
+        study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": {**elsewhere, "image_size": 99}}])
+
+
+def test_weights_that_do_not_fit_are_refused_before_training(tiny_cohort, tmp_path):
+    weights = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"something.weight": torch.zeros(3)}, weights)
+    with pytest.raises(CheckpointError, match=r"lacks .* of the network"):
+        study(tiny_cohort, [{"name": "s", "model": "test_resnet", "pretrained": str(weights)}])
 
 
 def test_predict_writes_the_same_logits_for_the_same_samples(finished, tiny_cohort, tmp_path):

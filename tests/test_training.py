@@ -62,6 +62,12 @@ def test_learning_rates_follow_their_formulas():
     assert learning_rate(cosine, 7.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
 
 
+def test_a_rate_that_is_halved_each_epoch_holds_to_the_epochs_last_step(tiny_cohort, fabric):
+    settings = Settings(epochs=3, schedule="step", step_epochs=1, factor=0.5, learning_rate=1e-3)
+    fitted = fit(small(), supervised(), batches(tiny_cohort), None, settings=settings, channels=("flair",), classes=CLASSES, fabric=fabric)
+    assert [record["learning_rate"] for record in fitted.epochs] == [1e-3, 5e-4, 2.5e-4]
+
+
 def test_weights_and_biases_decay_as_the_thesis_sum_of_two_penalties():
     # Adam's weight decay 1e-4 on everything plus the gradient 2e-4 w of an explicit 1e-4 ||w||^2 on weights.
     network = torch.nn.Linear(4, 3)

@@ -60,6 +60,15 @@ class Batch:
             return self.images
         return self.images[:, [self.channels.index(channel) for channel in channels]]
 
+    def split(self, parts: int) -> list[Batch]:
+        """Cut into ``parts`` batches, in order, of sizes that differ by one at most; fewer when there are not as many samples."""
+        cuts = torch.arange(len(self.labels)).tensor_split(min(parts, len(self.labels)))
+        return [self._cut(slice(int(cut[0]), int(cut[-1]) + 1)) for cut in cuts]
+
+    def _cut(self, part: slice) -> Batch:
+        mixed = None if self.mixed is None else Mixed(self.mixed.labels[part], self.mixed.share[part])
+        return Batch(self.rows[part], self.images[part], self.labels[part], self.channels, self.epoch, mixed)
+
 
 class Batches:
     """Batches of some rows of a cohort, the same whether pixels are resident on the device or streamed from disk.
@@ -110,14 +119,19 @@ class Batches:
         whole, rest = divmod(len(self.rows), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Serve an epoch; order and views are functions of (seed, epoch, row)."""
-        positions = self._order(epoch)
-        parts = [
-            self._with_partners(positions[start * self.batch_size : (start + 1) * self.batch_size], epoch) for start in range(len(self))
-        ]
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Serve an epoch from its batch ``start`` on; order and views are functions of (seed, epoch, row)."""
+        parts = [self._with_partners(part, epoch) for part in self._parts(epoch)[start:]]
         for part, pixels in self._pixels_of(parts):
             yield self._batch(part, pixels, epoch)
+
+    def rows_of(self, epoch: int, step: int) -> np.ndarray:
+        """Rows of the cohort in one batch of an epoch."""
+        return np.asarray(self.rows[self._parts(epoch)[step]])
+
+    def _parts(self, epoch: int) -> list[np.ndarray]:
+        positions = self._order(epoch)
+        return [positions[step * self.batch_size : (step + 1) * self.batch_size] for step in range(len(self))]
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:

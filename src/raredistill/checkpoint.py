@@ -132,8 +132,13 @@ def _write(path: Path, tensors: Mapping[str, Tensor], kind: str, record: Any) ->
     # Cloned, because safetensors refuses tensors that share memory, and a state dict may hold some.
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     text = json.dumps(record)
+    metadata = {"format": "pt", "kind": kind, "record": text, "sha256": _digest(plain, kind, text)}
     with atomic(path) as temporary:
-        save_file(plain, temporary, metadata={"format": "pt", "kind": kind, "record": text, "sha256": _digest(plain, kind, text)})
+        try:
+            save_file(plain, temporary, metadata=metadata)
+        except SafetensorError as error:
+            # Its message ends with "No space left on device (os error 28)" or the like.
+            raise OSError(f"{path}: cannot be written ({error})") from None
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:

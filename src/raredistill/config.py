@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from annotated_types import Ge, Interval, MinLen
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -17,12 +16,13 @@ from raredistill.distill.consistent import taught_prior
 from raredistill.distill.contract import Facts, Shape
 from raredistill.distill.registry import make_method, method_class
 from raredistill.errors import ConfigError
-from raredistill.files import fingerprint
+from raredistill.files import fingerprint, parse_yaml
 from raredistill.losses import carried_prior, make_loss
 from raredistill.models import facts, widths
 from raredistill.splits import make_splits
 from raredistill.study.plan import Entry, External
 from raredistill.study.run import Study
+from raredistill.study.teachers import check_external, network_of
 from raredistill.training.settings import Settings
 
 
@@ -88,6 +88,10 @@ class RunConfig(_Strict):
     training: dict[str, Any] = {}
 
 
+_CHOICES = ("SourceConfig", "ExternalConfig")
+"""Mappings that may stand where a plain word may stand too."""
+
+
 class StudyConfig(_Strict):
     """A study: which data, which splits, how to train, and a grid of runs."""
 
@@ -107,11 +111,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
         ConfigError: the file cannot be read, or keys or values are wrong; every mistake is listed.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a study is a mapping of keys such as name, cohort and runs")
     for override in overrides:
@@ -125,16 +130,12 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override}: write an override as key=value, for instance training.epochs=5")
     *parents, last = key.split(".")
     place: Any = raw
-    for parent in parents:
-        place = _step(place, parent, override)
-    place[int(last) if isinstance(place, list) and last.isdigit() else last] = yaml.safe_load(text)
-
-
-def _step(place: Any, key: str, override: str) -> Any:
     try:
-        return place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-    except (ValueError, IndexError, AttributeError):
-        raise ConfigError(f"{override}: there is no {key} to set something in") from None
+        for parent in parents:
+            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
+        place[int(last) if isinstance(place, list) else last] = parse_yaml(text, override)
+    except (ValueError, IndexError, AttributeError, TypeError):
+        raise ConfigError(f"{override}: the configuration has no place {key}; lists are counted from 0, as in runs.0.model") from None
 
 
 def _checked(raw: dict[str, Any], path: Path) -> StudyConfig:
@@ -147,37 +148,60 @@ def _checked(raw: dict[str, Any], path: Path) -> StudyConfig:
         try:
             TypeAdapter(Settings).validate_python(training)
         except ValidationError as error:
-            mistakes += [f"{where}.{mistake}" for mistake in _mistakes(error, Settings)]
+            mistakes += [f"{where}{mistake}" for mistake in _mistakes(error, Settings)]
     if mistakes:
         raise ConfigError(f"{path}:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
     return config
 
 
 def _trainings(raw: dict[str, Any]) -> list[tuple[str, Any]]:
-    own = raw.get("training", {})
-    runs = raw.get("runs") if isinstance(raw.get("runs"), list) else []
-    found = [(f"runs.{n}.training", run["training"]) for n, run in enumerate(runs or []) if isinstance(run, dict) and "training" in run]
-    return [("training", own), *found]
+    own = [("training.", raw["training"])] if isinstance(raw.get("training"), dict) else []
+    runs = raw["runs"] if isinstance(raw.get("runs"), list) else []
+    given = [(f"runs.{n}.training.", run.get("training")) for n, run in enumerate(runs) if isinstance(run, dict)]
+    return own + [(where, training) for where, training in given if isinstance(training, dict)]
 
 
 def _mistakes(error: ValidationError, model: Any) -> list[str]:
-    return [_mistake(dict(item), model) for item in error.errors()]
+    return [_mistake(item, model) for item in map(dict, error.errors()) if not _is_noise(item)]
+
+
+def _is_noise(item: dict[str, Any]) -> bool:
+    """What pydantic adds without telling more: the other branches of a choice between types, and a list whose members are wrong."""
+    if item["type"] == "too_short":
+        return bool(item["input"])
+    if item["type"] == "tuple_type" and _several(item["loc"][-1]):
+        return True
+    return isinstance(item["input"], dict) if _scalar(item["loc"][-1]) else item["loc"][-1] in _CHOICES
+
+
+def _scalar(part: int | str) -> bool:
+    return part == "str" or str(part).startswith("lax-or-strict")
+
+
+def _several(part: int | str) -> bool:
+    return str(part).startswith("tuple[")
 
 
 def _mistake(item: dict[str, Any], model: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
+    where = ".".join(str(part) for part in item["loc"] if part not in _CHOICES and not _scalar(part) and not _several(part))
     if item["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: {item['msg'].lower()} (it is {item['input']!r:.60})"
-    known = _known_keys(model)
+    known = _known_keys(model, item["loc"])
     close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-    return f"{where}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+    return f"{where}: unknown key; " + (f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}")
 
 
-def _known_keys(model: Any) -> list[str]:
+def _known_keys(model: Any, place: tuple[int | str, ...]) -> list[str]:
     if model is Settings:
         return list(Settings.__dataclass_fields__)
-    models = (StudyConfig, SplitConfig, RunConfig, SourceConfig, ExternalConfig)
-    return [key for each in models for key in each.model_fields]
+    inner: dict[str, type[BaseModel]] = {
+        "splits": SplitConfig,
+        "runs": RunConfig,
+        "SourceConfig": SourceConfig,
+        "ExternalConfig": ExternalConfig,
+    }
+    chosen = next((inner[str(part)] for part in reversed(place[:-1]) if str(part) in inner), StudyConfig)
+    return list(chosen.model_fields)
 
 
 def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
@@ -191,6 +215,8 @@ def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
     entries = [_entry(run, config, cohort) for run in config.runs]
     for entry in entries:
         _check(entry, entries, cohort)
+        if isinstance(entry.teacher, External):
+            check_external(entry.teacher, cohort, splits)
     plain = config.model_dump(mode="json")
     return Study(config.name, cohort, splits, entries, config.seeds, config.splits.protocol, plain, command)
 
@@ -215,6 +241,8 @@ def _check(entry: Entry, entries: Sequence[Entry], cohort: Cohort) -> None:
         make_method(entry.method, taught, **entry.method_options)
     elif entry.cross_fit:
         raise ConfigError(f"runs {entry.name}: cross_fit makes copies of a teacher, but it has none; name one with teacher:")
+    if entry.pretrained:
+        network_of(entry, cohort)
 
 
 def _facts(entry: Entry, teachers: Sequence[Entry], cohort: Cohort) -> Facts:

@@ -6,14 +6,17 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from raredistill.errors import DataError
+import yaml
+
+from raredistill.errors import ConfigError, DataError
+
+MOST_VALUES = 100_000
+"""Values that a YAML file may hold."""
 
 
 @contextmanager
@@ -59,8 +62,39 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); delete it and run the command again") from None
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Understand plain YAML, which can name no code; ``name`` is for messages.
+
+    Raises:
+        ConfigError: it is no YAML, or its aliases stand for more than memory holds.
+    """
+    try:
+        value = yaml.safe_load(text)
+        repeats = _values(value, {}) > MOST_VALUES
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: cannot be read as YAML ({' '.join(str(error).split())}); lists are written [flair, t1ce]") from None
+    if repeats:
+        raise ConfigError(f"{name}: its aliases (&, *) stand for more than {MOST_VALUES} values; write them out")
+    return value
+
+
+def _values(value: Any, known: dict[int, float]) -> float:
+    """How many values a value holds when every alias is written out."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = float("inf")  # until it is counted, so that a list inside itself is endless
+        known[id(value)] = 1 + sum(_values(item, known) for item in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether ``path``, with every link followed, lies in ``folder``: a source must not hand over other files of the machine."""
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def sha256(path: Path) -> str:
@@ -77,26 +111,38 @@ def fingerprint(value: Any) -> str:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``path`` while the block runs; a second process waits. It ends with the process, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
+    with _lock_file(path) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)
+        yield
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``path`` only when the block succeeds; ``path`` must not hold anything yet."""
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """As :func:`locked`, but without waiting: yields whether the lock was free, and is held while the block runs."""
+    with _lock_file(path) as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextmanager
+def _lock_file(path: Path) -> Iterator[IO[str]]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with path.open("a") as handle:  # closing it ends the lock
+        yield handle
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to a JSON-like record the hash of what it says."""
+    return {**record, "seal": fingerprint(record)}
+
+
+def is_sealed(record: Mapping[str, Any]) -> bool:
+    """Whether a record still says what it said when it was sealed."""
+    return record.get("seal") == fingerprint({key: value for key, value in record.items() if key != "seal"})
 
 
 def claim_folder(path: Path, marker: str) -> None:
@@ -105,12 +151,11 @@ def claim_folder(path: Path, marker: str) -> None:
     Raises:
         DataError: it is a file, or holds something else.
     """
-    with suppress(FileNotFoundError):
+    try:
         if path.is_file():
             raise DataError(f"{path} is a file; name a folder for the output")
+        path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()) and not (path / marker).exists():
             raise DataError(f"{path} already holds something else; name another folder or empty it")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}); name another folder") from None

@@ -99,6 +99,19 @@ class Cohort:
         shape = (len(self.samples), *self.size)
         return np.memmap(pixel_file(self.root, channel), dtype=np.uint8, mode="r", shape=shape)
 
+    def check_pixels(self, channels: Iterable[str] | None = None) -> None:
+        """Read some channels once, all by default, and compare them with their hashes: a disk may change what it keeps.
+
+        Raises:
+            DataError: a channel's file was changed after the cohort was made.
+        """
+        told = _description(self.root)["pixels"]
+        paths = {channel: pixel_file(self.root, channel) for channel in (self.channels if channels is None else channels)}
+        with ThreadPoolExecutor() as threads:
+            for channel, digest in zip(paths, threads.map(files.sha256, paths.values()), strict=True):
+                if digest != told[channel]:
+                    raise DataError(f"{paths[channel]} was changed after the cohort was made; prepare the cohort again")
+
     def counts(self) -> pd.DataFrame:
         """Slices and patients by class: columns ``class, slices, patients``, one row a class in the order of ``classes``."""
         grouped = self.samples.groupby("label", observed=True)["patient"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,19 +23,24 @@ from raredistill.cohort.store import Cohort
 from raredistill.distill.consistent import taught_prior
 from raredistill.distill.contract import Facts
 from raredistill.distill.registry import METHODS, make_method
-from raredistill.files import locked, new_folder, read_json, write_json
+from raredistill.errors import DataError
+from raredistill.files import lock_if_free, write_text
 from raredistill.losses import carried_prior, class_weights, make_loss
 from raredistill.models import Network, facts
+from raredistill.study.drafts import check_origin, finish, open_draft, origin, read_finished, set_aside
 from raredistill.study.plan import Entry, External, Run
 from raredistill.study.predict import plain_batches, prediction_table
 from raredistill.study.stages import second_stage
-from raredistill.study.teachers import network_of, peers_of, teach, teacher_channels, teacher_name
+from raredistill.study.teachers import network_of, peers_of, teach, teacher_channels, teacher_files, teacher_name
 from raredistill.training.devices import make_fabric
-from raredistill.training.loop import Fitted, fit, predict_logits
+from raredistill.training.loop import DivergedError, Fitted, fit, predict_logits
 from raredistill.training.objectives import Deferred, Distilled, Objective, Supervised
 from raredistill.training.online import Together
+from raredistill.training.resume import Keeper
 
 Record = dict[str, Any]
+LOOK_AGAIN = 2.0
+"""Seconds until runs that another process works at are looked at again."""
 
 
 class Watcher(Protocol):
@@ -54,37 +59,73 @@ class Watcher(Protocol):
 def execute(plan: Sequence[Run], cohort: Cohort, out: Path, watcher: Watcher, on_record: Callable[[Record], None]) -> list[Record]:
     """Carry out every run; a run that fails is recorded and those that wait for it are skipped, the others go on.
 
+    Runs at which another process works are left to it, and waited for at the end.
+
     Args:
         plan: runs, each after its teacher.
         cohort: what they read.
         out: study folder; run ``id`` goes to ``out/runs/id``.
         watcher: is told of progress.
         on_record: called with each run's record as soon as it is known.
+
+    Raises:
+        OSError: the disk is full, or a folder has vanished or cannot be written; what was written before is intact.
     """
     records: dict[str, Record] = {}
+    waiting = list(plan)
+    while waiting:
+        for run in [run for run in waiting if all(teacher.id in records for teacher in run.teachers)]:
+            with lock_if_free(lock_of(out, run.id)) as ours:
+                if not ours:
+                    continue
+                record, reused = _one(run, cohort, out, watcher, records)
+            waiting.remove(run)
+            records[run.id] = record
+            on_record(record)
+            watcher.run_done(run, record, reused=reused)
+        if waiting:
+            time.sleep(LOOK_AGAIN)
+    return [records[run.id] for run in plan]
+
+
+def refuse_changed(plan: Sequence[Run], out: Path) -> None:
+    """Look at every unfinished run before anything is trained.
+
+    Raises:
+        CheckpointError: one was begun under other code or versions.
+    """
     for run in plan:
-        if failed := [teacher.id for teacher in run.teachers if records[teacher.id]["status"] == "failed"]:
-            record = {**describe(run, cohort), "status": "failed", "error": f"its teacher {failed[0]} failed"}
-            reused = False
-        else:
-            record, reused = _one(run, cohort, out, watcher)
-        records[run.id] = record
-        on_record(record)
-        watcher.run_done(run, record, reused=reused)
-    return list(records.values())
+        settings = run.entry.settings
+        now = origin(make_fabric(settings.accelerator, settings.precision).device.type, {})
+        # Its teacher's weights are compared when its turn comes: until then they may be made anew.
+        check_origin(out / "runs" / run.id, {part: now[part] for part in ("versions", "code")})
 
 
-def _one(run: Run, cohort: Cohort, out: Path, watcher: Watcher) -> tuple[Record, bool]:
-    folder = out / "runs" / run.id
-    with locked(out / "runs" / f".{run.id}.lock"):
-        if folder.is_dir():
-            return {**read_json(folder / "run.json"), "name": run.entry.name}, True
+def lock_of(out: Path, run: str) -> Path:
+    """The file whose lock is held by the process that makes a run."""
+    return out / "runs" / f".{run}.lock"
+
+
+def _one(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping[str, Record]) -> tuple[Record, bool]:
+    if failed := [teacher.id for teacher in run.teachers if records[teacher.id]["status"] == "failed"]:
+        return {**describe(run, cohort), "status": "failed", "error": f"its teacher {failed[0]} failed"}, False
+    folder, failure = out / "runs" / run.id, out / "runs" / f"{run.id}.error.txt"
+    remarks: list[str] = []
+    if folder.is_dir():
         try:
-            return _train(run, cohort, folder, watcher), False
-        except Exception as error:
-            # One run's failure must not take the others with it; the record and the log say what happened.
-            (out / "runs" / f"{run.id}.error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            return {**describe(run, cohort), "status": "failed", "error": str(error) or type(error).__name__}, False
+            return {**read_finished(folder), "name": run.entry.name}, True
+        except DataError as error:
+            remarks.append(f"{error}; the run was made again, what was there is in {set_aside(folder)}")
+    try:
+        record = _train(run, cohort, folder, watcher, remarks)
+    except OSError:
+        raise  # a full disk or a vanished folder is not this run's failure: every other run would meet it too
+    except Exception as error:
+        # One run's failure must not take the others with it; the record and the log say what happened.
+        write_text(failure, traceback.format_exc())
+        return {**describe(run, cohort), "status": "failed", "error": str(error) or type(error).__name__}, False
+    failure.unlink(missing_ok=True)
+    return record, False
 
 
 def describe(run: Run, cohort: Cohort) -> Record:
@@ -124,29 +165,40 @@ def direction(run: Run, cohort: Cohort) -> str:
     return "large-to-small" if teaches > taught else "small-to-large"
 
 
-def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher) -> Record:
-    start = time.perf_counter()
+def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: list[str]) -> Record:
     settings = run.entry.settings
     watcher.run_started(run, settings.epochs)
     fabric = make_fabric(settings.accelerator, settings.precision)
+    now = origin(fabric.device.type, teacher_files(run, folder.parent))
+    draft = open_draft(folder, now)
     torch.manual_seed(fold_seed(run))
     network = network_of(run.entry, cohort)
-    with new_folder(folder) as draft:
-        fitted = _fit(run, cohort, network, fabric, draft, watcher)
-        stage = second_stage(run, cohort, network, fitted, fabric, seed=fold_seed(run))
-        _save_checkpoints(run, cohort, network, fitted, draft)
-        _save_predictions(run, cohort, network, fitted, fabric, draft)
-        seconds = round(time.perf_counter() - start, 2)
-        record = {
-            **describe(run, cohort),
-            "status": "done",
-            "seconds": seconds,
-            "best_epoch": fitted.best_epoch,
-            "epochs": len(fitted.epochs),
-            **stage,
-        }
-        write_json(draft / "run.json", record)
+    keeper = Keeper(draft)
+    try:
+        fitted = _fit(run, cohort, network, fabric, draft, watcher, keeper)
+    except DivergedError as error:
+        raise FloatingPointError(_told(error, run, cohort, network, draft)) from error
+    start = time.perf_counter()
+    stage = second_stage(run, cohort, network, fitted, fabric, seed=fold_seed(run))
+    _save_checkpoints(run, cohort, network, fitted, draft)
+    _save_predictions(run, cohort, network, fitted, fabric, draft)
+    seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
+    record = {
+        **describe(run, cohort), "status": "done", "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch,
+        "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch, "remarks": [*remarks, *keeper.remarks], "made_with": now, **stage,
+    }  # fmt: skip
+    finish(folder, record)
     return record
+
+
+def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draft: Path) -> str:
+    """What a run diverged on, and what is left of it: its best epoch so far becomes a checkpoint of its own."""
+    samples = ", ".join(cohort.samples["sample"].to_numpy()[error.rows])
+    if not error.fitted.best:
+        return f"{error}. The batch's samples: {samples}. No epoch had ended before"
+    path = draft / "best.safetensors"
+    checkpoint.save(path, error.fitted.best, _promise(run, cohort, network))
+    return f"{error}. The batch's samples: {samples}. The last good checkpoint: {path} (epoch {error.fitted.best_epoch})"
 
 
 def fold_seed(run: Run) -> int:
@@ -154,7 +206,7 @@ def fold_seed(run: Run) -> int:
     return run.seed + 1000 * run.split.fold + 100_000 * run.split.repeat
 
 
-def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path, watcher: Watcher) -> Fitted:
+def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path, watcher: Watcher, keeper: Keeper) -> Fitted:
     from torch.utils.tensorboard import SummaryWriter
 
     with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, SummaryWriter(str(draft / "tensorboard")) as board:
@@ -168,7 +220,7 @@ def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path
         channels, train, validation = _batches(run, cohort, fabric)
         return fit(
             network, make_objective(run, cohort, network, fabric, draft.parent), train, validation, settings=run.entry.settings,
-            channels=channels, classes=cohort.classes, fabric=fabric, on_epoch=on_epoch,
+            channels=channels, classes=cohort.classes, fabric=fabric, on_epoch=on_epoch, keeper=keeper,
         )  # fmt: skip
 
 
@@ -217,15 +269,19 @@ def _counts(run: Run, cohort: Cohort) -> np.ndarray:
 
 
 def _save_checkpoints(run: Run, cohort: Cohort, network: Network, fitted: Fitted, draft: Path) -> None:
+    promise = _promise(run, cohort, network)
+    checkpoint.save(draft / "best.safetensors", fitted.best, promise)
+    checkpoint.save(draft / "last.safetensors", fitted.last, promise)
+
+
+def _promise(run: Run, cohort: Cohort, network: Network) -> Promise:
     entry = run.entry
     patients = cohort.samples["patient"].to_numpy()[run.split.train]
-    promise = Promise(
+    return Promise(
         model=entry.model, head=entry.head, dropout=entry.dropout, classes=cohort.classes, channels=entry.channels,
         image_size=cohort.size[0], mean=tuple(network.mean), std=tuple(network.std), prior=_prior(run, cohort),
         training_patients=tuple(sorted(set(patients))), external=False, split_hash=run.split.hash,
     )  # fmt: skip
-    checkpoint.save(draft / "best.safetensors", fitted.best, promise)
-    checkpoint.save(draft / "last.safetensors", fitted.last, promise)
 
 
 def _prior(run: Run, cohort: Cohort) -> tuple[float, ...] | None:

@@ -14,10 +14,12 @@ import pandas as pd
 import torch
 
 from raredistill.cohort.store import Cohort
-from raredistill.files import claim_folder, locked, write_json
+from raredistill.errors import DataError
+from raredistill.files import claim_folder, lock_if_free, locked, read_json, write_json
 from raredistill.splits import Split, cross_fit, save_split, split_table
-from raredistill.study.execute import Record, Watcher, describe, execute
+from raredistill.study.execute import Record, Watcher, describe, execute, lock_of, refuse_changed
 from raredistill.study.plan import Entry, Run, make_plan
+from raredistill.study.teachers import teacher_channels
 
 DESCRIPTION = "study.json"
 MARKER = ".study"
@@ -64,19 +66,30 @@ def run_study(study: Study, out: Path, watcher: Watcher) -> list[Record]:
         DataError: ``out`` holds something else.
     """
     claim(out)
-    with locked(out / ".lock"):
-        plan = study.plan()
-        records = {run.id: describe(run, study.cohort) for run in plan}
-        write = _writer(study, out)
-        write(list(records.values()))
-        for split in study.splits:
-            save_split(out / "splits" / f"r{split.repeat}f{split.fold}.json", split, study.cohort)
+    plan = study.plan()
+    refuse_changed(plan, out)
+    _refuse_company(plan, out)
+    study.cohort.check_pixels({channel for run in plan for channel in (*run.entry.channels, *teacher_channels(run))})
+    records = {run.id: describe(run, study.cohort) for run in plan}
+    write = _writer(study, out)
+    write(records)
+    for split in study.splits:
+        save_split(out / "splits" / f"r{split.repeat}f{split.fold}.json", split, study.cohort)
 
-        def on_record(record: Record) -> None:
-            records[record["id"]] = record
-            write(list(records.values()))
+    def on_record(record: Record) -> None:
+        records[record["id"]] = record
+        write(records)
 
-        return execute(plan, study.cohort, out, watcher, on_record)
+    return execute(plan, study.cohort, out, watcher, on_record)
+
+
+def _refuse_company(plan: Sequence[Run], out: Path) -> None:
+    """Two processes may share one study, but not a folder for two studies: each would overwrite the other's description."""
+    ours = {lock_of(out, run.id) for run in plan}
+    for lock in set((out / "runs").glob(".*.lock")) - ours:
+        with lock_if_free(lock) as free:
+            if not free:
+                raise DataError(f"another process works at another study in {out} ({lock.name}); name another folder, or wait for it")
 
 
 def claim(out: Path) -> None:
@@ -85,14 +98,29 @@ def claim(out: Path) -> None:
     (out / MARKER).touch()
 
 
-def _writer(study: Study, out: Path) -> Callable[[list[Record]], None]:
+def _writer(study: Study, out: Path) -> Callable[[dict[str, Record]], None]:
     fixed = {
         "name": study.name, "command": study.command, "config": study.config, "cohort": _cohort(study.cohort), "protocol": study.protocol,
         "rare": rare_class(study.cohort, study.splits), "split_table": study.counts().to_dict("records"),
         "splits": [{"repeat": split.repeat, "fold": split.fold, "hash": split.hash} for split in study.splits],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}, "machine": machine(),
     }  # fmt: skip
-    return lambda runs: write_json(out / DESCRIPTION, {**fixed, "runs": runs})
+
+    def write(records: dict[str, Record]) -> None:
+        with locked(out / ".lock"):
+            known = _known(out)
+            runs = [known.get(name, record) if record["status"] == "waiting" else record for name, record in records.items()]
+            write_json(out / DESCRIPTION, {**fixed, "runs": runs})
+
+    return write
+
+
+def _known(out: Path) -> dict[str, Record]:
+    """What an earlier start, or a process beside this one, found out about runs that this process has not come to yet."""
+    try:
+        return {record["id"]: record for record in read_json(out / DESCRIPTION)["runs"]}
+    except (DataError, KeyError, TypeError):
+        return {}  # the first start, or a damaged file: it is about to be written anew
 
 
 def rare_class(cohort: Cohort, splits: Sequence[Split]) -> str:

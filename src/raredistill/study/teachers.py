@@ -24,6 +24,7 @@ from raredistill.errors import CheckpointError
 from raredistill.losses import estimate_prior, make_loss
 from raredistill.models import Network, create, restore
 from raredistill.sampling import POWERS
+from raredistill.splits import Split
 from raredistill.study.plan import Entry, External, Run
 from raredistill.training.online import Peer
 from raredistill.training.teacher import CrossFitted, Ensemble, Teacher, check_teacher
@@ -63,10 +64,9 @@ def _background(cohort: Cohort) -> int | None:
 
 
 def _teachers(run: Run, cohort: Cohort, fabric: Fabric, runs: Path, *, maps: bool) -> list[Teacher]:
-    held_out = set(cohort.samples["patient"].to_numpy()[np.concatenate([run.split.validation, run.split.test])])
     made = []
     for name, network, promise, prior in _sources(run, runs):
-        check_teacher(promise, name=name, classes=cohort.classes, channels=cohort.channels, held_out=held_out)
+        _check(promise, name, cohort, run.split)
         made.append(Teacher(network, promise, fabric, maps=maps, prior=prior))
     return made
 
@@ -74,8 +74,8 @@ def _teachers(run: Run, cohort: Cohort, fabric: Fabric, runs: Path, *, maps: boo
 def _sources(run: Run, runs: Path) -> Iterator[tuple[str, Network, Promise, Sequence[float] | None]]:
     if isinstance(run.entry.teacher, External):
         yield (teacher_name(run.entry.teacher), *_external_promise(run.entry.teacher), None)
-    for teacher in run.teachers:
-        network, promise = restore(runs / teacher.id / "best.safetensors")
+    for teacher, file in zip(run.teachers, teacher_files(run, runs).values(), strict=True):
+        network, promise = restore(file)
         yield teacher.entry.name, network, promise, None if promise.prior is not None else _estimated(teacher, runs)
 
 
@@ -129,8 +129,39 @@ def _reliability(run: Run, cohort: Cohort, teachers: Sequence[Teacher], runs: Pa
     return shrunk_recall(predicted, target, classes=len(cohort.classes))
 
 
+def check_external(teacher: External, cohort: Cohort, splits: Sequence[Split]) -> None:
+    """Refuse a teacher from elsewhere that does not fit one of the splits, before anything is trained.
+
+    Raises:
+        CheckpointError: it cannot be read, lacks what it must say of itself, or does not fit.
+    """
+    _, promise = _external_promise(teacher)
+    for split in splits:
+        _check(promise, teacher_name(teacher), cohort, split)
+
+
+def _check(promise: Promise, name: str, cohort: Cohort, split: Split) -> None:
+    held_out = set(cohort.samples["patient"].to_numpy()[np.concatenate([split.validation, split.test])])
+    check_teacher(promise, name=name, classes=cohort.classes, channels=cohort.channels, held_out=held_out)
+    if promise.image_size != cohort.size[0]:
+        raise CheckpointError(
+            f"teacher {name} was trained on {promise.image_size} pixels, {cohort.root} has {cohort.size[0]}: "
+            f"prepare the cohort with --size {promise.image_size}"
+        )
+
+
+def teacher_files(run: Run, runs: Path) -> dict[str, Path]:
+    """The checkpoints of the teachers that this study trains, by the names of their runs."""
+    return {teacher.id: runs / teacher.id / "best.safetensors" for teacher in run.teachers}
+
+
 def network_of(entry: Entry, cohort: Cohort) -> Network:
-    """The network of an entry, before training."""
+    """An entry's network as it begins to train.
+
+    Raises:
+        ConfigError: unknown name, or an image size that it cannot take.
+        CheckpointError: pre-trained weights that cannot be had or do not fit.
+    """
     given = None if entry.mean is None or entry.std is None else ([entry.mean] * len(entry.channels), [entry.std] * len(entry.channels))
     return create(
         entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +14,22 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from raredistill.batches import Batches
+from raredistill.batches import Batch, Batches
 from raredistill.distill.contract import Outputs
 from raredistill.metrics import metrics_from_confusion
 from raredistill.models import Network
 from raredistill.training.objectives import Objective
 from raredistill.training.optimizers import climb, learning_rate, make_optimizer, set_learning_rate
+from raredistill.training.resume import (
+    Keeper,
+    State,
+    load_optimizer_state,
+    load_random_state,
+    named,
+    optimizer_state,
+    random_state,
+    whole,
+)
 from raredistill.training.settings import Settings
 
 Weights = dict[str, Tensor]
@@ -27,13 +37,25 @@ Weights = dict[str, Tensor]
 
 @dataclass
 class Fitted:
-    """What training leaves behind: weights on the CPU, and one record an epoch."""
+    """What training leaves behind: weights on the CPU, and one record an epoch.
+
+    ``micro_batch`` is the samples of one forward pass: fewer than the batch size after the device ran out of memory.
+    """
 
     best: Weights = field(default_factory=dict)
     last: Weights = field(default_factory=dict)
     best_epoch: int = -1
     best_score: float = -math.inf
     epochs: list[dict[str, Any]] = field(default_factory=list)
+    micro_batch: int = 0
+
+
+class DivergedError(FloatingPointError):
+    """The loss is not finite: in which step, on which rows of the cohort, and what was fitted before."""
+
+    def __init__(self, epoch: int, step: int, rows: np.ndarray, fitted: Fitted) -> None:
+        super().__init__(f"the training loss is not finite in epoch {epoch}, step {step}; lower learning_rate or set clip_norm")
+        self.rows, self.fitted = rows, fitted
 
 
 def fit(
@@ -47,8 +69,11 @@ def fit(
     classes: tuple[str, ...],
     fabric: Fabric,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+    keeper: Keeper | None = None,
 ) -> Fitted:
     """Train a network; the best epoch is chosen on validation, never on test.
+
+    An interruption (Ctrl-C, ``sys.exit``) takes effect between two steps, after the state was kept.
 
     Args:
         network: as built or pre-trained; it is trained in place.
@@ -59,28 +84,27 @@ def fit(
         channels: what this network sees of a batch.
         classes: names for the records.
         fabric: the device.
-        on_epoch: called with each epoch's record, for logs and progress.
+        on_epoch: called with each epoch's record, for logs and progress; at first with those of the training that is gone on with.
+        keeper: where the state is kept now and then, and found again; nowhere when not given.
 
     Raises:
-        FloatingPointError: the loss is not finite; the message names the epoch.
+        DivergedError: the loss is not finite.
+        OSError: the state cannot be written; what was kept before is intact.
     """
     trainer = Trainer(network, objective, settings, channels, classes, fabric)
-    fitted = Fitted()
-    for epoch in range(settings.epochs):
-        record = trainer.epoch(train, validation, epoch)
-        fitted.epochs.append(record)
+    if keeper is not None and (state := keeper.load()) is not None:
+        trainer.load_state(state)
+    for record in trainer.fitted.epochs:
         on_epoch(record)
-        _keep_best(fitted, record, trainer, settings.select if validation is not None else "last")
-        if settings.patience is not None and epoch - fitted.best_epoch >= settings.patience:
-            break
-    fitted.last = trainer.weights()
-    return fitted
-
-
-def _keep_best(fitted: Fitted, record: dict[str, Any], trainer: Trainer, select: str) -> None:
-    score = _score(record, select)
-    if score > fitted.best_score:
-        fitted.best, fitted.best_epoch, fitted.best_score = trainer.weights(), record["epoch"], score
+    try:
+        while not trainer.is_over():
+            on_epoch(trainer.epoch(train, validation, keeper))
+        trainer.fitted.last = trainer.weights()
+        trainer.keep(keeper)
+    except (KeyboardInterrupt, SystemExit):
+        trainer.keep(keeper)
+        raise
+    return trainer.fitted
 
 
 def _score(record: dict[str, Any], select: str) -> float:
@@ -108,29 +132,62 @@ class Trainer:
         self.model, self.optimizer = fabric.setup(network, make_optimizer(network, settings, objective.trainable))
         self.model.mark_forward_method("see")
         self.average = _moving_average(network, settings.ema_decay)
+        self.fitted = Fitted()
+        self.micro_batches = 1
+        self._begin_epoch()
 
-    def epoch(self, train: Batches, validation: Batches | None, epoch: int) -> dict[str, Any]:
-        """Train one epoch and look at validation; returns the epoch's record."""
-        start = time.perf_counter()
-        record: dict[str, Any] = {"epoch": epoch, "train": self._train(train, epoch)}
-        record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+    def _begin_epoch(self) -> None:
+        self.tally, self.steps, self.seconds = Tally(self.classes, self.fabric.device), 0, 0.0
+
+    def is_over(self) -> bool:
+        """Whether all epochs are done, or so many without improvement as patience allows."""
+        done, patience = len(self.fitted.epochs), self.settings.patience
+        return done >= self.settings.epochs or (patience is not None and done - 1 - self.fitted.best_epoch >= patience)
+
+    def epoch(self, train: Batches, validation: Batches | None, keeper: Keeper | None = None) -> dict[str, Any]:
+        """Train one epoch, or the rest of one, and look at validation; returns the epoch's record."""
+        start = time.perf_counter() - self.seconds
+        epoch = len(self.fitted.epochs)
+        self.model.train()
+        for batch in train.epoch(epoch, self.steps):
+            # The middle of the step: a warm-up wastes no step at rate 0, and an epoch's last step is not yet the next epoch's.
+            set_learning_rate(self.optimizer, learning_rate(self.settings, epoch + (self.steps + 0.5) / len(train)))
+            with whole():
+                self.tally.add(*self._counted(batch))
+                self.steps += 1
+                self.seconds = time.perf_counter() - start
+            if keeper is not None and keeper.due():
+                self._check_finite(train)
+                self.keep(keeper)
+        self._check_finite(train)
+        return self._end_epoch(epoch, validation, start)
+
+    def _counted(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        terms, logits = self.step(batch)
+        return logits, batch.labels, terms
+
+    def _check_finite(self, train: Batches) -> None:
+        epoch, step = len(self.fitted.epochs), self.tally.first_bad()
+        if step is not None:
+            raise DivergedError(epoch, step, train.rows_of(epoch, step), self.fitted)
+
+    def _end_epoch(self, epoch: int, validation: Batches | None, start: float) -> dict[str, Any]:
+        record: dict[str, Any] = {"epoch": epoch, "train": self.tally.summary(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
         if validation is not None:
             record["validation"] = self._look(validation)
-        return {**record, "seconds": round(time.perf_counter() - start, 3)}
+        record["seconds"] = round(time.perf_counter() - start, 3)
+        with whole():
+            self.fitted.epochs.append(record)
+            self._keep_best(record, self.settings.select if validation is not None else "last")
+            self._begin_epoch()
+        return record
 
-    def _train(self, batches: Batches, epoch: int) -> dict[str, Any]:
-        self.model.train()
-        tally = Tally(self.classes, self.fabric.device)
-        for step, batch in enumerate(batches.epoch(epoch)):
-            set_learning_rate(self.optimizer, learning_rate(self.settings, epoch + (step + 1) / len(batches)))
-            terms, logits = self.step(batch)
-            tally.add(logits, batch.labels, terms)
-        summary = tally.summary()
-        if not math.isfinite(summary["loss"]):
-            raise FloatingPointError(f"the training loss is {summary['loss']} in epoch {epoch}; lower learning_rate or set clip_norm")
-        return summary
+    def _keep_best(self, record: dict[str, Any], select: str) -> None:
+        score = _score(record, select)
+        if score > self.fitted.best_score:
+            self.fitted.best, self.fitted.best_epoch, self.fitted.best_score = self.weights(), record["epoch"], score
 
-    def step(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+    def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """One optimiser step on a batch; returns the detached terms and logits, still on the device."""
         terms, logits = self._slope(batch)
         if self.settings.sam_rho is not None:
@@ -138,19 +195,81 @@ class Trainer:
             self._slope(batch)
             back()
         if self.settings.clip_norm is not None:
-            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.settings.clip_norm)
+            # What is not finite shows in the loss, which is looked at without stopping the device at every step.
+            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.settings.clip_norm, error_if_nonfinite=False)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.network)
         return terms, logits
 
-    def _slope(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+    def _slope(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of the terms; when the device's memory ends, again in micro-batches of half the size, and so from now on."""
+        while True:
+            try:
+                return self._accumulate(batch.split(self.micro_batches))
+            except torch.OutOfMemoryError:
+                if self.micro_batches >= len(batch.labels):
+                    raise
+            # Outside the handler: while it runs, the error holds on to the memory of the failed pass.
+            self.micro_batches *= 2
+            self.fitted.micro_batch = -(-len(batch.labels) // self.micro_batches)
+            if self.fabric.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _accumulate(self, parts: Sequence[Batch]) -> tuple[dict[str, Tensor], Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
+        samples = sum(len(part.labels) for part in parts)
+        sums: dict[str, Tensor] = {}
+        logits = []
+        for part in parts:
+            terms, seen = self._pass(part, len(part.labels) / samples)
+            sums = {name: sums[name] + term if name in sums else term for name, term in terms.items()}
+            logits.append(seen)
+        return sums, torch.cat(logits)
+
+    def _pass(self, batch: Batch, share: float) -> tuple[dict[str, Tensor], Tensor]:
+        # Terms are means over the batch, so those of its parts add up by their shares of the samples.
         seen = self.model.see(batch.select(self.channels), maps=self.objective.maps)
         student = Outputs(seen.logits, seen.features, seen.maps)
-        terms = self.objective(batch, student)
+        terms = {name: term * share for name, term in self.objective(batch, student).items()}
         self.fabric.backward(torch.stack(list(terms.values())).sum())
         return {name: term.detach() for name, term in terms.items()}, student.logits.detach()
+
+    def keep(self, keeper: Keeper | None) -> None:
+        """Write down where the training stands, unless it is broken: then what was kept before is the last that is good."""
+        sound = self.tally.first_bad() is None and all(bool(value.isfinite().all()) for value in self.network.parameters())
+        if keeper is not None and sound:
+            keeper.save(self.state())
+
+    def state(self) -> State:
+        """All that the next step, and the choice of the best epoch, depend on."""
+        moments, groups = optimizer_state(self.optimizer)
+        parts = {
+            "network": self.network.state_dict(), "optimizer": moments, "best": self.fitted.best, "terms": self.tally.terms,
+            "tally": {"confusion": self.tally.confusion}, "random": random_state(self.fabric.device),
+            "average": {} if self.average is None else self.average.state_dict(),
+            "beside": {} if self.objective.trainable is None else self.objective.trainable.state_dict(),
+        }  # fmt: skip
+        fitted = {name: getattr(self.fitted, name) for name in ("best_epoch", "best_score", "epochs", "micro_batch")}
+        facts = {
+            "fitted": fitted, "optimizer": groups, "steps": self.steps, "samples": self.tally.samples, "seconds": self.seconds,
+            "micro_batches": self.micro_batches,
+        }  # fmt: skip
+        return State({key: value for part, tensors in parts.items() for key, value in named(part, tensors).items()}, facts)
+
+    def load_state(self, state: State) -> None:
+        """Stand where :meth:`state` was taken."""
+        facts, device = state.facts, self.fabric.device
+        self.network.load_state_dict(state.part("network"))
+        load_optimizer_state(self.optimizer, state.part("optimizer"), facts["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state.part("average"))
+        if self.objective.trainable is not None:
+            self.objective.trainable.load_state_dict(state.part("beside"))
+        self.fitted = Fitted(best=state.part("best"), **facts["fitted"])
+        self.steps, self.seconds, self.micro_batches = facts["steps"], facts["seconds"], facts["micro_batches"]
+        self.tally.load(state.part("tally")["confusion"].to(device), state.part("terms"), facts["samples"], self.steps)
+        load_random_state(state.part("random"), device)
 
     def _look(self, batches: Batches) -> dict[str, Any]:
         logits, labels = predict_logits(self._evaluated(), batches, channels=self.channels, fabric=self.fabric)
@@ -187,6 +306,13 @@ class Tally:
         self.confusion = torch.zeros(len(classes) ** 2, dtype=torch.int64, device=device)
         self.terms: dict[str, Tensor] = {}
         self.samples = 0
+        self.batches = 0
+        self._bad = torch.full((), -1, device=device)
+
+    def load(self, confusion: Tensor, terms: dict[str, Tensor], samples: int, batches: int) -> None:
+        """Go on from the sums of an epoch's first batches, none of which was bad."""
+        self.confusion, self.samples, self.batches = confusion, samples, batches
+        self.terms = {name: term.to(confusion.device) for name, term in terms.items()}
 
     def add(self, logits: Tensor, labels: Tensor, terms: dict[str, Tensor]) -> None:
         """Count a batch: ``logits (N, K)``, ``labels (N,)``, scalar terms that are means over the batch."""
@@ -194,7 +320,15 @@ class Tally:
         self.confusion += torch.bincount(labels * size + logits.argmax(dim=1), minlength=size * size)
         for name, term in terms.items():
             self.terms[name] = self.terms.get(name, torch.zeros_like(term, dtype=torch.float32)) + term.float() * len(labels)
+        finite = torch.stack([term.float() for term in terms.values()]).sum().isfinite()
+        self._bad = torch.where(finite | (self._bad >= 0), self._bad, self.batches)
         self.samples += len(labels)
+        self.batches += 1
+
+    def first_bad(self) -> int | None:
+        """The first batch of the epoch whose loss was not finite."""
+        bad = int(self._bad)
+        return bad if bad >= 0 else None
 
     def summary(self) -> dict[str, Any]:
         """Loss, terms, accuracy, macro F1 and per-class precision, recall and F1 of what was counted."""
@@ -220,7 +354,18 @@ def predict_logits(network: nn.Module, batches: Batches, *, channels: tuple[str,
     logits, labels = [], []
     for batch in batches.epoch(0):
         with fabric.autocast():
-            logits.append(network(batch.select(channels)).float())
+            logits.append(_logits(network, batch.select(channels)).float())
         labels.append(batch.labels)
     network.train(was_training)
     return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+
+
+def _logits(network: nn.Module, images: Tensor) -> Tensor:
+    # Halved for as long as the device's memory does not suffice: in evaluation mode no sample depends on the others.
+    try:
+        logits: Tensor = network(images)
+        return logits
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    return torch.cat([_logits(network, half) for half in images.tensor_split(2)])

@@ -1,0 +1,144 @@
+"""The state of a training that is not over: written now and then to two files that take turns, and found again by the next start."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raredistill import checkpoint
+from raredistill.errors import CheckpointError
+
+SAVE_EVERY = 60.0
+"""Seconds of training that a crash can cost."""
+SLOTS = ("state-a.safetensors", "state-b.safetensors")
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a training stands, between two steps: named tensors on any device, and facts that JSON can hold."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one part, by their own names."""
+        return {key.removeprefix(f"{name}/"): tensor for key, tensor in self.tensors.items() if key.startswith(f"{name}/")}
+
+
+class Keeper:
+    """Keeps a run's state in its folder: the newer file may be damaged by a crash, the older is then still there.
+
+    Args:
+        folder: of the run; it must exist, and must not vanish.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.remarks: list[str] = []
+        self._number = 0
+        self._saved = time.monotonic()
+
+    def load(self) -> State | None:
+        """The newest state that is whole; none when the training has to start from its seed. Damaged files are told in ``remarks``."""
+        found = [state for slot in SLOTS if (state := self._read(self.folder / slot)) is not None]
+        if not found:
+            return None
+        newest = max(found, key=lambda state: int(state.facts["number"]))
+        self._number = int(newest.facts["number"]) + 1
+        return newest
+
+    def _read(self, path: Path) -> State | None:
+        if not path.exists():
+            return None
+        try:
+            return State(*checkpoint.load_state(path))
+        except CheckpointError as error:
+            self.remarks.append(f"{error}; the training went on from an older state")
+            return None
+
+    def due(self) -> bool:
+        """Whether so much time has gone by since the last save that another is worth it."""
+        return time.monotonic() - self._saved >= SAVE_EVERY
+
+    def save(self, state: State) -> None:
+        """Write a state over the older of the two files.
+
+        Raises:
+            OSError: the disk is full, or the folder has vanished or cannot be written; the newer state is intact.
+        """
+        if not self.folder.is_dir():
+            # Writing would make the folder anew, perhaps on a disk that only took the place of the one that went away.
+            raise FileNotFoundError(errno.ENOENT, "the folder of the run has vanished", str(self.folder))
+        facts = {**state.facts, "number": self._number}
+        checkpoint.save_state(self.folder / SLOTS[self._number % len(SLOTS)], state.tensors, facts)
+        self._number += 1
+        self._saved = time.monotonic()
+
+
+def clear_state(folder: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    for slot in SLOTS:
+        (folder / slot).unlink(missing_ok=True)
+
+
+def named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put the name of a part before the names of its tensors; the opposite of :meth:`State.part`."""
+    return {f"{part}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as tensors named ``parameter.key``, and the rest as JSON."""
+    state = optimizer.state_dict()
+    values = {f"{index}.{key}": value for index, own in state["state"].items() for key, value in own.items()}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+    return tensors, {"values": rest, "groups": state["param_groups"]}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Give an optimiser what :func:`optimizer_state` took from one like it."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **facts["values"]}.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Where torch's generators stand that dropout draws from; order, views and mixing are functions of (seed, epoch, sample) instead."""
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def load_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put torch's generators where :func:`random_state` found them."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM take effect only when the block is over, so that no step is ever half-counted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # other threads get no signals
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
