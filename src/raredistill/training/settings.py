@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le
 
@@ -86,3 +86,10 @@ class Settings:
             self.stage: self.stage != "none",
         }
         return ", ".join([self.loss, *(extra for extra, given in extras.items() if given)])
+
+
+def choices_table() -> list[dict[str, str]]:
+    """What ``raredistill methods`` prints beside losses and distillers: every setting that is one of a few names."""
+    hints = get_type_hints(Settings)
+    chosen = ("sampler", "mixing", "deferred", "stage", "optimizer", "augmentation")
+    return [{"setting": f"training.{name}", "one of": ", ".join(get_args(hints[name]))} for name in chosen]
