@@ -98,6 +98,28 @@ def test_distillers_equal_their_formula(name, logits):
     assert float(ours(torch.tensor(student), torch.tensor(teacher), torch.tensor(target))) == pytest.approx(oracle(*logits), abs=1e-5)
 
 
+def test_weighting_log_probabilities_instead_of_probabilities_is_another_loss(logits):
+    # The trap: w * log q, normalised, is q to a power a class, not q weighted by class.
+    student, teacher, _ = logits
+    trap = np.exp(WEIGHTS * np.log(softmax(teacher / T)))
+    wrong = kl(normal(trap), softmax(student / T)) * T**2
+    found = float(distill.bkd(torch.tensor(student), torch.tensor(teacher), class_weights=torch.tensor(WEIGHTS), temperature=T))
+    assert abs(found - wrong) > 0.1
+    # What the right one does: a class of twice the weight gets twice the odds.
+    even = distill.bkd(torch.zeros(1, 2), torch.zeros(1, 2), class_weights=torch.tensor([1.0, 2.0]), temperature=1)
+    assert float(even) == pytest.approx(np.log(2) + np.log(1 / 3) / 3 + 2 * np.log(2 / 3) / 3, abs=1e-5)
+
+
+def test_dkd_stays_finite_where_the_target_has_all_the_probability():
+    # Published code takes log(1 - p) there, which is -inf.
+    sure = torch.tensor([[80.0, 0.0, -80.0]])
+    student = torch.tensor([[-80.0, 80.0, 0.0]], requires_grad=True)
+    value = distill.dkd(student, sure, torch.tensor([0]), alpha=1, beta=8, temperature=1)
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(student.grad).all()
+
+
 def test_xerm_weighs_the_two_risks_sample_by_sample(logits):
     student, teacher, target = logits
     prior = np.array([0.7, 0.2, 0.1])

@@ -136,6 +136,15 @@ def test_half_precision_costs_no_more_than_the_rounding_of_the_logits(batch):
         assert float(loss(logits, target)) == pytest.approx(float(loss(logits.double(), target)), rel=1e-5)
 
 
+def test_focal_equals_kornias(batch):
+    from kornia.losses import focal_loss
+
+    logits, target = torch.tensor(batch[0]), torch.tensor(batch[1])
+    # Its mean divides by N * K; a loss is published as a mean over samples.
+    expected = focal_loss(logits, target, alpha=None, gamma=1.5, reduction="sum") / len(target)
+    assert float(focal(logits, target, gamma=1.5)) == pytest.approx(float(expected), abs=1e-5)
+
+
 def test_weights_follow_the_classes_not_their_order_of_appearance():
     target = torch.tensor([2, 2, 0])
     weighted = make_loss("weighted_cross_entropy", counts=torch.tensor(COUNTS))(torch.zeros(3, 3), target, reduction="none")

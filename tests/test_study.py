@@ -302,6 +302,16 @@ def test_peers_are_trained_in_the_run_itself_and_name_it(taught):
     assert next(each for each in other.plan() if each.entry.name == "peers").id != run.id
 
 
+def test_records_tell_recipes_apart(taught):
+    _, _, records = taught
+    assert records["big", 0]["loss"] == "cross_entropy"
+    assert records["margin", 0]["loss"] == "ldam, deferred effective"
+    assert records["pair", 0]["loss"] == "cross_entropy, remix"
+    # Without its teacher ours is the balanced softmax, so that is its control.
+    assert records["ours", 0]["loss"] == "balanced_softmax"
+    assert records["hints", 0]["loss"] == "cross_entropy, progressive sampling"
+
+
 def test_cross_fitted_teachers_are_no_results(taught):
     _, out, _ = taught
     results = read_results(out)

@@ -215,9 +215,11 @@ def methods() -> None:
     from raredistill.console import show_table
     from raredistill.distill.registry import methods_table
     from raredistill.losses import losses_table
+    from raredistill.training.settings import choices_table
 
     show_table(methods_table(), "distillers (method:)")
     show_table(losses_table(), "losses (training.loss:)")
+    show_table(choices_table(), "what goes with any of them")
     _next("raredistill study CONFIG runs.1.method=NAME")
 
 

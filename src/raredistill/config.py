@@ -266,7 +266,7 @@ def _check_together(entry: Entry) -> None:
             settings.deferred != "none" and settings.loss in ("weighted_cross_entropy", "class_balanced_focal")
         ),
         f"method {entry.method} brings its own loss on labels, but loss is {settings.loss}; leave loss at cross_entropy": (
-            method is not None and method.own_loss and (settings.loss, settings.deferred) != ("cross_entropy", "none")
+            method is not None and bool(method.own_loss) and (settings.loss, settings.deferred) != ("cross_entropy", "none")
         ),
         f"method {entry.method} looks at labels, but mixing: {settings.mixing} gives each sample two; use kd or mixing: none": (
             mixing and "labels" in needs
@@ -282,7 +282,7 @@ def _check_together(entry: Entry) -> None:
             entry.online != "no" and not entry.teachers
         ),
         f"online: {entry.online} compares logits of networks in training, but method {entry.method} needs {', '.join(needs)}": (
-            entry.online != "no" and (not set(needs) <= {"logits", "labels"} or (method is not None and method.own_loss))
+            entry.online != "no" and (not set(needs) <= {"logits", "labels"} or (method is not None and bool(method.own_loss)))
         ),
         f"online: {entry.online} has no trained teacher to copy, but cross_fit is {entry.cross_fit}": (
             entry.online != "no" and bool(entry.cross_fit)

@@ -82,7 +82,7 @@ class PCKD(Checked):
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "here"
     needs: ClassVar[tuple[str, ...]] = ("logits", "labels", "prior", "reliability")
-    own_loss: ClassVar[bool] = True
+    own_loss: ClassVar[str] = "balanced_softmax"
 
     @classmethod
     def wants(cls, options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ class Method(Protocol):
         min_classes: the fewest classes for which its signal is sound.
         zero_at_equal: it has nothing to teach a student that equals its teacher.
         within_batch: it contrasts the samples of a batch, so its value depends on which come together.
-        own_loss: it brings its own loss on labels, as the term ``ce``.
+        own_loss: name of the loss on labels that it brings as the term ``ce``, and that is left of it without a teacher; empty if none.
     """
 
     name: ClassVar[str]
@@ -94,7 +94,7 @@ class Method(Protocol):
     min_classes: ClassVar[int]
     zero_at_equal: ClassVar[bool]
     within_batch: ClassVar[bool]
-    own_loss: ClassVar[bool]
+    own_loss: ClassVar[str]
 
     @property
     def trainable(self) -> nn.Module | None:
@@ -125,7 +125,7 @@ class Checked:
     min_classes: ClassVar[int] = 2
     zero_at_equal: ClassVar[bool] = False
     within_batch: ClassVar[bool] = False
-    own_loss: ClassVar[bool] = False
+    own_loss: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for name, option in hyperparameters(type(self)).items():

@@ -145,7 +145,7 @@ class XERM(Checked):
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "Zhu et al. 2022"
     needs: ClassVar[tuple[str, ...]] = ("logits", "prior", "labels")
-    own_loss: ClassVar[bool] = True
+    own_loss: ClassVar[str] = "cross_entropy"
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """The risk on labels and the one on the balanced teacher."""

@@ -6,6 +6,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,14 +22,14 @@ from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort
 from raredistill.distill.consistent import taught_prior
 from raredistill.distill.contract import Facts
-from raredistill.distill.registry import make_method
+from raredistill.distill.registry import METHODS, make_method
 from raredistill.errors import DataError
 from raredistill.files import lock_if_free, write_text
 from raredistill.losses import carried_prior, class_weights, make_loss
 from raredistill.models import Network, facts
 from raredistill.study.board import Board
 from raredistill.study.drafts import check_origin, finish, open_draft, origin, read_finished, set_aside
-from raredistill.study.plan import External, Run
+from raredistill.study.plan import Entry, External, Run
 from raredistill.study.predict import plain_batches, prediction_table
 from raredistill.study.stages import second_stage
 from raredistill.study.teachers import network_of, patients_before, peers_of, teach, teacher_channels, teacher_files, teacher_name
@@ -134,12 +135,18 @@ def describe(run: Run, cohort: Cohort) -> Record:
     size = facts(entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0], head=entry.head)
     return {
         "id": run.id, "name": entry.name, "kind": _kind(run), "direction": direction(run, cohort),
-        "model": entry.model, "loss": entry.settings.loss, "method": "" if teacher is None else entry.method,
+        "model": entry.model, "loss": _recipe(entry), "method": "" if teacher is None else entry.method,
         "teacher": run.teacher.id if run.teacher else "", "teacher_name": teacher_name(teacher),
         "external_teacher": isinstance(teacher, External) and teacher.external,
         "channels": list(entry.channels), "repeat": run.split.repeat, "fold": run.split.fold, "seed": run.seed,
         "status": "waiting", "error": "", "parameters": size.parameters, "flops": size.flops, "bytes": size.bytes,
     }  # fmt: skip
+
+
+def _recipe(entry: Entry) -> str:
+    # What is left of a run without its teacher: its fair control is the baseline of that loss.
+    own = "" if entry.teacher is None else METHODS[entry.method].own_loss
+    return (replace(entry.settings, loss=own) if own else entry.settings).recipe
 
 
 def _kind(run: Run) -> str:

@@ -51,7 +51,7 @@ def teach(run: Run, cohort: Cohort, network: Network, fabric: Fabric, runs: Path
     alone = len(teachers) == 1 or run.entry.cross_fit
     taught = teachers[0] if len(teachers) == 1 else _together(run, cohort, teachers)
     facts = Facts(
-        counts=counts, share=counts.double() ** POWERS[run.entry.settings.sampler], classes=cohort.classes, background=_background(cohort),
+        counts=counts, share=counts.float() ** POWERS[run.entry.settings.sampler], classes=cohort.classes, background=_background(cohort),
         teacher=teacher_name(run.entry.teacher), prior=_prior(teachers, taught),
         reliability=_reliability(run, cohort, teachers, runs) if "reliability" in wants else None,
         student_shape=Shape(*network.widths()), teacher_shape=Shape(*teachers[0].widths()) if alone else None,

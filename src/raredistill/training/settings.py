@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le
 
@@ -74,3 +74,22 @@ class Settings:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     residence: Literal["auto", "resident", "streamed"] = "auto"
+
+    @property
+    def recipe(self) -> str:
+        """The loss with all that changes what it weighs, as reports call it: two baselines of one recipe differ by their network only."""
+        extras = {
+            f"deferred {self.deferred}": self.deferred != "none",
+            f"{self.sampler} sampling": self.sampler != "natural",
+            self.mixing: self.mixing != "none",
+            "sam": self.sam_rho is not None,
+            self.stage: self.stage != "none",
+        }
+        return ", ".join([self.loss, *(extra for extra, given in extras.items() if given)])
+
+
+def choices_table() -> list[dict[str, str]]:
+    """What ``raredistill methods`` prints beside losses and distillers: every setting that is one of a few names."""
+    hints = get_type_hints(Settings)
+    chosen = ("sampler", "mixing", "deferred", "stage", "optimizer", "augmentation")
+    return [{"setting": f"training.{name}", "one of": ", ".join(get_args(hints[name]))} for name in chosen]
