@@ -228,7 +228,7 @@ def decode(raw: bytes, file: Path) -> tuple[np.ndarray, np.ndarray]:
     voxels = int(np.prod(shape, dtype=np.float64))
     if len(shape) != 3 or not 0 < voxels <= LARGEST:
         raise DataError(f"{file}: its shape is {shape}; a volume has three axes and at most {LARGEST} voxels")
-    kind, offset = header.get_data_dtype(), int(header["vox_offset"]) or HEADER
+    kind, offset = _voxel_type(header, file), int(header["vox_offset"]) or HEADER
     if kind.kind not in "iuf" or not stream.position <= offset <= stream.position + 2**24:
         raise DataError(f"{file}: voxels of type {kind} at byte {offset}; convert the file to a plain NIfTI of numbers")
     stream.take(offset - stream.position)
@@ -284,6 +284,15 @@ class _Stream:
         while not self._decompressor.eof:
             if not self._next(2**16):
                 raise DataError(f"{self._file}: its gzip data are cut short; replace it by the original")
+
+
+def _voxel_type(header: Any, file: Path) -> np.dtype[Any]:
+    code = int(header["datatype"])
+    try:
+        kind: np.dtype[Any] = header.get_data_dtype()
+    except KeyError:
+        raise DataError(f"{file}: voxels of the unknown type {code}; replace it by the original") from None
+    return kind
 
 
 def _scaled(data: np.ndarray, header: Any, file: Path) -> np.ndarray:
