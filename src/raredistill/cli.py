@@ -40,7 +40,8 @@ def main() -> None:
     """Run the command line: 0 done; 1 finished, but runs failed; 2 bad input; 130 and 143 interrupted and resumable."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == 130:  # so typer returns from an interruption
+            raise KeyboardInterrupt
     except RareDistillError as error:
         _stop(str(error), 2)
     except OSError as error:

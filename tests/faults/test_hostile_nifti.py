@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import tracemalloc
+import zlib
 
 import nibabel
 import numpy as np
@@ -50,7 +51,8 @@ def root(tmp_path):
     for seed, name in enumerate((*GOOD, BAD)):
         write_case(folder / name, seed)
     (folder / "name_mapping.csv").write_text(
-        "Grade,BraTS_2020_subject_ID\n" + "".join(f"{grade},{name}\n" for grade, name in zip(("HGG", "LGG", "HGG"), (*GOOD, BAD), strict=True))
+        "Grade,BraTS_2020_subject_ID\n"
+        + "".join(f"{grade},{name}\n" for grade, name in zip(("HGG", "LGG", "HGG"), (*GOOD, BAD), strict=True))
     )
     return folder
 
@@ -162,7 +164,7 @@ FAULTS = {
     "inverted": (replace("t1", lambda volume: (1000 - volume).astype(np.int16)), "bright and dark are exchanged"),
     "another shape": (replace("t1", lambda volume: volume[:, :, :-1]), "disagree in shape"),
     "another affine": (replace("t1", lambda volume: volume, np.diag([-1.0, -1.0, 2.0, 1.0])), r"5\.0 mm away"),
-    "another origin": (replace("seg", lambda volume: volume, AFFINE + [[0, 0, 0, 3], [0] * 4, [0] * 4, [0] * 4]), r"3\.0 mm away"),
+    "another origin": (replace("seg", lambda volume: volume, AFFINE + np.eye(4)[[0]].T @ np.eye(4)[[3]] * 3), r"3\.0 mm away"),
     "four dimensions": (replace("t1", lambda volume: np.stack([volume, volume], -1)), "three axes"),
     "unknown label": (replace("seg", poke(7, np.uint8)), r"label\(s\).*7"),
     "labels 3 and 4 at once": (replace("seg", poke(3, np.uint8)), r"label\(s\).*3, 4"),
@@ -223,8 +225,6 @@ def test_nibabel_itself_is_silent_about_a_flipped_byte(root):
 
 
 def gzip_without_check(raw):
-    import zlib
-
     return zlib.decompressobj(-15).decompress(raw[10:])
 
 

@@ -17,6 +17,7 @@ import torch
 
 from raredistill.cohort.sources import Unit
 from raredistill.errors import DataError
+from raredistill.processes import end_with_parent
 
 Outcome = TypeVar("Outcome")
 
@@ -93,4 +94,5 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     torch.set_num_threads(1)
