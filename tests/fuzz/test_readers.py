@@ -198,7 +198,8 @@ def image_seeds(real):
     deep = Image.fromarray(rng.integers(0, 65535, (16, 12), dtype=np.uint16))
     for picture, kind, options in (
         (grey, "PNG", {}), (deep, "PNG", {}), (grey.convert("P"), "PNG", {}), (grey.convert("RGB"), "JPEG", {}), (grey, "JPEG", {}),
-        (grey.convert("CMYK"), "TIFF", {}), (deep, "TIFF", {"compression": "tiff_lzw"}), (grey.convert("RGB"), "TIFF", {"compression": "tiff_deflate"}),
+        (grey.convert("CMYK"), "TIFF", {}), (deep, "TIFF", {"compression": "tiff_lzw"}),
+        (grey.convert("RGB"), "TIFF", {"compression": "tiff_deflate"}),
     ):  # fmt: skip
         handle = io.BytesIO()
         picture.save(handle, kind, **options)
@@ -301,7 +302,8 @@ def csv_reader(folder):
 
 def yaml_seeds(real):
     study = {
-        "name": "s", "cohort": {"source": "table", "path": "x.csv", "size": 64}, "splits": {"protocol": "outer", "folds": 3, "rarefy": {"a": 0.1}},
+        "name": "s", "cohort": {"source": "table", "path": "x.csv", "size": 64},
+        "splits": {"protocol": "outer", "folds": 3, "rarefy": {"a": 0.1}},
         "seeds": [0, 1], "training": {"epochs": 3, "loss": "focal", "loss_options": {"gamma": 2.0}},
         "runs": [{"name": "a", "model": "small_cnn"}, {"name": "b", "model": "small_cnn", "teacher": "a", "kd_weight": 0.5}],
     }  # fmt: skip

@@ -20,6 +20,8 @@ FORMAT = 1
 COLUMNS = ("sample", "patient", "patient_label", "label", "slice", "source", "split")
 DESCRIPTION = "cohort.json"
 SAMPLES = "samples.parquet"
+HASHED = ("classes", "channels", "size", "pixels", "samples")
+"""What of the description the cohort's hash stands for."""
 WORK = ".parts"
 """Folder inside an unfinished cohort: its presence says that the folder is ours to go on with."""
 
@@ -242,6 +244,10 @@ def _description(root: Path) -> dict[str, Any]:
     description = files.read_json(root / DESCRIPTION)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise DataError(f"{root / DESCRIPTION} is of an unknown format; prepare the cohort again with this version")
+    if any(key not in description for key in HASHED) or description.get("hash") != files.fingerprint(
+        {key: description[key] for key in HASHED}
+    ):
+        raise DataError(f"{root / DESCRIPTION} was changed after the cohort was made; prepare the cohort again")
     return description
 
 

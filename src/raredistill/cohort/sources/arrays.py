@@ -24,8 +24,8 @@ _PARTS = (("train", "train"), ("val", "validation"), ("test", "test"))
 _LAYOUTS = ("{}_images", "{}_labels"), ("x_{}", "y_{}")
 # What zipfile and numpy are known to raise on damaged files; a password and an unknown compression are RuntimeErrors.
 _UNREADABLE = (
-    OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, SyntaxError, SystemError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error,
-    lzma.LZMAError, struct.error, tokenize.TokenError,
+    OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, SyntaxError, SystemError, RuntimeError, MemoryError,
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError,
 )  # fmt: skip
 _LARGEST_SAMPLE = 2**26
 _LARGEST_LABELS = 2**28
