@@ -156,6 +156,8 @@ FAULTS = {
     "header longer than the data": (rewrite("t2", header(40, "<8h", 3, 400, 400, 400, 1, 1, 1, 1)), "too early"),
     "negative extent": (rewrite("t2", header(40, "<8h", 3, -16, 14, 6, 1, 1, 1, 1)), "three axes"),
     "unknown voxel type": (rewrite("t2", header(70, "<h", 9999)), "unknown type 9999"),
+    "data that start nowhere": (rewrite("t1", header(108, "<f", float("nan"))), "at byte -1"),
+    "data that start past all bounds": (rewrite("t1", header(108, "<f", float("inf"))), "at byte"),
     "NaN": (replace("t1", poke(np.nan)), "not finite"),
     "infinity": (replace("t1", poke(np.inf)), "not finite"),
     "scale without an end": (rewrite("t1", header(112, "<2f", 2, float("inf"))), "scale"),

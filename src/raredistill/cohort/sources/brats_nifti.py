@@ -228,7 +228,7 @@ def decode(raw: bytes, file: Path) -> tuple[np.ndarray, np.ndarray]:
     voxels = int(np.prod(shape, dtype=np.float64))
     if len(shape) != 3 or not 0 < voxels <= LARGEST:
         raise DataError(f"{file}: its shape is {shape}; a volume has three axes and at most {LARGEST} voxels")
-    kind, offset = _voxel_type(header, file), int(header["vox_offset"]) or HEADER
+    kind, offset = _voxel_type(header, file), int(np.nan_to_num(header["vox_offset"], nan=-1)) or HEADER
     if kind.kind not in "iuf" or not stream.position <= offset <= stream.position + 2**24:
         raise DataError(f"{file}: voxels of type {kind} at byte {offset}; convert the file to a plain NIfTI of numbers")
     stream.take(offset - stream.position)
@@ -321,7 +321,7 @@ def _affine(header: Any, file: Path) -> np.ndarray:
 def _labels(mask: np.ndarray, file: Path) -> np.ndarray:
     if mask.dtype.kind != "f":
         return mask
-    if not np.array_equal(np.rint(mask), mask):
+    if not np.isfinite(mask).all() or not np.array_equal(np.rint(mask), mask):
         raise DataError(f"{file}: the segmentation holds fractions or no numbers; resample it with nearest neighbours")
     low, high = float(mask.min()), float(mask.max())
     if not -(2**15) <= low <= high < 2**15:
