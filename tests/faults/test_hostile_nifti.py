@@ -256,6 +256,21 @@ def test_spaces_and_any_script_in_paths_are_ordinary(root, tmp_path):
     assert prepare(source(moved), tmp_path / "出力 2", size=(8, 8), workers=1).hash == before.hash
 
 
+def test_the_folder_above_an_archive_will_do_as_well(root, tmp_path):
+    before = prepare(source(root), tmp_path / "a", size=(8, 8), workers=1)
+    shutil.move(root, tmp_path / "archive" / "MICCAI_BraTS2020_TrainingData")
+    assert prepare(source(tmp_path / "archive"), tmp_path / "b", size=(8, 8), workers=1).hash == before.hash
+
+
+def test_files_of_all_cases_in_one_folder_are_told_with_the_cure(root):
+    for folder in (root / BAD, root / GOOD[0]):
+        for file in folder.iterdir():
+            shutil.move(file, root / file.name)
+    [problem] = [problem for problem in source(root).problems() if "_flair" in problem.what]
+    assert "2 files claim to be the same modality" in problem.what
+    assert "a folder of its own" in problem.cure
+
+
 def test_what_macos_leaves_beside_every_file_is_ignored(root, tmp_path):
     before = prepare(source(root), tmp_path / "a", size=(8, 8), workers=1)
     (root / BAD / f"._{BAD}_flair.nii.gz").write_bytes(b"\0\5\x16\7" * 40)

@@ -53,7 +53,7 @@ class BratsNifti:
 
     Args:
         path: the folder that holds the cases.
-        grades: a CSV ``patient,grade`` (or BraTS' own table); by default ``name_mapping.csv`` in ``path``.
+        grades: a CSV ``patient,grade`` (or BraTS' own table); by default ``name_mapping.csv`` in ``path`` or beside the cases.
         rule: ``default`` or ``thesis``; see ``cohort.labels.LabelRule``.
         min_tumour_voxels: tumour voxels (at native resolution) that make a slice a tumour slice under the default rule.
         min_brain_share: share of the patient's widest brain slice under which the default rule leaves a slice out.
@@ -80,8 +80,8 @@ class BratsNifti:
         self.channels = brats.choose_channels(channels)
         self._path = Path(path)
         self._rule = LabelRule(rule, min_tumour_voxels, min_brain_share)
-        self._grades = brats.read_grades(self._path, grades)
         self._cases = _find_cases(self._path)
+        self._grades = brats.read_grades(_table_folder(self._path, self._cases), grades)
         self._often = Counter(case.patient for case in self._cases)
 
     def units(self) -> list[Unit]:
@@ -149,6 +149,12 @@ def _find_cases(path: Path) -> list[_Case]:
             folders.setdefault(file.parent, {}).setdefault(ROLES.get(role, role), []).append(file)
     cases = [_Case(folder.name, folder, {role: _own(found, folder) for role, found in files.items()}) for folder, files in folders.items()]
     return sorted(cases, key=lambda case: (case.patient, case.folder))
+
+
+def _table_folder(path: Path, cases: list[_Case]) -> Path:
+    """Where the table of grades lies: archives keep it beside the cases, a folder or two below their root."""
+    places = dict.fromkeys((path, *(case.folder.parent for case in cases)))
+    return next((folder for folder in places if (folder / brats.MAPPING).is_file()), path)
 
 
 def _own(files: list[Path], folder: Path) -> tuple[Path, ...]:
