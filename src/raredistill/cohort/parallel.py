@@ -18,6 +18,7 @@ import torch
 
 from raredistill.cohort.sources import Unit
 from raredistill.errors import DataError
+from raredistill.processes import end_with_parent
 
 Outcome = TypeVar("Outcome")
 
@@ -94,6 +95,7 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

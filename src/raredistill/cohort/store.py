@@ -247,7 +247,9 @@ def _description(root: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise DataError(f"{root / DESCRIPTION} is of an unknown format; prepare the cohort again with this version")
     if description.get("hash") != files.fingerprint({key: description.get(key) for key in CONTENT}):
-        raise DataError(f"{root / DESCRIPTION}: its content does not match its hash; prepare the cohort again")
+        raise DataError(
+            f"{root / DESCRIPTION}: its content does not match its hash, so it was changed after the cohort was made; prepare the cohort again"
+        )
     return description
 
 
