@@ -65,7 +65,7 @@ def summary(results: Results, overall: pd.DataFrame, by_class: pd.DataFrame) -> 
     for entry in results.entries:
         own = by_class.query("entry == @entry and checkpoint == 'best' and level == 'slice' and `class` == @rare")
         whole = overall.query("entry == @entry and checkpoint == 'best' and level == 'slice'")
-        size = next((run["parameters"] for run in results.study["runs"] if run["name"] == entry), 0)
+        size = results.first(entry)["parameters"]
         rare_part = {f"{rare} {key}": _mean(own[key]) for key in ("f1", "recall", "auprc")}
         rows.append(
             {"entry": entry, "runs": len(whole), "parameters": size, **rare_part, **{key: _mean(whole[key]) for key in OVERALL[:2]}}
@@ -79,12 +79,36 @@ def _mean(values: pd.Series) -> float:
 
 def confusions(results: Results) -> dict[str, np.ndarray]:
     """Entry -> ``(K, K)`` counts over all its test parts (rows: true class), best checkpoint, by slice."""
+    rows, classes = confusion_rows(results), results.study["cohort"]["classes"]
     found = {}
     for entry in results.entries:
-        matrices = [np.asarray(evaluate(results.tables[run["id"]])["slice"]["confusion"]) for run in results.of(entry)]
-        if matrices:
-            found[entry] = np.sum(matrices, axis=0)
+        if len(own := rows[rows["entry"] == entry] if len(rows) else rows):
+            found[entry] = own.groupby("true")[classes].sum().reindex(classes).to_numpy()
     return found
+
+
+def confusion_rows(results: Results) -> pd.DataFrame:
+    """Confusion matrices as rows, a row a run and true class: slices predicted as each class."""
+    rows = []
+    for run in results.runs:
+        found = evaluate(results.tables[run["id"]])
+        for name, counts in zip(found["classes"], found["slice"]["confusion"], strict=True):
+            where = {"entry": run["name"], "repeat": run["repeat"], "fold": run["fold"], "seed": run["seed"], "true": name}
+            rows.append({**where, **dict(zip(found["classes"], map(int, counts), strict=True))})
+    return pd.DataFrame(rows)
+
+
+def epoch_rows(results: Results) -> pd.DataFrame:
+    """Loss and scores by epoch, a row a run, epoch and part: the source of the curves."""
+    rows = []
+    for run in results.runs:
+        for epoch, record in enumerate(results.epochs[run["id"]], start=1):
+            for part in ("train", "validation"):
+                if part in record:
+                    scores = {f"f1_{name}": value for name, value in record[part]["f1"].items()}
+                    where = {"entry": run["name"], "repeat": run["repeat"], "fold": run["fold"], "seed": run["seed"], "epoch": epoch}
+                    rows.append({**where, "part": part, "loss": record[part]["loss"], "macro_f1": record[part]["macro_f1"], **scores})
+    return pd.DataFrame(rows)
 
 
 def write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:
