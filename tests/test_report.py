@@ -170,7 +170,7 @@ def test_calibration_is_fitted_on_validation_and_measured_on_test(study):
         both = table("x", SKILL["taught"], fold, 0).query("checkpoint == 'best'")
         logits, truth = np.stack(both["logits"]).astype(np.float32), both["label"].map(CLASSES.index).to_numpy()
         test = (both["split"] == "test").to_numpy()
-        grid = np.exp(np.linspace(-2, 2, 801))
+        grid = np.exp(np.linspace(-2, 2, 161))
         losses = [log_loss(truth[~test], softmax(logits[~test] / t, axis=1)) for t in grid]
         label.append(truth[test])
         before.append(softmax(logits[test], axis=1))

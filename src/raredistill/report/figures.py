@@ -224,25 +224,20 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     side = 1.6 + 0.7 * len(classes)
     figure, axes = _figure(2 * side, side, 2)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    places = np.arange(len(classes)) + 0.5
     for axis, texts, title in (
         (axes[0], matrix.astype(int).astype(str), "slices"),
         (axes[1], np.char.mod("%.2f", share), "share of the true class"),
     ):
-        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        axis.set(xlabel="predicted", ylabel="true", title=title)
-        axis.set_xticks(range(len(classes)), classes, rotation=30, ha="right")
-        axis.set_yticks(range(len(classes)), classes)
-        if len(classes) <= 12:
-            for row, column in np.ndindex(*matrix.shape):
-                axis.text(
-                    column,
-                    row,
-                    texts[row, column],
-                    ha="center",
-                    va="center",
-                    color="white" if share[row, column] > 0.55 else "black",
-                    fontsize=8,
-                )
+        # Cells as vectors: an image would blur in print.
+        axis.pcolormesh(share, cmap="Blues", vmin=0, vmax=1, edgecolors="white")
+        axis.invert_yaxis()
+        axis.set(xlabel="predicted", ylabel="true", title=title, aspect="equal")
+        axis.set_xticks(places, classes, rotation=30, ha="right")
+        axis.set_yticks(places, classes)
+        for row, column in np.ndindex(*matrix.shape) if len(classes) <= 12 else ():
+            tint = "white" if share[row, column] > 0.55 else "black"
+            axis.text(places[column], places[row], texts[row, column], ha="center", va="center", color=tint, fontsize=8)
     return figure
 
 
