@@ -106,7 +106,7 @@ def test_a_real_gain_is_shown_and_a_missing_control_is_said(study):
 
 def judged(study):
     results = read_results(study)
-    return {record["entry"]: record for record in verdicts(results, make_pairs(results))}
+    return {record["entry"]: record for record in verdicts(make_pairs(results), "LGG")}
 
 
 def test_the_verdict_is_the_corrected_t_test_of_the_f1_of_folds(study):

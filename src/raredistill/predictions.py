@@ -80,6 +80,10 @@ class Predictions:
             )
         return Predictions(kept.reset_index(drop=True), self.classes, self.background, self.hard)
 
+    def checkpoint(self, name: str) -> Predictions:
+        """Keep all parts of one checkpoint."""
+        return self.rows(np.flatnonzero(self.table["checkpoint"] == name))
+
     def rows(self, places: NDArray[np.int64]) -> Predictions:
         """Keep the rows at these places, in this order."""
         return Predictions(self.table.iloc[places].reset_index(drop=True), self.classes, self.background, self.hard)

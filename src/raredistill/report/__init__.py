@@ -64,7 +64,7 @@ def summary_table(study: Path) -> pd.DataFrame:
 
 def _answer(results: Results, pairs: list[Pair]) -> dict[str, Any]:
     return {
-        "verdicts": verdicts(results, pairs), "size": size_verdict(results, pairs), "power": rare_power(results, pairs),
+        "verdicts": verdicts(pairs, results.study["rare"]), "size": size_verdict(results, pairs), "power": rare_power(results, pairs),
         "cautions": cautions(results), "tests": notes_on_tests(results),
     }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,9 +68,8 @@ def control_of(results: Results, name: str) -> str:
     return found[0] if found else ""
 
 
-def metrics_of(results: Results) -> list[str]:
+def metrics_of(rare: str, classes: Sequence[str]) -> list[str]:
     """Metrics that pairs are compared by: the rare class's F1 first, then what explains it, then every class."""
-    rare, classes = results.study["rare"], results.study["cohort"]["classes"]
     named = [f"{metric}:{rare}" for metric in ("f1", "recall", "precision", "auprc", "auroc")]
     others = [f"{metric}:{name}" for name in classes if name != rare for metric in ("f1", "recall")]
     return [*named, "macro_f1", "balanced_accuracy", *others]
@@ -84,22 +84,23 @@ def _pair(results: Results, name: str) -> Pair:
     sides = results.pooled(control, cells), results.pooled(name, cells)
     if sides[0] is None or sides[1] is None:
         return Pair(**fixed, problem="the runs have no test part")
-    return _tested(Pair(**fixed, sides=(sides[0], sides[1])), sides[0], sides[1], results)
+    metrics = metrics_of(results.study["rare"], results.study["cohort"]["classes"])
+    return compared(Pair(**fixed), (sides[0], sides[1]), metrics, results.sizes)
 
 
-def _tested(pair: Pair, control: Predictions, other: Predictions, results: Results) -> Pair:
-    metrics = metrics_of(results)
+def compared(pair: Pair, sides: tuple[Predictions, Predictions], metrics: list[str], sizes: tuple[float, float] | None) -> Pair:
+    """The pair with its two sides, control first, compared by every metric; the first metric decides whether there is a problem."""
     found: dict[str, Differences] = {}
     evidence: dict[str, Evidence] = {}
     problems: list[str] = []
     for metric in metrics:
         try:
-            found[metric] = differences(control, other, metric, sizes=results.sizes, resamples=RESAMPLES)
+            found[metric] = differences(*sides, metric, sizes=sizes, resamples=RESAMPLES)
             evidence[metric] = weigh(found[metric])
         except RareDistillError as error:
             problems.append(str(error))
     problem = "" if metrics[0] in evidence else problems[0]
-    return replace(pair, differences=found, evidence=evidence, problem=problem)
+    return replace(pair, sides=sides, differences=found, evidence=evidence, problem=problem)
 
 
 def _ratio(results: Results, run: dict[str, Any]) -> float:

@@ -19,14 +19,17 @@ BASES = {
 }
 
 
-def verdicts(results: Results, pairs: list[Pair]) -> list[dict[str, Any]]:
+def verdicts(pairs: list[Pair], rare: str) -> list[dict[str, Any]]:
     """A record a pair on the rare class's F1, with Holm's adjustment over all pairs.
+
+    Args:
+        pairs: compared by ``f1:RARE`` first.
+        rare: the rare class.
 
     Returns:
         ``entry, control, teacher, relation, difference, low, high, p, p_holm, detectable, worse, equal, better, basis, sentence, notes``
         and ``verdict``: ``helps``, ``harms``, ``not shown`` or ``cannot be tested``; numbers are None where nothing could be tested.
     """
-    rare = results.study["rare"]
     tested = [pair for pair in pairs if not pair.problem]
     adjusted = dict(zip([pair.entry for pair in tested], _adjusted([pair.evidence[f"f1:{rare}"].p for pair in tested]), strict=True))
     return [_record(pair, rare, adjusted.get(pair.entry), len(tested)) for pair in pairs]
@@ -56,10 +59,11 @@ def _verdict(tested: Evidence | None, p_holm: float | None) -> str:
 
 
 def _sentence(pair: Pair, rare: str, record: dict[str, Any], verdict: str, family: int) -> str:
-    against = f"{pair.entry} (teacher {pair.teacher}) against {pair.control or 'no control'}: "
+    teacher = f" (teacher {pair.teacher})" if pair.teacher else ""
+    against = f"{pair.entry}{teacher} against {pair.control or 'no control'}: "
     if verdict == "cannot be tested":
         described = f"{rare} F1 {signed(record['difference'])}, " if record["difference"] is not None else ""
-        return f"{against}{described}cannot be tested: {pair.problem}."
+        return f"{against}{described}cannot be tested: {pair.problem.rstrip('.')}."
     plural = "s" if family > 1 else ""
     where = " on this test set" if pair.evidence[f"f1:{rare}"].basis == "patients" and verdict != "not shown" else ""
     return f"{against}{rare} F1 {told(record)}, {p_text(record['p_holm'])} after Holm over {family} comparison{plural}: {verdict}{where}."
