@@ -1,7 +1,7 @@
 """Time and memory of all statistics and the report of a large study, Grad-CAM and latency apart.
 
-30 runs (six entries, five outer folds), each predicting the test and validation parts (a fifth and an eighth of the rest) of 57,000 slices of
-369 patients, best and last checkpoint, 2,000 resamples. The study is generated and written first; only the report is timed.
+30 runs (six entries, five outer folds), each predicting the test and validation parts (a fifth, and an eighth of the rest) of 57,000
+slices of 369 patients, best and last checkpoint, 2,000 resamples. The study is generated and written first; only the report is timed.
 Command: ``python benchmarks/bench_report.py``
 """
 

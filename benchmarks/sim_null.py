@@ -1,9 +1,9 @@
 """False alarms and power of the corrected t-test: outer folds, and the same test on a shared test set, where it is wrong.
 
-A study has 100 patients, a fifth of them rare, with four slices each; a feature is class + patient + slice noise. The cheap learner is the
-nearest class mean; the score is balanced accuracy. Scenarios without a difference: ``methods`` (each has features of its own, equally good),
-``seeds`` (one method, each seed learns from a random half of the training patients), ``shuffled`` (as ``methods``, labels shuffled by
-patient). ``effect``: the second method's features carry more signal.
+A study has 100 patients, a fifth of them rare, with four slices each; a feature is class + patient + slice noise. The cheap learner is
+the nearest class mean; the score is balanced accuracy. Scenarios without a difference: ``methods`` (each has features of its own, equally
+good), ``seeds`` (one method, each seed learns from a random half of the training patients), ``shuffled`` (as ``methods``, labels shuffled
+by patient). ``effect``: the second method's features carry more signal.
 Command: ``python benchmarks/sim_null.py [studies]`` (1,000 by default, a few minutes on one core)
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,17 +20,7 @@ _OVERALL = ("macro_f1", "balanced_accuracy", "g_mean", "mcc")
 Rule = Literal["mean", "max", "top5"]
 RULES: tuple[Rule, ...] = ("mean", "max", "top5")
 _TOP = 5
-
-
-def _top_mean(slices: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame({k: slices[k].groupby(level=[0, 1]).apply(lambda each: each.nlargest(_TOP).mean()) for k in slices.columns})
-
-
-_RULES: dict[Rule, Callable[[pd.DataFrame], pd.DataFrame]] = {
-    "mean": lambda slices: slices.groupby(level=[0, 1]).mean(),
-    "max": lambda slices: slices.groupby(level=[0, 1]).max(),
-    "top5": _top_mean,
-}
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -75,17 +64,45 @@ def patient_predictions(predictions: Predictions, rule: Rule = "mean") -> Patien
     """
     classes = tuple(name for name in predictions.classes if name != predictions.background)
     kept = [predictions.classes.index(name) for name in classes]
-    table = predictions.table
-    keys = [table[column].to_numpy() for column in ("patient", "patient_label", "sample")]
-    slices = pd.DataFrame(predictions.probabilities()[:, kept]).groupby(keys).mean()
-    means = _RULES[rule](slices)
-    label = pd.Index(classes).get_indexer(means.index.get_level_values(1))
+    of_row, names = predictions.patients
+    of_slice, means = _slice_means(of_row, predictions.table["sample"], predictions.probabilities()[:, kept])
+    first = np.unique(of_row, return_index=True)[1]
+    label = pd.Index(classes).get_indexer(pd.Index(predictions.table["patient_label"].iloc[first]))
     if not (carries := label >= 0).any():
         raise DataError("no patient carries a class; fill the column patient_label to evaluate by patient")
     # Probabilities that all underflowed to 0 become equal ones instead of 0/0.
-    probability = np.clip(means.to_numpy()[carries], np.finfo(np.float64).tiny, None)
-    names = [str(name) for name in means.index.get_level_values(0)[carries]]
-    return PatientPredictions(names, label[carries].astype(np.int64), probability / probability.sum(axis=1, keepdims=True), classes)
+    probability = np.clip(_put_together(of_slice, means, rule)[carries], np.finfo(np.float64).tiny, None)
+    patients = [name for name, there in zip(names, carries, strict=True) if there]
+    return PatientPredictions(patients, label[carries].astype(np.int64), probability / probability.sum(axis=1, keepdims=True), classes)
+
+
+def _slice_means(of_row: NDArray[np.int64], sample: pd.Series[Any], probability: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """Patient ``(S,)`` and mean probability ``(S, Kp)`` of each slice over the runs that predict it, patient by patient."""
+    names = pd.factorize(sample)[0].astype(np.int64)
+    number = int(names.max()) + 1
+    slices, of_slice = np.unique(of_row * number + names, return_inverse=True)
+    count = np.bincount(of_slice)
+    means = np.stack([np.bincount(of_slice, weights=column) / count for column in probability.T], axis=1)
+    return slices // number, means
+
+
+def _put_together(of_slice: NDArray[np.int64], means: Floats, rule: Rule) -> Floats:
+    """``(P, Kp)`` from slices ``(S, Kp)``, which come patient by patient."""
+    starts = np.flatnonzero(np.diff(of_slice, prepend=-1))
+    number = np.diff(np.append(starts, len(of_slice)))
+    if rule == "max":
+        return np.asarray(np.maximum.reduceat(means, starts, axis=0))
+    if rule == "mean":
+        return np.asarray(np.add.reduceat(means, starts, axis=0) / number[:, None])
+    highest = np.arange(len(of_slice)) - np.repeat(starts, number) < _TOP
+    columns = [np.where(highest, column[np.lexsort((-column, of_slice))], 0.0) for column in means.T]
+    sums = np.stack([np.add.reduceat(column, starts) for column in columns], axis=1)
+    return np.asarray(sums / np.minimum(number, _TOP)[:, None])
+
+
+def has_patients(predictions: Predictions) -> bool:
+    """Whether there is a patient level that differs from the slices'."""
+    return _no_patient_level(predictions) is None
 
 
 def by_patient(predictions: Predictions, rule: Rule = "mean") -> Predictions:

@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from raredistill.evaluation.calibration import reliability_table
 from raredistill.files import write_text
 from raredistill.report import analyses, figures, tables
 from raredistill.report.controls import controls, missing
@@ -71,6 +70,7 @@ def _answer(results: Results, pairs: list[Pair]) -> dict[str, Any]:
 
 def _tables(results: Results, pairs: list[Pair], answer: dict[str, Any]) -> dict[str, pd.DataFrame]:
     overall, by_class = tables.run_metrics(results)
+    stages, fitted = analyses.calibrated_entries(results)
     summary, rare = tables.summary(results, overall, by_class), results.study["rare"]
     made = {
         "summary": summary,
@@ -89,8 +89,9 @@ def _tables(results: Results, pairs: list[Pair], answer: dict[str, Any]) -> dict
         "sizes": analyses.sizes(results, summary),
         "gains": analyses.gains(pairs, rare),
         "confusions": tables.confusion_rows(results),
-        "calibration": analyses.calibration(results),
-        "temperatures": analyses.temperatures(results),
+        "calibration": analyses.calibration(results, stages),
+        "temperatures": fitted,
+        "reliability": analyses.reliability(stages),
         "operating_points": analyses.operating_points(results),
         "decision": analyses.decision_curves(results),
         "roc": analyses.roc_curves(results),
@@ -100,16 +101,7 @@ def _tables(results: Results, pairs: list[Pair], answer: dict[str, Any]) -> dict
         "epochs": tables.epoch_rows(results),
         "runs": by_class,
     }
-    return {name: table for name, table in {**made, "reliability": _reliability(results)}.items() if len(table.columns)}
-
-
-def _reliability(results: Results) -> pd.DataFrame:
-    parts = [
-        reliability_table(*sides).assign(entry=entry, stage=stage)
-        for entry in results.entries
-        for stage, sides in analyses.calibrated(results, entry).items()
-    ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return {name: table for name, table in made.items() if len(table.columns)}
 
 
 def _figures(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Figure]:
@@ -122,7 +114,7 @@ def _figures(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Figur
         "classes": figures.class_scores(made["runs"], entries, classes),
         **_curves(made, rare, entries),
     }
-    matrices = tables.confusions(results)
+    matrices = tables.confusions(made.get("confusions", pd.DataFrame()), classes)
     for number, entry in enumerate(entries):
         drawn[f"curves-{number}"] = figures.curves(results, entry)
         if entry in matrices:

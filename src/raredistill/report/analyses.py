@@ -11,13 +11,14 @@ import pandas as pd
 from raredistill.errors import RareDistillError
 from raredistill.evaluation.agreement import inheritance
 from raredistill.evaluation.bootstrap import patient_bootstrap
-from raredistill.evaluation.calibration import calibration_metrics, fit_temperature, restore_prior, scaled
+from raredistill.evaluation.calibration import calibration_metrics, fit_temperature, reliability_table, restore_prior, scaled
 from raredistill.evaluation.compare import delong, mcnemar
-from raredistill.evaluation.levels import RULES, by_patient, evaluate, patient_predictions
+from raredistill.evaluation.levels import RULES, by_patient, has_patients, patient_predictions
 from raredistill.evaluation.thresholds import at_threshold, decision_curve, operating_point
+from raredistill.metrics import classification_metrics
 from raredistill.predictions import Predictions
 from raredistill.report.pairs import Pair
-from raredistill.report.results import Results
+from raredistill.report.results import Results, cell
 
 WANTED = (0.8, 0.9, 0.95)
 """Sensitivities that operating points are chosen for."""
@@ -47,12 +48,6 @@ def _levels(results: Results) -> Iterator[tuple[str, str, Predictions]]:
             yield entry, "patient", by_patient(pooled)
 
 
-def has_patients(predictions: Predictions) -> bool:
-    """Whether there is a patient level that differs from the slices'."""
-    first = predictions.rows(np.flatnonzero(predictions.table["run"] == predictions.table["run"].iloc[0]))
-    return evaluate(first)["patient"] is not None
-
-
 def _interval(table: Predictions, metric: str) -> dict[str, float]:
     try:
         estimate, low, high = patient_bootstrap(table, metric)
@@ -62,41 +57,57 @@ def _interval(table: Predictions, metric: str) -> dict[str, float]:
     return {"estimate": estimate, "low": low, "high": high, "bca_low": bca_low, "bca_high": bca_high}
 
 
-def calibration(results: Results) -> pd.DataFrame:
+Stages = dict[str, dict[str, tuple[Any, Any]]]
+"""Labels ``(N,)`` and probabilities ``(N, K)`` of test parts, by entry and stage."""
+
+
+def calibration(results: Results, stages: Stages) -> pd.DataFrame:
     """Calibration of every entry: raw, with a temperature fitted on validation, and with the deployment prior restored."""
     rare = results.study["cohort"]["classes"].index(results.study["rare"])
     rows = []
-    for entry in results.entries:
-        for stage, (label, probability) in calibrated(results, entry).items():
+    for entry, each in stages.items():
+        for stage, (label, probability) in each.items():
             found = calibration_metrics(label, probability)
             by_class = {f"ece_{results.study['rare']}": float(found["ece_by_class"][rare])}
             rows.append({"entry": entry, "stage": stage, **{key: float(found[key]) for key in PARTS}, **by_class})
     return pd.DataFrame(rows)
 
 
-def calibrated(results: Results, entry: str) -> dict[str, tuple[Any, Any]]:
+def reliability(stages: Stages) -> pd.DataFrame:
+    """Reliability diagrams as rows: a row an entry, stage and bin."""
+    parts = [reliability_table(*sides).assign(entry=entry, stage=stage) for entry, each in stages.items() for stage, sides in each.items()]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def calibrated_entries(results: Results) -> tuple[Stages, pd.DataFrame]:
+    """Every entry's probabilities by stage, and the temperature fitted on each run's validation part."""
+    fitted = temperatures(results)
+    return {entry: calibrated(results, entry, fitted) for entry in results.entries if results.of(entry)}, fitted
+
+
+def calibrated(results: Results, entry: str, fitted: pd.DataFrame) -> dict[str, tuple[Any, Any]]:
     """Labels ``(N,)`` and probabilities ``(N, K)`` of an entry's test parts, by stage; a stage without a validation part is left out.
 
     The deployment prior is the class share of a run's validation part; it can be restored where the carried prior is known.
     """
     found: dict[str, list[tuple[Any, Any]]] = {}
+    known = {tuple(row[:4]): float(row[4]) for row in fitted.itertuples(index=False)}
     for run in results.of(entry):
-        for stage, probability in _stages(results, run).items():
-            found.setdefault(stage, []).append((results.tables[run["id"]].part("test").labels(), probability))
+        temperature = known.get((entry, *cell(run)))
+        test = results.tables[run["id"]].part("test")
+        for stage, probability in _stages(results, run, test, temperature).items():
+            found.setdefault(stage, []).append((test.labels(), probability))
     return {stage: (np.concatenate([a for a, _ in parts]), np.concatenate([b for _, b in parts])) for stage, parts in found.items()}
 
 
-def _stages(results: Results, run: dict[str, Any]) -> dict[str, Any]:
-    table = results.tables[run["id"]]
-    test = table.part("test")
+def _stages(results: Results, run: dict[str, Any], test: Predictions, temperature: float | None) -> dict[str, Any]:
     stages = {"raw": test.probabilities()}
-    if not (table.table["split"] == "validation").any():
+    if temperature is None:
         return stages
-    validation = table.part("validation")
-    temperature = fit_temperature(validation.labels(), validation.logits())
     stages["temperature"] = scaled(test.logits(), temperature)
     if run["id"] in results.priors:
-        share = np.bincount(validation.labels(), minlength=len(table.classes)) / len(validation.labels())
+        labels = results.tables[run["id"]].part("validation").labels()
+        share = np.bincount(labels, minlength=len(test.classes)) / len(labels)
         stages["prior restored"] = restore_prior(test.probabilities(), results.priors[run["id"]], share)
     return stages
 
@@ -179,12 +190,12 @@ def patient_rules(results: Results) -> pd.DataFrame:
     """Patient-level scores by each rule that makes a patient of slices; means over runs."""
     rare, rows = results.study["rare"], []
     for run in results.runs:
-        for rule in RULES:
-            found = evaluate(results.tables[run["id"]], rule=rule)["patient"]
-            if found is not None and rare in found["classes"]:
-                place, metrics = found["classes"].index(rare), found["metrics"]
-                of_rare = {f"{rare} {key}": float(metrics[key][place]) for key in ("f1", "recall", "specificity", "auroc", "auprc")}
-                rows.append({"entry": run["name"], "rule": rule, **of_rare, "macro_f1": metrics["macro_f1"]})
+        part = results.tables[run["id"]].part("test")
+        for rule in RULES if has_patients(part) else ():
+            found = patient_predictions(part, rule)
+            place, metrics = found.classes.index(rare), classification_metrics(found.label, found.probability)
+            of_rare = {f"{rare} {key}": float(metrics[key][place]) for key in ("f1", "recall", "specificity", "auroc", "auprc")}
+            rows.append({"entry": run["name"], "rule": rule, **of_rare, "macro_f1": metrics["macro_f1"]})
     return pd.DataFrame(rows).groupby(["entry", "rule"], sort=False).mean().reset_index() if rows else pd.DataFrame()
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from raredistill.errors import RareDistillError
-from raredistill.evaluation.differences import Differences, Evidence, differences, weigh
+from raredistill.evaluation.bootstrap import check_same
+from raredistill.evaluation.differences import Differences, Evidence, difference_of, weigh
 from raredistill.predictions import Predictions
 from raredistill.report.results import Results
 
@@ -90,12 +91,13 @@ def _pair(results: Results, name: str) -> Pair:
 
 def compared(pair: Pair, sides: tuple[Predictions, Predictions], metrics: list[str], sizes: tuple[float, float] | None) -> Pair:
     """The pair with its two sides, control first, compared by every metric; the first metric decides whether there is a problem."""
+    check_same(*sides)
     found: dict[str, Differences] = {}
     evidence: dict[str, Evidence] = {}
     problems: list[str] = []
     for metric in metrics:
         try:
-            found[metric] = differences(*sides, metric, sizes=sizes, resamples=RESAMPLES)
+            found[metric] = difference_of(*sides, metric, sizes=sizes, resamples=RESAMPLES)
             evidence[metric] = weigh(found[metric])
         except RareDistillError as error:
             problems.append(str(error))

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import pandas as pd
 from safetensors import safe_open
 
 from raredistill import predictions
@@ -57,7 +56,7 @@ class Results:
         parts = [table.part(split) for table in tables if (table.table["split"] == split).any()]
         if not parts:
             return None
-        return Predictions(pd.concat([part.table for part in parts], ignore_index=True), parts[0].classes, parts[0].background)
+        return predictions.concatenate(parts)
 
     def cells(self, entry: str) -> set[Cell]:
         """The (repeat, fold, seed) of an entry's finished runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pandas as pd
 
 from raredistill.evaluation.levels import evaluate
 from raredistill.files import write_text
+from raredistill.metrics import confusion_matrix
 from raredistill.report.results import Results
 
 OVERALL = ("macro_f1", "balanced_accuracy", "g_mean", "mcc", "accuracy")
@@ -77,24 +79,23 @@ def _mean(values: pd.Series) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def confusions(results: Results) -> dict[str, np.ndarray]:
-    """Entry -> ``(K, K)`` counts over all its test parts (rows: true class), best checkpoint, by slice."""
-    rows, classes = confusion_rows(results), results.study["cohort"]["classes"]
-    found = {}
-    for entry in results.entries:
-        if len(own := rows[rows["entry"] == entry] if len(rows) else rows):
-            found[entry] = own.groupby("true")[classes].sum().reindex(classes).to_numpy()
-    return found
+def confusions(rows: pd.DataFrame, classes: Sequence[str]) -> dict[str, np.ndarray]:
+    """Entry -> ``(K, K)`` counts over all its test parts (rows: true class), from :func:`confusion_rows`."""
+    if rows.empty:
+        return {}
+    found = rows.groupby("entry", sort=False)
+    return {str(entry): own.groupby("true")[list(classes)].sum().reindex(list(classes)).to_numpy() for entry, own in found}
 
 
 def confusion_rows(results: Results) -> pd.DataFrame:
     """Confusion matrices as rows, a row a run and true class: slices predicted as each class."""
     rows = []
     for run in results.runs:
-        found = evaluate(results.tables[run["id"]])
-        for name, counts in zip(found["classes"], found["slice"]["confusion"], strict=True):
+        part = results.tables[run["id"]].part("test")
+        matrix = confusion_matrix(part.labels(), part.probabilities().argmax(axis=1), len(part.classes))
+        for name, counts in zip(part.classes, matrix, strict=True):
             where = {"entry": run["name"], "repeat": run["repeat"], "fold": run["fold"], "seed": run["seed"], "true": name}
-            rows.append({**where, **dict(zip(found["classes"], map(int, counts), strict=True))})
+            rows.append({**where, **dict(zip(part.classes, map(int, counts), strict=True))})
     return pd.DataFrame(rows)
 
 

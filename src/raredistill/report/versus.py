@@ -13,9 +13,8 @@ from raredistill.errors import DataError
 from raredistill.evaluation.bootstrap import check_same, parse_metric
 from raredistill.evaluation.compare import wilcoxon_over_datasets
 from raredistill.evaluation.differences import FEW_PATIENTS, in_folds, side_sizes
-from raredistill.evaluation.levels import by_patient
-from raredistill.predictions import Predictions, read
-from raredistill.report.analyses import has_patients
+from raredistill.evaluation.levels import by_patient, has_patients
+from raredistill.predictions import Predictions, concatenate, read
 from raredistill.report.pairs import Pair, compared, comparisons, metrics_of
 from raredistill.report.results import Results, read_results
 from raredistill.report.verdicts import signed, verdicts
@@ -94,8 +93,8 @@ def _studies(first: Path, second: Path) -> list[tuple[tuple[str, str], Predictio
     found = []
     for entry in [name for name in results[0].entries if name in results[1].entries]:
         cells = results[0].cells(entry) & results[1].cells(entry)
-        tables = [_whole(each, entry, cells) for each in results]
         if cells:
+            tables = [_whole(each, entry, cells) for each in results]
             found.append(((f"{entry} in {first}", f"{entry} in {second}"), tables[0], tables[1]))
     if not found:
         raise DataError(f"{first} and {second} have no finished run of the same name; compare two runs' folders instead")
@@ -104,9 +103,7 @@ def _studies(first: Path, second: Path) -> list[tuple[tuple[str, str], Predictio
 
 def _whole(results: Results, entry: str, cells: set[Any]) -> Predictions:
     parts = [part for part in (results.pooled(entry, cells, split) for split in ("test", "validation")) if part is not None]
-    if not parts:
-        return Predictions(pd.DataFrame(), ())
-    return Predictions(pd.concat([part.table for part in parts], ignore_index=True), parts[0].classes, parts[0].background)
+    return concatenate(parts)
 
 
 def _pair(names: tuple[str, str], first: Predictions, second: Predictions, metrics: list[str]) -> Pair:
