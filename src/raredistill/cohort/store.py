@@ -248,7 +248,8 @@ def _description(root: Path) -> dict[str, Any]:
         raise DataError(f"{root / DESCRIPTION} is of an unknown format; prepare the cohort again with this version")
     if description.get("hash") != files.fingerprint({key: description.get(key) for key in CONTENT}):
         raise DataError(
-            f"{root / DESCRIPTION}: its content does not match its hash, so it was changed after the cohort was made; prepare the cohort again"
+            f"{root / DESCRIPTION}: its content does not match its hash, so it was changed after the cohort was made; "
+            "prepare the cohort again"
         )
     return description
 
