@@ -166,6 +166,8 @@ FAULTS = {
     "inverted": (replace("t1", lambda volume: (1000 - volume).astype(np.int16)), "bright and dark are exchanged"),
     "another shape": (replace("t1", lambda volume: volume[:, :, :-1]), "disagree in shape"),
     "another affine": (replace("t1", lambda volume: volume, np.diag([-1.0, -1.0, 2.0, 1.0])), r"5\.0 mm away"),
+    "affine of NaN": (rewrite("t1", header(280, "<f", float("nan"))), "leads out of any scanner"),
+    "affine out of the world": (rewrite("t1", header(280, "<f", 1e38)), "leads out of any scanner"),
     "another origin": (replace("seg", lambda volume: volume, AFFINE + np.eye(4)[[0]].T @ np.eye(4)[[3]] * 3), r"3\.0 mm away"),
     "four dimensions": (replace("t1", lambda volume: np.stack([volume, volume], -1)), "three axes"),
     "unknown label": (replace("seg", poke(7, np.uint8)), r"label\(s\).*7"),

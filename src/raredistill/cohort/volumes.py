@@ -133,7 +133,8 @@ def to_bytes(volume: np.ndarray, low: float, high: float, out: np.ndarray) -> No
     scale = 255 / (high - low)
     slope, intercept = precision(scale), precision(0.5 - low * scale)
     for plane, target in zip(volume, out, strict=True):
-        np.multiply(plane, slope, out=buffer)
+        with np.errstate(over="ignore"):  # a stray voxel may overflow to infinity, which saturates as it should
+            np.multiply(plane, slope, out=buffer)
         np.add(buffer, intercept, out=buffer)
         np.clip(buffer, 0, 255, out=buffer)
         target[...] = buffer

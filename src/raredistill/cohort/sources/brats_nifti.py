@@ -27,6 +27,8 @@ ROLES = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "segm": "seg"}
 LARGEST = 2**29
 """Voxels of the largest volume that is read: a header that promises more is damaged or hostile."""
 HEADER = 352
+FARTHEST = 1e9
+"""Millimetres; an affine with more than that is no place."""
 FAR = 0.5
 """Millimetres between the corners of two modalities from which on they are not on one grid."""
 
@@ -319,8 +321,8 @@ def _affine(header: Any, file: Path) -> np.ndarray:
             affine = np.asarray(header.get_best_affine(), dtype=np.float64)
         except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
             raise DataError(f"{file}: its place in space cannot be understood ({error}); replace it by the original") from None
-    if not np.isfinite(affine).all():
-        raise DataError(f"{file}: its affine holds values that are not finite; replace it by the original")
+    if not (np.abs(affine) < FARTHEST).all():
+        raise DataError(f"{file}: its affine leads out of any scanner (values that are not finite, or huge); replace it by the original")
     return affine
 
 
