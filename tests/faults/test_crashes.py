@@ -16,12 +16,14 @@ import torch
 from driver import CONFIG
 
 from conftest import write_tiny
-from raredistill import predictions
+from raredistill import cli, predictions
 from raredistill.checkpoint import load
 from raredistill.config import StudyConfig, make_study
 from raredistill.errors import CheckpointError, DataError
 from raredistill.files import is_sealed, read_json, seal, write_json
 from raredistill.report import write_report
+from raredistill.report.results import read_results
+from raredistill.report.verdicts import cautions
 from raredistill.study import drafts
 from raredistill.study.run import run_study
 from raredistill.training import loop, resume
@@ -274,7 +276,9 @@ def test_a_run_that_diverges_names_its_batch_and_its_last_good_checkpoint_and_th
     weights, promise = load(checkpoint)
     assert promise.model == "small_cnn"
     assert all(tensor.isfinite().all() for tensor in weights.values())
-    write_report(tmp_path / "s")
+    with pytest.raises(SystemExit) as stop:
+        cli._finish(tmp_path / "s", records)
+    assert stop.value.code == 1
     assert f"failed: {bad['id']}: {bad['error'][:40]}" in (tmp_path / "s" / "report" / "report.html").read_text()
 
 
@@ -291,6 +295,7 @@ def test_out_of_memory_is_written_down_in_the_run(tiny_cohort, tmp_path, monkeyp
     assert {record["status"] for record in records} == {"done"}
     assert {record["micro_batch"] for record in records} == {4}
     assert "micro-batches of 4" in records[0]["remarks"][0]
+    assert any("micro-batches of 4" in caution for caution in cautions(read_results(tmp_path / "s")))
     assert len(predictions.read(tmp_path / "s" / "runs" / records[0]["id"] / "predictions.parquet").table)
 
 

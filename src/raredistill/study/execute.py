@@ -25,10 +25,10 @@ from raredistill.files import lock_if_free, write_text
 from raredistill.losses import carried_prior, make_loss
 from raredistill.models import Network, create, facts
 from raredistill.study.board import Board
-from raredistill.study.drafts import check_origin, finish, open_draft, origin, read_finished, set_aside
+from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside
 from raredistill.study.plan import External, Run
 from raredistill.study.predict import plain_batches, prediction_table
-from raredistill.study.teachers import load_teacher, patients_before, teacher_channels, teacher_file, teacher_name
+from raredistill.study.teachers import check_start, load_teacher, patients_before, teacher_channels, teacher_file, teacher_name
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import DivergedError, Fitted, fit, predict_logits
 from raredistill.training.objectives import Distilled, Objective, Supervised
@@ -119,6 +119,7 @@ def _one(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping
     except Exception as error:
         # One run's failure must not take the others with it; the record and the log say what happened.
         write_text(failure, traceback.format_exc())
+        abandon(folder)
         return {**describe(run, cohort), "status": "failed", "error": str(error) or type(error).__name__}, False
     failure.unlink(missing_ok=True)
     return record, False
@@ -202,7 +203,7 @@ def fold_seed(run: Run) -> int:
 
 def _network(run: Run, cohort: Cohort) -> Network:
     entry = run.entry
-    patients_before(run, cohort)  # refused here where they leak
+    check_start(run, cohort)
     given = None if entry.mean is None or entry.std is None else ([entry.mean] * len(entry.channels), [entry.std] * len(entry.channels))
     return create(
         entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0],
@@ -270,7 +271,7 @@ def _save_checkpoints(run: Run, cohort: Cohort, network: Network, fitted: Fitted
 
 def _promise(run: Run, cohort: Cohort, network: Network) -> Promise:
     entry = run.entry
-    patients = {*cohort.samples["patient"].to_numpy()[run.split.train], *patients_before(run, cohort)}
+    patients = {*cohort.samples["patient"].to_numpy()[run.split.train], *patients_before(run)}
     return Promise(
         model=entry.model, head=entry.head, dropout=entry.dropout, classes=cohort.classes, channels=entry.channels,
         image_size=cohort.size[0], mean=tuple(network.mean), std=tuple(network.std), prior=_prior(run, cohort),

@@ -35,18 +35,27 @@ def held_out(run: Run, cohort: Cohort) -> set[str]:
     return set(cohort.samples["patient"].to_numpy()[np.concatenate([run.split.validation, run.split.test])])
 
 
-def patients_before(run: Run, cohort: Cohort) -> set[str]:
-    """Patients that the pre-trained weights of a run have seen, as far as their file tells: a checkpoint does, plain weights do not.
+def check_start(run: Run, cohort: Cohort) -> None:
+    """Refuse to start from weights that have seen held-out patients.
 
     Raises:
-        CheckpointError: some of them are held out, or a checkpoint does not tell.
+        CheckpointError: they have, or they are a checkpoint that does not tell.
     """
+    if (promise := _start(run)) is not None:
+        check_patients(promise, f"the pre-trained weights {run.entry.pretrained}", held_out(run, cohort))
+
+
+def patients_before(run: Run) -> set[str]:
+    """Patients whom the weights that a run starts from, or its teacher from elsewhere, have seen, as far as their files tell."""
+    external = _external_promise(run.entry.teacher)[1] if isinstance(run.entry.teacher, External) else None
+    known = [promise.training_patients for promise in (_start(run), external) if promise is not None]
+    return {patient for patients in known for patient in patients or ()}
+
+
+def _start(run: Run) -> Promise | None:
+    # Plain weights say nothing of patients; a checkpoint does.
     path = run.entry.pretrained
-    if isinstance(path, bool) or not read_safetensors(path)[1].get("kind"):
-        return set()
-    promise = load(path)[1]
-    check_patients(promise, f"the pre-trained weights {path}", held_out(run, cohort))
-    return set(promise.training_patients or ())
+    return load(path)[1] if isinstance(path, Path) and read_safetensors(path)[1].get("kind") else None
 
 
 def teacher_file(run: Run, runs: Path) -> Path | None:

@@ -19,7 +19,7 @@ from raredistill import checkpoint
 from raredistill.errors import CheckpointError
 
 SAVE_EVERY = 60.0
-"""Seconds of training that a crash can cost, when a state is written within ``AFFORDED`` seconds; in proportion more when it takes longer."""
+"""Seconds of training that a crash can cost, when a state is written within ``AFFORDED`` seconds; else in proportion more."""
 AFFORDED = 1.0
 SLOTS = ("state-a.safetensors", "state-b.safetensors")
 
@@ -97,6 +97,11 @@ class Keeper:
         self._number += 1
         self._saved = time.monotonic()
         self._cost = self._saved - start
+
+
+def has_state(folder: Path) -> bool:
+    """Whether there is something to go on with."""
+    return any((folder / slot).exists() for slot in SLOTS)
 
 
 def clear_state(folder: Path) -> None:
