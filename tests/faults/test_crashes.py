@@ -25,7 +25,7 @@ from raredistill.report import write_report
 from raredistill.report.results import read_results
 from raredistill.report.verdicts import cautions
 from raredistill.study import drafts
-from raredistill.study.run import run_study
+from raredistill.study.run import elsewhere, run_study
 from raredistill.training import loop, resume
 from test_study import Silent
 
@@ -299,16 +299,20 @@ def test_out_of_memory_is_written_down_in_the_run(tiny_cohort, tmp_path, monkeyp
     assert len(predictions.read(tmp_path / "s" / "runs" / records[0]["id"] / "predictions.parquet").table)
 
 
-def test_two_studies_in_one_folder_at_once_are_refused(tiny_cohort, tmp_path):
+def test_a_second_process_sees_what_the_first_works_at_and_another_study_is_refused(tiny_cohort, tmp_path):
+    mine = tiny_study(tiny_cohort)
+
     class Meeting(Silent):
-        """Another study comes to the same folder while a run of this one is at work."""
+        """Others come to the same folder while a run is at work."""
 
         def epoch_done(self, run, record):
+            assert elsewhere(mine, tmp_path / "s") == [run.id]
             other = tiny_study(tiny_cohort, runs=[{"name": "other", "model": "small_cnn"}])
             with pytest.raises(DataError, match="another study"):
                 run_study(other, tmp_path / "s", Silent())
 
-    run_study(tiny_study(tiny_cohort), tmp_path / "s", Meeting())
+    assert {record["status"] for record in run_study(mine, tmp_path / "s", Meeting())} == {"done"}
+    assert elsewhere(mine, tmp_path / "s") == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
