@@ -98,7 +98,7 @@ def stages(source: BratsNifti) -> dict[str, float]:
                 raw = file.read_bytes()
                 hashlib.sha256(raw).hexdigest()
             with clock("decompress and decode"):
-                mask = decode(raw, file)
+                mask, _ = decode(raw, file)
             if role != "seg":
                 with clock("find brain and its range"):
                     volumes.window(mask)

@@ -20,6 +20,7 @@ from raredistill.augment import PRESETS
 from raredistill.batches import Batch, Batches
 from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort, save
+from raredistill.distill.contract import Facts
 from raredistill.distill.registry import make_method
 from raredistill.losses import make_loss
 from raredistill.models import create
@@ -71,9 +72,7 @@ def whole(cohort: Cohort, *, taught: bool) -> Callable[[], None]:
     fabric = make_fabric("cpu", "32-true")
     loss = make_loss("cross_entropy", counts=torch.ones(3))
     objective = (
-        Distilled(loss, make_method("kd", counts=torch.ones(3), classes=3), teacher(fabric), ce_weight=1, kd_weight=1)
-        if taught
-        else Supervised(loss)
+        Distilled(loss, make_method("kd", Facts(torch.ones(3))), teacher(fabric), ce_weight=1, kd_weight=1) if taught else Supervised(loss)
     )
     trainer = Trainer(create("resnet18", channels=1, classes=3, image_size=SIZE), objective, SETTINGS, ("grey",), CLASSES, fabric)
     trainer.model.train()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage, stats
 
-from raredistill.augment import PRESETS, Augmentation, Params, apply, make_params, uniform
+from raredistill.augment import MIXINGS, PRESETS, Augmentation, Mixing, Params, apply, make_params, mix_params, uniform
 from raredistill.batches import Batches
 from raredistill.errors import ConfigError
 from raredistill.sampling import epoch_order
@@ -15,7 +15,16 @@ CPU = torch.device("cpu")
 
 def params(number, **changes):
     ones, zeros = np.ones(number, np.float32), np.zeros(number, np.float32)
-    plain = {"angle": zeros, "zoom": ones, "hsign": ones, "vsign": ones, "brightness": ones, "contrast": ones}
+    plain = {
+        "angle": zeros,
+        "zoom": ones,
+        "hsign": ones,
+        "vsign": ones,
+        "brightness": ones,
+        "contrast": ones,
+        "right": zeros,
+        "down": zeros,
+    }
     return Params(**{**plain, **{name: np.full(number, value, np.float32) for name, value in changes.items()}})
 
 
@@ -35,6 +44,15 @@ def test_natural_serves_each_sample_once_and_balanced_each_class_equally():
     assert rare.max() - rare.min() <= 1
     root = np.bincount(labels[epoch_order(labels, sampler="sqrt", seed=0, epoch=0)])
     np.testing.assert_allclose(root / 100, np.sqrt([80, 16, 4]) / np.sqrt([80, 16, 4]).sum(), atol=0.01)
+
+
+def test_progressive_sampling_goes_from_natural_to_balanced():
+    labels = np.array([0] * 80 + [1] * 16 + [2] * 4)
+    epochs = [epoch_order(labels, sampler="progressive", seed=0, epoch=epoch, epochs=11) for epoch in (0, 5, 10)]
+    assert sorted(epochs[0]) == list(range(100))
+    shares = [np.bincount(labels[order]) / 100 for order in epochs[1:]]
+    np.testing.assert_allclose(shares[0], (np.array([0.8, 0.16, 0.04]) + 1 / 3) / 2, atol=0.01)
+    np.testing.assert_allclose(shares[1], [1 / 3] * 3, atol=0.01)
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -140,3 +158,52 @@ def test_unknown_residence_is_refused(tiny_cohort):
 def test_presets_say_what_they_do():
     assert PRESETS["none"] is None
     assert PRESETS["thesis"] == Augmentation(rotation=30, hflip=0.5, vflip=0.5, scale=(0.9, 1.1), brightness=0.2, contrast=0.2)
+
+
+def test_crops_are_whole_pixels_of_the_padded_image(images):
+    shifted = apply(images, params(2, right=3, down=-2))
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)))
+    np.testing.assert_allclose(shifted.numpy(), padded[:, :, 2 : 2 + 32, 7 : 7 + 24], atol=1e-5)
+    drawn = make_params(PRESETS["cifar"], seed=0, epoch=0, samples=np.arange(9000))
+    assert stats.chisquare(np.bincount((drawn.right + 4).astype(int), minlength=9)).pvalue > 0.001
+    assert set(drawn.down) == set(range(-4, 5))
+
+
+def test_partners_and_strengths_are_functions_of_the_sample():
+    whole = mix_params(Mixing(alpha=0.4), seed=1, epoch=2, samples=np.arange(5000), population=50)
+    part = mix_params(Mixing(alpha=0.4), seed=1, epoch=2, samples=np.array([70, 3]), population=50)
+    assert part[0].tolist() == whole[0][[70, 3]].tolist()
+    assert part[1].tolist() == whole[1][[70, 3]].tolist()
+    assert stats.kstest(whole[1], stats.beta(0.4, 0.4).cdf).pvalue > 0.001
+    assert stats.chisquare(np.bincount(whole[0], minlength=50)).pvalue > 0.001
+
+
+@pytest.mark.parametrize("residence", ["resident", "streamed"])
+def test_a_mixed_batch_is_its_samples_and_their_partners(tiny_cohort, residence):
+    rows = np.arange(10, 90)
+    known = {"channels": ("flair",), "batch_size": 32, "device": CPU, "seed": 7, "residence": residence}
+    batch = next(Batches(tiny_cohort, rows, mixing=MIXINGS["mixup"], **known).epoch(3))
+    partners, own = mix_params(Mixing(), seed=7, epoch=3, samples=batch.rows.numpy(), population=80)
+    pixels = tiny_cohort.pixels("flair")
+    expected = own[:, None, None] * (pixels[batch.rows.numpy()] / 255) + (1 - own[:, None, None]) * (pixels[rows[partners]] / 255)
+    np.testing.assert_allclose(batch.images[:, 0].numpy(), expected, atol=1e-6)
+    assert batch.labels.tolist() == tiny_cohort.labels[batch.rows.numpy()].tolist()
+    assert batch.mixed.labels.tolist() == tiny_cohort.labels[rows[partners]].tolist()
+    np.testing.assert_allclose(batch.mixed.share.numpy(), own, atol=1e-6)
+
+
+def test_remix_gives_the_label_to_the_rarer_class_where_counts_differ_enough():
+    counts = torch.tensor([90.0, 40.0, 30.0])
+    own = torch.tensor([0.4, 0.6, 0.7, 0.4, 0.4])
+    labels, partners = torch.tensor([0, 0, 2, 2, 0]), torch.tensor([2, 2, 0, 0, 1])
+    # A small share of the commoner image: all the partner's; a large one: shared. A large share of the rarer image: all its own; a small
+    # one: shared. Counts that differ too little: shared.
+    assert MIXINGS["remix"].label_share(own, labels, partners, counts).tolist() == pytest.approx([0.0, 0.6, 1.0, 0.4, 0.4])
+
+
+def test_part_of_a_batch_is_those_samples(tiny_cohort):
+    batch = next(Batches(tiny_cohort, np.arange(40), channels=("flair", "t1ce"), batch_size=16, device=CPU).epoch(1))
+    some = batch.at(torch.tensor([5, 2]))
+    assert some.rows.tolist() == batch.rows[[5, 2]].tolist()
+    assert torch.equal(some.select(("t1ce",)), batch.select(("t1ce",))[[5, 2]])
+    assert (some.epoch, some.labels.tolist()) == (1, batch.labels[[5, 2]].tolist())

@@ -109,6 +109,7 @@ def test_a_wrong_model_is_told_before_training(config, tmp_path):
 
 def test_methods_lists_distillers_and_losses():
     shown = raredistill("methods").stdout
+    assert all(name in shown for name in ("pckd", "progressive", "remix", "logit_adjustment", "label_aware_smoothing"))
     assert all(name in shown for name in ("kd", "cross_entropy", "balanced_softmax"))
 
 

@@ -1,5 +1,6 @@
 """The YAML of a study: overrides, defaults, and every mistake at once with its cure."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,44 @@ def test_missing_and_broken_files_are_named(tmp_path):
         load_config(write(tmp_path), ["epochs"])
 
 
+@pytest.mark.parametrize("override", ["runs.0.model=[a", "name.x=a", "runs.x.model=a", "runs.7.model=a", "runs.a=b"])
+def test_an_override_without_a_place_or_a_value_is_named(tmp_path, override):
+    with pytest.raises(ConfigError, match=re.escape(override)):
+        load_config(write(tmp_path), [override])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"cohort": 3}, ["cohort: input is not a valid path"]),
+        ({"cohort": {"sourc": "table", "path": "x"}}, ["cohort.source: field required", "cohort.sourc: unknown key; did you mean source?"]),
+        ({"training": 5}, ["training: input should be a valid dictionary"]),
+        ({"runs": [{"name": "a", "model": "m", "modle": "n"}]}, ["runs.0.modle: unknown key; did you mean model?"]),
+        ({"runs": [{"name": "a", "model": "m", "teacher": 4}]}, ["runs.0.teacher: input should be a valid string"]),
+        ({"runs": [{"name": "a", "model": "m", "teacher": {"weight": "x"}}]}, ["weights: field required", "did you mean weights?"]),
+        ({"splits": {"zzz": 3}}, ["splits.zzz: unknown key; the keys are protocol, folds,"]),
+        ({"runs": []}, ["runs: tuple should have at least 1 item"]),
+    ],
+)
+def test_a_mistake_is_one_line_without_the_words_of_the_checker(tmp_path, change, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, **change))
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == len(said)
+    assert all(any(part in line for line in lines) for part in said)
+    assert "lax-or-strict" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &a [x, *a]", "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))])]
+)
+def test_aliases_without_end_are_refused_at_once(tmp_path, text):
+    path = tmp_path / "laughs.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="aliases"):
+        load_config(path)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid_and_says_how_to_run_it(path):
     config = load_config(path)
@@ -77,3 +116,41 @@ def test_the_thesis_grid_has_its_published_hyper_parameters():
     }  # fmt: skip
     assert all(run.ce_weight == 0.9 and run.kd_weight == pytest.approx(0.1 / 9) for run in config.runs if run.teacher)
     assert (config.training["weight_decay"], config.training["bias_weight_decay"], config.training["select"]) == (3e-4, 1e-4, "last")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"training": {"loss": "ldam"}}, "needs cosines, but head is not cosine"),
+        ({"training": {"loss": "weighted_cross_entropy", "deferred": "effective"}}, "weighs already"),
+        (
+            {"teacher": "a", "method": "pckd", "training": {"loss": "balanced_softmax"}},
+            "brings its own loss on labels, but",
+        ),
+        ({"teacher": "a", "method": "dkd", "training": {"mixing": "remix"}}, "looks at labels, but mixing: remix"),
+        ({"teacher": "a", "cross_fit": 2, "training": {"mixing": "mixup"}}, "mixes patients"),
+        ({"teacher": ["a", "b"], "cross_fit": 2}, "cross_fit needs one teacher"),
+        ({"head": "cosine", "training": {"stage": "crt"}}, "changes a linear classifier, but head is cosine"),
+        ({"training": {"stage": "logit_adjustment", "loss": "balanced_softmax"}}, "loss balanced_softmax with sampler natural has done so"),
+        ({"training": {"stage": "logit_adjustment", "sampler": "balanced"}}, "cross_entropy with sampler balanced has done so"),
+        ({"teacher": "a", "method": "pckd", "training": {"stage": "logit_adjustment"}}, "method pckd has done so"),
+        (
+            {"teacher": "a", "online": "mutual", "method": "at"},
+            "online: mutual compares logits of networks in training, but method at needs",
+        ),
+        ({"online": "one_way"}, "online: one_way trains entries of this study"),
+        ({"cross_fit": 2}, "cross_fit makes copies of a teacher, but it has none"),
+        ({"teacher": ["a", "b"], "method": "rkd"}, "compares features"),
+        ({"teacher": "v", "method": "at"}, "method at: it compares maps, but v gives none"),
+        ({"teacher": "a", "method": "fitnet", "method_options": {"stage": 9}}, "stage must be a whole number from 1"),
+        ({"teacher": "a", "method": "ltkd", "method_options": {"groups": [["healthy"], ["HGG", "LGGG"]]}}, "groups must name each"),
+        ({"training": {"loss": "weighted_cross_entropy", "loss_options": {"weights": "invers"}}}, "weights must be one of"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_both_sides_named(tmp_path, tiny_cohort, change, said):
+    grid = [
+        {"name": "a", "model": "small_cnn"}, {"name": "b", "model": "small_cnn"}, {"name": "v", "model": "test_vit"},
+        {"name": "s", "model": "small_cnn", **change},
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=said):
+        make_study(load_config(write(tmp_path, runs=grid)), tiny_cohort, "")

@@ -11,8 +11,10 @@ from raredistill.losses import (
     adjust_logits,
     balanced_softmax,
     carried_prior,
+    class_weights,
     cross_entropy,
     effective_number_weights,
+    estimate_prior,
     focal,
     inverse_frequency_weights,
     ldam,
@@ -45,6 +47,15 @@ def margin_logits(logits, target):
     return 30 * (np.tanh(logits) - np.eye(3)[target] * margins[target][:, None])
 
 
+def effective(beta):
+    weights = (1 - beta) / (1 - beta**COUNTS)
+    return weights * 3 / weights.sum()
+
+
+def smooth():
+    return 0.1 + 0.3 * np.sin(np.pi / 2 * (COUNTS - COUNTS.min()) / (COUNTS.max() - COUNTS.min()))
+
+
 WEIGHTS = COUNTS.sum() / (3 * COUNTS)
 ORACLES = {
     "cross_entropy": (cross_entropy, lambda z, y: -own(z, y)),
@@ -62,6 +73,30 @@ ORACLES = {
         lambda z, y: -own(z + 0.7 * np.log(PRIOR), y),
     ),
     "ldam": (lambda z, y, **k: ldam(torch.tanh(z), y, counts=torch.tensor(COUNTS), **k), lambda z, y: -own(margin_logits(z, y), y)),
+    "class_balanced_focal": (
+        lambda z, y, **k: make_loss("class_balanced_focal", counts=torch.tensor(COUNTS), gamma=1.5, beta=0.99)(z, y, **k),
+        lambda z, y: -effective(0.99)[y] * (1 - np.exp(own(z, y))) ** 1.5 * own(z, y),
+    ),
+    "label_aware_smoothing": (
+        lambda z, y, **k: make_loss("label_aware_smoothing", counts=torch.tensor(COUNTS))(z, y, **k),
+        lambda z, y: -((1 - smooth()[y]) * own(z, y) + smooth()[y] / 2 * (log_softmax(z).sum(1) - own(z, y))),
+    ),
+    "ldam by name": (
+        lambda z, y, **k: make_loss("ldam", counts=torch.tensor(COUNTS))(30 * torch.tanh(z), y, **k),
+        lambda z, y: -own(margin_logits(z, y), y),
+    ),
+    "square roots": (
+        lambda z, y, **k: make_loss("weighted_cross_entropy", counts=torch.tensor(COUNTS), weights="sqrt")(z, y, **k),
+        lambda z, y: -(3 * COUNTS**-0.5 / (COUNTS**-0.5).sum())[y] * own(z, y),
+    ),
+    "effective numbers": (
+        lambda z, y, **k: make_loss("weighted_cross_entropy", counts=torch.tensor(COUNTS), weights="effective")(z, y, **k),
+        lambda z, y: -effective(0.9999)[y] * own(z, y),
+    ),
+    "cdt": (
+        lambda z, y, **k: vector_scaling(z, y, counts=torch.tensor(COUNTS), tau=0, gamma=0.3, **k),
+        lambda z, y: -own(z * (COUNTS / 100) ** 0.3, y),
+    ),
     "vector_scaling": (
         lambda z, y, **k: vector_scaling(z, y, counts=torch.tensor(COUNTS), **k),
         lambda z, y: -own(z * (COUNTS / 100) ** 0.2 + np.log(PRIOR), y),
@@ -99,6 +134,15 @@ def test_half_precision_costs_no_more_than_the_rounding_of_the_logits(batch):
     for name in LOSSES:
         loss = make_loss(name, counts=torch.tensor(COUNTS))
         assert float(loss(logits, target)) == pytest.approx(float(loss(logits.double(), target)), rel=1e-5)
+
+
+def test_focal_equals_kornias(batch):
+    from kornia.losses import focal_loss
+
+    logits, target = torch.tensor(batch[0]), torch.tensor(batch[1])
+    # Its mean divides by N * K; a loss is published as a mean over samples.
+    expected = focal_loss(logits, target, alpha=None, gamma=1.5, reduction="sum") / len(target)
+    assert float(focal(logits, target, gamma=1.5)) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_weights_follow_the_classes_not_their_order_of_appearance():
@@ -157,14 +201,38 @@ def test_carried_priors_follow_share_times_weight_over_shift():
     half = COUNTS**0.5 / (COUNTS**0.5).sum()
     assert carried("balanced_softmax", tau=0.5) == pytest.approx(tuple(half))
     assert carried("cross_entropy", "sqrt") == pytest.approx(tuple(half))
+    assert carried("weighted_cross_entropy", weights="sqrt") == pytest.approx(tuple(half))
+    assert carried("cross_entropy", deferred="inverse") == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    assert carried("cross_entropy", "progressive") == pytest.approx((1 / 3, 1 / 3, 1 / 3))
     # Two corrections overshoot: equal sampling and a shift leave the inverse of the counts.
     assert carried("balanced_softmax", "balanced") == pytest.approx(tuple(1 / COUNTS / (1 / COUNTS).sum()))
-    for unknown in (carried("focal"), carried("vector_scaling"), carried("cross_entropy", label_smoothing=0.1)):
+    for unknown in (
+        carried("focal"),
+        carried("ldam"),
+        carried("class_balanced_focal"),
+        carried("label_aware_smoothing"),
+        carried("ldam", deferred="effective"),
+        carried("vector_scaling"),
+        carried("cross_entropy", label_smoothing=0.1),
+    ):
         assert unknown is None
     with pytest.raises(ConfigError, match="did you mean balanced"):
         carried("cross_entropy", "balancd")
     with pytest.raises(ConfigError, match="training samples"):
         carried_prior("cross_entropy", counts=torch.tensor([3, 0]), sampler="natural")
+
+
+def test_a_prior_that_nobody_wrote_down_is_estimated_on_held_out_samples():
+    # Bayes-optimal logits under one prior, samples under another: the estimate is the first.
+    generator = np.random.default_rng(0)
+    carried, shown = np.array([0.7, 0.2, 0.1]), np.array([0.3, 0.3, 0.4])
+    labels = generator.choice(3, 40_000, p=shown)
+    x = generator.normal(size=(40_000, 2)) + np.array([[0, 0], [1.5, 0], [0, 1.5]])[labels]
+    centres = np.array([[0, 0], [1.5, 0], [0, 1.5]])
+    logits = np.log(carried) - ((x[:, None] - centres) ** 2).sum(2) / 2
+    np.testing.assert_allclose(estimate_prior(torch.tensor(logits), torch.tensor(labels)).numpy(), carried, atol=0.015)
+    with pytest.raises(ValueError, match="training samples"):
+        estimate_prior(torch.tensor(logits), torch.zeros(40_000, dtype=torch.int64))
 
 
 def test_unknown_names_options_and_empty_classes_are_refused():
@@ -174,6 +242,10 @@ def test_unknown_names_options_and_empty_classes_are_refused():
         make_loss("focal", counts=torch.ones(2), gama=1.0)
     with pytest.raises(ConfigError, match="training samples"):
         make_loss("balanced_softmax", counts=torch.tensor([3.0, 0.0]))
+    with pytest.raises(ConfigError, match="weights must be one of inverse, sqrt, effective, not 'invers'"):
+        make_loss("weighted_cross_entropy", counts=torch.ones(2), weights="invers")
+    with pytest.raises(ConfigError, match="did you mean sqrt"):
+        class_weights("sqr", torch.ones(2))
     assert {row["name"] for row in losses_table()} == set(LOSSES)
 
 

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.interpolate
 import timm
@@ -336,3 +337,24 @@ def test_real_imagenet_weights_become_a_grey_student() -> None:
     torch.testing.assert_close(network.features(given), colour(((given - 0.5) / 0.5).expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-3)
     with pytest.raises(CheckpointError, match="lacks 96 of the network's 120 weights, such as conv1"):
         create("resnet18", channels=1, classes=3, image_size=96, pretrained=MOBILENET)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "cifar_resnet8", "resnet10t", "test_vit"])
+def test_a_network_shows_what_its_logits_came_from_and_leaves_no_hook(name):
+    network = create(name, channels=1, classes=3, image_size=32).eval()
+    images = torch.rand(2, 1, 32, 32)
+    seen = network.see(images, maps=True)
+    torch.testing.assert_close(seen.logits, network(images))
+    torch.testing.assert_close(seen.features, network.features(images))
+    assert network.widths() == (seen.features.shape[1], tuple(each.shape[1] for each in seen.maps))
+    assert bool(seen.maps) == (name != "test_vit")
+    assert not any(module._forward_hooks for module in network.modules())
+    assert network.see(images).maps == ()
+
+
+def test_a_cosine_head_gives_scaled_cosines_and_depends_on_directions_only():
+    network = create("small_cnn", channels=1, classes=3, image_size=16, head="cosine").eval()
+    images = torch.rand(4, 1, 16, 16)
+    features, weight = network.features(images).detach().numpy(), network.head.weight.detach().numpy()
+    unit = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in (features, weight)]
+    np.testing.assert_allclose(network(images).detach().numpy(), 30 * unit[0] @ unit[1].T, atol=1e-3)

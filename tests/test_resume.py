@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from raredistill.augment import PRESETS
 from raredistill.batches import Batches
 from raredistill.losses import make_loss
-from raredistill.models import create
+from raredistill.models import Network, create
 from raredistill.training import resume
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import DivergedError, Trainer, fit, predict_logits
@@ -49,22 +49,27 @@ class Cut:
             yield batch
 
 
+class Memory(torch.nn.Module):
+    """A layer that is trained beside the student, and a running mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+        self.register_buffer("mean", torch.zeros(3))
+
+
 class Remembering(Supervised):
-    """An objective whose term depends on all the logits that it has seen."""
+    """An objective whose term depends on all the logits that it has seen, and on weights of its own."""
 
     def __init__(self):
         super().__init__(make_loss("cross_entropy", counts=torch.ones(3)))
-        self.mean = torch.zeros(3)
+        self.trainable = Memory()
 
     def __call__(self, batch, student):
-        self.mean = 0.9 * self.mean + 0.1 * student.logits.detach().mean(dim=0)
-        return {**super().__call__(batch, student), "drift": 0.1 * (student.logits - self.mean).square().mean()}
-
-    def state_dict(self):
-        return {"mean": self.mean}
-
-    def load_state_dict(self, state):
-        self.mean = state["mean"]
+        memory = self.trainable
+        memory.mean.mul_(0.9).add_(0.1 * student.logits.detach().mean(dim=0))
+        drift = memory.scale * student.logits - memory.mean
+        return {**super().__call__(batch, student), "drift": 0.1 * drift.square().mean()}
 
 
 def serve(cohort, **changes):
@@ -218,14 +223,15 @@ def small_memory(network, limit):
         if len(inputs[0]) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
 
-    network.register_forward_pre_hook(check)
+    network.body.register_forward_pre_hook(check)
     return network
 
 
 def plain_network():
     """Without batch statistics and dropout, micro-batches and whole batches have the same gradients."""
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 8), torch.nn.Tanh())
+    return Network(body, torch.nn.Linear(8, 3), name="plain", channels=1, classes=3, image_size=16, mean=[0.0], std=[1.0])
 
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(tiny_cohort):

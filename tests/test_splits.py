@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conftest import tiny_pixels, tiny_rows, write_tiny
 from raredistill.cohort.store import save
 from raredistill.errors import SplitError
-from raredistill.splits import Split, load_split, make_splits, save_split, split_table
+from raredistill.splits import Split, cross_fit, load_split, make_splits, save_split, split_table
 
 
 def patients_of(cohort, rows):
@@ -135,3 +135,17 @@ def test_a_saved_split_comes_back_and_a_changed_one_is_refused(tiny_cohort, tmp_
         path.write_text(json.dumps(content))
         with pytest.raises(SplitError, match=said):
             load_split(path, tiny_cohort)
+
+
+def test_cross_fitting_leaves_each_training_patient_out_once_and_the_test_patients_out_of_sight(tiny_cohort):
+    for split in make_splits(tiny_cohort, folds=2, validation_share=0.34):
+        parts = cross_fit(tiny_cohort, split, 2)
+        left_out = np.concatenate([part.test for part in parts])
+        assert sorted(left_out) == split.train.tolist()
+        for part in parts:
+            assert sorted([*part.train, *part.test]) == split.train.tolist()
+            assert set(part.patients["train"]) | set(part.patients["test"]) == set(split.patients["train"])
+            assert not {name for side in part.patients.values() for name in side} & set(split.patients["test"])
+            assert part.validation.tolist() == split.validation.tolist()
+    with pytest.raises(SplitError, match="cross_fit: a class has"):
+        cross_fit(tiny_cohort, split, 10)

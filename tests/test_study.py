@@ -5,14 +5,22 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
+import timm
+import torch
 
+from conftest import write_tiny
 from raredistill import predictions
 from raredistill.checkpoint import load
 from raredistill.cohort.store import Cohort
 from raredistill.config import StudyConfig, make_study
 from raredistill.errors import CheckpointError, ConfigError, DataError
+from raredistill.models import create
+from raredistill.report.results import read_results
 from raredistill.study.predict import predict
 from raredistill.study.run import rare_class, run_study
+from raredistill.study.teachers import teach
+from raredistill.training.devices import make_fabric
 
 RUNS = [
     {"name": "taught", "model": "small_cnn", "teacher": "large"},
@@ -149,15 +157,37 @@ def test_a_failed_run_is_told_and_the_others_go_on(tiny_cohort, tmp_path):
     assert {record["name"]: record["status"] for record in records} == {"bad": "failed", "student": "failed", "good": "done"}
     assert "its teacher" in next(record for record in records if record["name"] == "student")["error"]
     assert json.loads((tmp_path / "study.json").read_text())["runs"] == records
+    # Nothing was kept that the failed run could go on with.
+    assert not list((tmp_path / "runs").glob("*.unfinished"))
 
 
-def test_an_external_teacher_is_checked_for_leaks_and_used_when_it_is_clean(finished, tiny_cohort, tmp_path):
+def test_an_external_teacher_that_saw_tested_patients_is_refused_before_training(finished, tiny_cohort):
     out, records = finished
-    weights = str(out / "runs" / next(r["id"] for r in records if r["name"] == "large") / "best.safetensors")
-    leaking = run_study(study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": {"weights": weights}}]), tmp_path, Silent())
     # The teacher of fold 0 fits the students of fold 0 only: in fold 1 its training patients are tested.
-    assert {record["fold"]: record["status"] for record in leaking} == {0: "done", 1: "failed"}
-    assert "leak" in next(record for record in leaking if record["fold"] == 1)["error"]
+    weights = str(out / "runs" / next(r["id"] for r in records if r["name"] == "large") / "best.safetensors")
+    with pytest.raises(CheckpointError, match="leak"):
+        study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": {"weights": weights}}])
+
+
+def test_an_external_teacher_that_fits_teaches(tiny_cohort, tmp_path):
+    weights = tmp_path / "elsewhere.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_resnet", num_classes=3, in_chans=1).state_dict(), weights)
+    elsewhere = {
+        "weights": str(weights), "model": "test_resnet", "classes": tiny_cohort.classes, "channels": ["t1ce"],
+        "image_size": tiny_cohort.size[0], "external": True,
+    }  # fmt: skip
+    made = study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": elsewhere}])
+    records = run_study(made, tmp_path / "out", Silent())
+    assert {(record["status"], record["external_teacher"], record["teacher_name"]) for record in records} == {("done", True, "elsewhere")}
+    with pytest.raises(CheckpointError, match="prepare the cohort with --size 99"):
+        study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": {**elsewhere, "image_size": 99}}])
+
+
+def test_weights_that_do_not_fit_are_refused_before_training(tiny_cohort, tmp_path):
+    weights = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"something.weight": torch.zeros(3)}, weights)
+    with pytest.raises(CheckpointError, match=r"lacks .* of the network"):
+        study(tiny_cohort, [{"name": "s", "model": "test_resnet", "pretrained": str(weights)}])
 
 
 def test_predict_writes_the_same_logits_for_the_same_samples(finished, tiny_cohort, tmp_path):
@@ -174,8 +204,6 @@ def test_predict_writes_the_same_logits_for_the_same_samples(finished, tiny_coho
 
 
 def test_predict_refuses_a_cohort_of_another_size(finished, tmp_path):
-    from conftest import write_tiny
-
     other = write_tiny(tmp_path / "other", patients={"HGG": 2, "LGG": 2}, size=24)
     with pytest.raises(CheckpointError, match="--size 16"):
         predict(finished[0] / "runs" / finished[1][0]["id"], other, tmp_path / "p.parquet", accelerator="cpu")
@@ -189,3 +217,104 @@ def test_a_folder_with_other_things_is_refused(tiny_cohort, tmp_path):
 
 def test_the_rare_class_is_counted_in_training(tiny_cohort):
     assert rare_class(tiny_cohort, study(tiny_cohort).splits) == "LGG"
+
+
+TAUGHT = [
+    {"name": "big", "model": "cifar_resnet8"},
+    {"name": "margin", "model": "small_cnn", "head": "cosine", "training": {"loss": "ldam", "deferred": "effective"}},
+    {"name": "ours", "model": "small_cnn", "teacher": "big", "method": "pckd", "cross_fit": 2},
+    {"name": "hints", "model": "small_cnn", "teacher": "big", "method": "fitnet", "cross_fit": 2, "training": {"sampler": "progressive"}},
+    {"name": "pair", "model": "small_cnn", "teacher": ["big", "margin"], "training": {"mixing": "remix"}},
+    {"name": "unknown", "model": "small_cnn", "teacher": "margin", "method": "pckd"},
+    {"name": "beside", "model": "small_cnn", "teacher": "big", "online": "one_way"},
+    {"name": "peers", "model": "small_cnn", "teacher": ["big", "margin"], "online": "mutual", "training": {"precision": "bf16-mixed"}},
+    {"name": "twice", "model": "small_cnn", "teacher": "ours", "method": "bkd"},
+]
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    cohort = write_tiny(tmp_path_factory.mktemp("cohort") / "c", patients={"HGG": 16, "LGG": 12})
+    made = study(cohort, TAUGHT)
+    out = tmp_path_factory.mktemp("taught")
+    return made, out, {(record["name"], record["fold"]): record for record in run_study(made, out, Silent())}
+
+
+def test_cross_fitted_teachers_are_trained_once_for_their_students_and_before_them(taught):
+    made, _, records = taught
+    plan = made.plan()
+    assert [record["status"] for (name, _), record in records.items() if name != "twice"] == ["done"] * 2 * 10
+    for split in made.splits:
+        parts = [run for run in plan if run.part is not None and run.split.fold == split.fold]
+        students = [run for run in plan if run.entry.name in ("ours", "hints") and run.split.fold == split.fold]
+        assert len(parts) == 2
+        for student in students:
+            assert [teacher.id for teacher in student.teachers] == [part.id for part in parts]
+            assert plan.index(parts[-1]) < plan.index(student)
+
+
+def test_a_student_is_given_the_recalls_of_its_corrected_teachers_on_patients_that_they_never_saw(taught):
+    made, out, _ = taught
+    run = next(run for run in made.plan() if run.entry.name == "ours")
+    cohort = made.cohort
+    counts = torch.from_numpy(np.bincount(cohort.labels[run.split.train], minlength=3))
+    network = create("small_cnn", channels=1, classes=3, image_size=16)
+    _, facts = teach(run, cohort, network, make_fabric("cpu", "32-true"), out / "runs", counts=counts)
+    hits, samples = np.zeros(3), np.zeros(3)
+    for part in run.teachers:
+        table = predictions.read(out / "runs" / part.id / "predictions.parquet").table.query("split == 'test' and checkpoint == 'best'")
+        own = np.bincount(cohort.labels[part.split.train], minlength=3)
+        found = (np.stack(table["logits"].to_list()) - np.log(own / own.sum())).argmax(axis=1)
+        truth = np.array([cohort.classes.index(name) for name in table["label"]])
+        hits += np.bincount(truth[truth == found], minlength=3)
+        samples += np.bincount(truth, minlength=3)
+    assert samples.tolist() == counts.tolist()
+    np.testing.assert_allclose(facts.reliability.numpy(), (hits + 10 * (hits / samples).mean()) / (samples + 10))
+
+
+def test_checkpoints_say_which_prior_their_logits_carry(taught):
+    _, out, records = taught
+
+    def prior(name):
+        return load(out / "runs" / records[name, 0]["id"] / "best.safetensors")[1].prior
+
+    assert prior("big") == pytest.approx((0.5, 0.2857, 0.2143), abs=0.05)
+    assert prior("ours") == prior("unknown") == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    for name in ("margin", "hints", "pair"):
+        assert prior(name) is None
+
+
+def test_a_second_correction_is_refused_before_the_first_step_and_both_sides_are_named(taught):
+    _, out, records = taught
+    record = records["twice", 0]
+    assert record["status"] == "failed"
+    assert "method bkd" in record["error"]
+    assert "ours carries [0.333, 0.333, 0.333]" in record["error"]
+    assert not (out / "runs" / record["id"]).exists()
+
+
+def test_peers_are_trained_in_the_run_itself_and_name_it(taught):
+    made, _, records = taught
+    run = next(run for run in made.plan() if run.entry.name == "peers")
+    assert run.teachers == ()
+    assert [peer.name for peer in run.peers] == ["big", "margin"]
+    assert records["peers", 0]["kind"] == "distilled"
+    assert records["peers", 0]["teacher_name"] == "big + margin"
+    other = study(made.cohort, [{**entry, "dropout": 0.1} if entry["name"] == "margin" else entry for entry in TAUGHT])
+    assert next(each for each in other.plan() if each.entry.name == "peers").id != run.id
+
+
+def test_records_tell_recipes_apart(taught):
+    _, _, records = taught
+    assert records["big", 0]["loss"] == "cross_entropy"
+    assert records["margin", 0]["loss"] == "ldam, deferred effective"
+    assert records["pair", 0]["loss"] == "cross_entropy, remix"
+    # Without its teacher ours is the balanced softmax, so that is its control.
+    assert records["ours", 0]["loss"] == "balanced_softmax"
+    assert records["hints", 0]["loss"] == "cross_entropy, progressive sampling"
+
+
+def test_cross_fitted_teachers_are_no_results(taught):
+    _, out, _ = taught
+    results = read_results(out)
+    assert results.entries == ["big", "margin", "ours", "hints", "pair", "unknown", "beside", "peers", "twice"]

@@ -2,24 +2,27 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from raredistill.batches import Batches
+from raredistill.batches import Batch, Batches, Mixed
 from raredistill.checkpoint import Promise
+from raredistill.distill.contract import Facts, Outputs
 from raredistill.distill.registry import make_method
 from raredistill.errors import CheckpointError
 from raredistill.losses import make_loss
 from raredistill.models import create
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import Tally, Trainer, fit, predict_logits
-from raredistill.training.objectives import Distilled, Supervised
+from raredistill.training.objectives import Deferred, Distilled, Supervised
+from raredistill.training.online import Peer, Together
 from raredistill.training.optimizers import learning_rate, make_optimizer
 from raredistill.training.settings import Settings
-from raredistill.training.teacher import Teacher, check_teacher
+from raredistill.training.teacher import CrossFitted, Ensemble, Teacher, check_teacher
 
 CLASSES = ("healthy", "HGG", "LGG")
 
@@ -57,6 +60,12 @@ def test_learning_rates_follow_their_formulas():
     cosine = Settings(schedule="cosine", epochs=12, warmup_epochs=2, learning_rate=1.0)
     assert learning_rate(cosine, 1.0) == 0.5
     assert learning_rate(cosine, 7.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+
+
+def test_a_rate_that_is_halved_each_epoch_holds_to_the_epochs_last_step(tiny_cohort, fabric):
+    settings = Settings(epochs=3, schedule="step", step_epochs=1, factor=0.5, learning_rate=1e-3)
+    fitted = fit(small(), supervised(), batches(tiny_cohort), None, settings=settings, channels=("flair",), classes=CLASSES, fabric=fabric)
+    assert [record["learning_rate"] for record in fitted.epochs] == [1e-3, 5e-4, 2.5e-4]
 
 
 def test_weights_and_biases_decay_as_the_thesis_sum_of_two_penalties():
@@ -108,8 +117,11 @@ def test_early_stopping_waits_for_its_patience(tiny_cohort, fabric):
 
 
 def test_an_infinite_loss_stops_with_the_epoch_named(tiny_cohort, fabric):
+    def infinite(logits, target, *, reduction):
+        return logits.sum(dim=1) * math.inf
+
     with pytest.raises(FloatingPointError, match="epoch 0"):
-        fit(small(), lambda batch, student: {"ce": student.logits.sum() * math.inf}, batches(tiny_cohort), None,
+        fit(small(), Supervised(infinite), batches(tiny_cohort), None,
             settings=Settings(epochs=1), channels=("flair",), classes=CLASSES, fabric=fabric)  # fmt: skip
 
 
@@ -130,7 +142,7 @@ def test_a_distilled_step_minimises_the_weighted_sum_and_leaves_the_teacher_alon
     teacher_network, student = small(channels=2, seed=1), small()
     before = {name: value.clone() for name, value in teacher_network.state_dict().items()}
     teacher = Teacher(teacher_network, promise(channels=("t1ce", "flair"), mean=(0.5, 0.5), std=(0.25, 0.25)), fabric)
-    method = make_method("kd", counts=torch.ones(3), classes=3, temperature=2.0)
+    method = make_method("kd", Facts(torch.ones(3)), temperature=2.0)
     objective = Distilled(make_loss("cross_entropy", counts=torch.ones(3)), method, teacher, ce_weight=0.7, kd_weight=0.3)
     trainer = Trainer(student, objective, Settings(), ("flair",), CLASSES, fabric)
     batch = next(iter(batches(tiny_cohort).epoch(0)))
@@ -176,3 +188,125 @@ def test_prediction_runs_in_order_and_restores_the_mode(tiny_cohort, fabric):
     assert labels.tolist() == tiny_cohort.labels.tolist()
     assert logits.shape == (len(labels), 3)
     assert network.training
+
+
+def mixed_batch(epoch=0):
+    labels, partners = torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 2])
+    mixed = Mixed(partners, torch.tensor([0.9, 0.2, 0.6, 0.5]))
+    return Batch(torch.arange(4), torch.zeros(4, 1, 2, 2), labels, ("flair",), epoch, mixed)
+
+
+def test_mixed_targets_are_weighed_sample_by_sample():
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    batch = mixed_batch()
+    found = Supervised(make_loss("cross_entropy", counts=torch.ones(3)))(batch, Outputs(logits))["ce"]
+    rows = [F.cross_entropy(logits, labels, reduction="none") for labels in (batch.labels, batch.mixed.labels)]
+    torch.testing.assert_close(found, (batch.mixed.share * rows[0] + (1 - batch.mixed.share) * rows[1]).mean())
+    # The trap: means over the batch first, the mean share after.
+    share = batch.mixed.share.mean()
+    assert abs(float(found - share * rows[0].mean() - (1 - share) * rows[1].mean())) > 0.01
+
+
+def test_deferred_weights_wrap_any_loss_from_their_epoch_on():
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([0.5, 1.0, 3.0])
+    for name in ("cross_entropy", "focal", "balanced_softmax"):
+        loss = make_loss(name, counts=torch.tensor([10, 5, 1]))
+        early, late = (Supervised(loss, Deferred(weights, 2))(replace(mixed_batch(epoch), mixed=None), Outputs(logits)) for epoch in (1, 2))
+        labels = mixed_batch().labels
+        torch.testing.assert_close(early["ce"], loss(logits, labels))
+        torch.testing.assert_close(late["ce"], (weights[labels] * loss(logits, labels, reduction="none")).mean())
+
+
+def test_a_sharpness_aware_step_uses_the_slope_at_the_worst_place_near_by(tiny_cohort, fabric):
+    settings = Settings(optimizer="sgd", momentum=0.0, learning_rate=0.1, weight_decay=0.0, sam_rho=0.05)
+    network = small().eval()
+    twin = copy.deepcopy(network)
+    trainer = Trainer(network, supervised(), settings, ("flair",), CLASSES, fabric)
+    batch = next(iter(batches(tiny_cohort).epoch(0)))
+    trainer.step(batch)
+
+    def slope(at):
+        loss = F.cross_entropy(at(batch.select(("flair",))), batch.labels)
+        return torch.autograd.grad(loss, list(at.parameters()))
+
+    first = slope(twin)
+    norm = torch.cat([each.flatten() for each in first]).norm()
+    worst = copy.deepcopy(twin)
+    with torch.no_grad():
+        for weight, gradient in zip(worst.parameters(), first, strict=True):
+            weight += 0.05 * gradient / norm
+        expected = [weight - 0.1 * gradient for weight, gradient in zip(twin.parameters(), slope_of(slope, worst), strict=True)]
+    for found, wanted in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def slope_of(slope, network):
+    with torch.enable_grad():
+        return slope(network)
+
+
+def test_an_ensemble_averages_probabilities_and_keeps_a_prior_that_all_carry(tiny_cohort, fabric):
+    batch = next(iter(batches(tiny_cohort).epoch(0)))
+    networks = [small(seed=seed) for seed in (1, 2)]
+    known = promise(prior=(0.5, 0.3, 0.2))
+    both = Ensemble([Teacher(network, known, fabric) for network in networks])
+    expected = torch.stack([network.eval()(batch.select(("flair",))).softmax(1) for network in networks]).mean(0)
+    torch.testing.assert_close(both(batch).logits.softmax(1), expected)
+    torch.testing.assert_close(both(batch).log_prior.exp(), torch.tensor([0.5, 0.3, 0.2]))
+    assert Ensemble([Teacher(small(), each, fabric) for each in (known, promise(prior=(0.2, 0.3, 0.5)))]).log_prior is None
+
+
+def test_cross_fitted_teachers_run_on_their_own_samples_only(tiny_cohort, fabric):
+    batch = next(iter(batches(tiny_cohort).epoch(0)))
+    networks = [small(seed=seed) for seed in (1, 2)]
+    seen = [[], []]
+    for network, calls in zip(networks, seen, strict=True):
+        network.body.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.append(len(inputs[0])))
+    priors = [(0.5, 0.3, 0.2), (0.2, 0.3, 0.5)]
+    owner = torch.arange(len(tiny_cohort.samples)) % 2
+    teachers = [Teacher(network, promise(prior=prior), fabric, maps=True) for network, prior in zip(networks, priors, strict=True)]
+    found = CrossFitted(teachers, owner)(batch)
+    mine = owner[batch.rows]
+    assert seen == [[int((mine == 0).sum())], [int((mine == 1).sum())]]
+    for number, network in enumerate(networks):
+        own = mine == number
+        whole = network.eval().see(batch.select(("flair",))[own], maps=True)
+        torch.testing.assert_close(found.logits[own], whole.logits)
+        torch.testing.assert_close(found.features[own], whole.features)
+        torch.testing.assert_close(found.maps[-1][own], whole.maps[-1])
+        torch.testing.assert_close(found.log_prior[own].exp(), torch.tensor(priors[number]).expand(int(own.sum()), 3))
+
+
+def kl(teacher, student):
+    return F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), log_target=True, reduction="batchmean")
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+def test_peers_learn_in_one_pass_each_from_detached_targets(mutual, tiny_cohort, fabric):
+    networks = [small(seed=seed) for seed in (1, 2, 3)]
+    twins = copy.deepcopy(networks)
+    passes = [[], [], []]
+    for network, calls in zip(networks, passes, strict=True):
+        network.body.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+    loss, method = make_loss("cross_entropy", counts=torch.ones(3)), make_method("kd", Facts(torch.ones(3)), temperature=1)
+    peers = [Peer(network, ("flair",), loss) for network in networks[1:]]
+    objective = Together(loss, method, peers, fabric, mutual=mutual, ce_weight=0.6, kd_weight=0.4)
+    settings = Settings(optimizer="sgd", momentum=0.0, learning_rate=0.1, weight_decay=0.0)
+    trainer = Trainer(networks[0], objective, settings, ("flair",), CLASSES, fabric)
+    trainer.model.train()
+    batch = next(iter(batches(tiny_cohort).epoch(0)))
+    terms, _ = trainer.step(batch)
+    assert [len(calls) for calls in passes] == [1, 1, 1]
+    assert set(terms) >= {"ce", "kd", "peer1_ce", "peer2_ce"}
+    assert ("peer1_kd" in terms) == mutual
+
+    # Each network by itself, against fixed targets.
+    outputs = [twin.train()(batch.select(("flair",))) for twin in twins]
+    for number, twin in enumerate(twins):
+        others = [kl(output.detach(), outputs[number]) for other, output in enumerate(outputs) if other != number]
+        own = F.cross_entropy(outputs[number], batch.labels)
+        objective_alone = 0.6 * own + 0.4 * sum(others) / 2 if mutual or number == 0 else own
+        slopes = torch.autograd.grad(objective_alone, list(twin.parameters()))
+        for weight, slope, found in zip(twin.parameters(), slopes, networks[number].parameters(), strict=True):
+            torch.testing.assert_close(found, weight - 0.1 * slope, atol=1e-5, rtol=1e-4)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +24,7 @@ class Augmentation:
         scale: smallest and largest zoom.
         brightness: largest change of the brightness factor (0.2: 0.8 to 1.2).
         contrast: the same around each image's mean.
+        crop: largest shift up, down, left and right, in whole pixels; what comes in is 0, as of a random crop after padding.
     """
 
     rotation: float = 0.0
@@ -31,18 +33,20 @@ class Augmentation:
     scale: tuple[float, float] = (1.0, 1.0)
     brightness: float = 0.0
     contrast: float = 0.0
+    crop: int = 0
 
 
 PRESETS: dict[str, Augmentation | None] = {
     "none": None,
     "default": Augmentation(rotation=15, hflip=0.5, scale=(0.9, 1.1), brightness=0.2, contrast=0.2),
     "thesis": Augmentation(rotation=30, hflip=0.5, vflip=0.5, scale=(0.9, 1.1), brightness=0.2, contrast=0.2),
+    "cifar": Augmentation(hflip=0.5, crop=4),
 }
 
 
 @dataclass(frozen=True)
 class Params:
-    """One view an image, ``(N,)`` float32 each: angle in radians, zoom, signs of the flips (-1 or 1), brightness and contrast factors."""
+    """One view an image, ``(N,)`` float32 each: angle in radians, zoom, signs of the flips (-1 or 1), factors, and shifts in pixels."""
 
     angle: np.ndarray
     zoom: np.ndarray
@@ -50,6 +54,8 @@ class Params:
     vsign: np.ndarray
     brightness: np.ndarray
     contrast: np.ndarray
+    right: np.ndarray
+    down: np.ndarray
 
 
 def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: np.ndarray) -> Params:
@@ -61,7 +67,7 @@ def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: n
         epoch: or number of the view.
         samples: ``(N,)`` rows of the cohort.
     """
-    draws = uniform(seed, epoch, samples, np.arange(6)[:, None]).astype(np.float32)
+    draws = uniform(seed, epoch, samples, np.array([0, 1, 2, 3, 4, 5, 8, 9])[:, None]).astype(np.float32)
     low, high = augmentation.scale
     return Params(
         angle=np.deg2rad(augmentation.rotation * (2 * draws[0] - 1)),
@@ -70,7 +76,70 @@ def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: n
         vsign=np.where(draws[3] < augmentation.vflip, -1, 1).astype(np.float32),
         brightness=1 + augmentation.brightness * (2 * draws[4] - 1),
         contrast=1 + augmentation.contrast * (2 * draws[5] - 1),
+        right=_shifts(augmentation.crop, draws[6]),
+        down=_shifts(augmentation.crop, draws[7]),
     )
+
+
+def _shifts(largest: int, draws: np.ndarray) -> np.ndarray:
+    # A float32 draw just below 1 may round up to it.
+    shifts: np.ndarray = np.minimum(np.floor(draws * (2 * largest + 1)), 2 * largest) - largest
+    return shifts
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How samples are mixed with partners.
+
+    Attributes:
+        alpha: of the Beta distribution of the own share.
+        remix: let the label go to the rarer class where the counts of the two differ enough.
+        ratio: of the counts from which the label goes to the rarer class (kappa).
+        threshold: largest share of the rarer class' image for which it still must not (tau).
+
+    References:
+        Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018; Chou et al., Remix: Rebalanced Mixup, ECCV Workshops 2020,
+        eq. 4.
+    """
+
+    alpha: float = 1.0
+    remix: bool = False
+    ratio: float = 3.0
+    threshold: float = 0.5
+
+    def label_share(self, own: Tensor, labels: Tensor, partners: Tensor, counts: Tensor) -> Tensor:
+        """How much of each target stays the sample's own label, sample by sample: ``(N,)``.
+
+        Args:
+            own: ``(N,)`` share of the sample's own image.
+            labels: ``(N,)`` of the samples.
+            partners: ``(N,)`` labels of their partners.
+            counts: ``(K,)`` training samples per class.
+        """
+        commoner = counts[labels] / counts[partners]
+        to_partner = (commoner >= self.ratio) & (own < self.threshold)
+        to_own = (commoner <= 1 / self.ratio) & (1 - own < self.threshold)
+        return own.masked_fill(to_partner, 0.0).masked_fill(to_own, 1.0)
+
+
+MIXINGS: dict[str, Mixing | None] = {"none": None, "mixup": Mixing(), "remix": Mixing(remix=True)}
+
+
+def mix_params(mixing: Mixing, *, seed: int, epoch: int, samples: np.ndarray, population: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw partners and strengths as functions of (seed, epoch, sample).
+
+    Args:
+        mixing: strength.
+        seed: of the run.
+        epoch: from 0.
+        samples: ``(N,)`` rows of the cohort.
+        population: how many positions a partner may come from.
+
+    Returns:
+        ``(N,)`` int64 positions of the partners, and ``(N,)`` float64 shares of the own images.
+    """
+    draws = uniform(seed, epoch, samples, np.array([[6], [7]]))
+    return (draws[0] * population).astype(np.int64), betaincinv(mixing.alpha, mixing.alpha, draws[1])
 
 
 def uniform(seed: int, epoch: int, samples: np.ndarray, stream: int | np.ndarray) -> np.ndarray:
@@ -134,7 +203,9 @@ def _positions(params: Params, images: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = np.cos(params.angle) / params.zoom, np.sin(params.angle) / params.zoom
     across = params.hsign * (cos + 1j * sin / ratio)
     down = params.vsign * (-sin * ratio + 1j * cos)
-    columns, rows = across[:, None, None] * _centres(width), down[:, None, None] * _centres(height)[:, None]
+    offset = 2 * (params.right / width + 1j * params.down / height)
+    columns = across[:, None, None] * _centres(width) + offset[:, None, None]
+    rows = down[:, None, None] * _centres(height)[:, None]
     shares = [torch.from_numpy(share.astype(np.complex64)).to(images.device) for share in (columns, rows)]
     return shares[0], shares[1]
 

@@ -12,13 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raredistill.augment import Augmentation, apply, make_params
+from raredistill.augment import Augmentation, Mixing, apply, make_params, mix_params
 from raredistill.cohort.store import Cohort
 from raredistill.errors import ConfigError
 from raredistill.sampling import epoch_order
 
 RESIDENT_SHARE = 0.4
 AHEAD = 4
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What was mixed into the samples of a batch: labels ``(N,)`` of the partners, and ``share (N,)`` of each target that stays its own."""
+
+    labels: Tensor
+    share: Tensor
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,21 @@ class Batch:
         images: ``(N, C, H, W)`` float32 in [0, 1].
         labels: ``(N,)`` int64 class indices.
         channels: names of the C channels.
+        epoch: that the batch belongs to.
+        mixed: partners, where samples are mixed.
     """
 
     rows: Tensor
     images: Tensor
     labels: Tensor
     channels: tuple[str, ...]
+    epoch: int = 0
+    mixed: Mixed | None = None
+
+    def at(self, positions: Tensor) -> Batch:
+        """Some samples of the batch; ``positions (M,)`` int64 on the CPU."""
+        there = positions.to(self.labels.device)
+        return Batch(self.rows[positions], self.images[there], self.labels[there], self.channels, self.epoch)
 
     def select(self, channels: Sequence[str]) -> Tensor:
         """The view of one network: its channels, in its order."""
@@ -46,8 +63,11 @@ class Batch:
     def split(self, parts: int) -> list[Batch]:
         """Cut into ``parts`` batches, in order, of sizes that differ by one at most; fewer when there are not as many samples."""
         cuts = torch.arange(len(self.labels)).tensor_split(min(parts, len(self.labels)))
-        slices = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts]
-        return [Batch(self.rows[cut], self.images[cut], self.labels[cut], self.channels) for cut in slices]
+        return [self._cut(slice(int(cut[0]), int(cut[-1]) + 1)) for cut in cuts]
+
+    def _cut(self, part: slice) -> Batch:
+        mixed = None if self.mixed is None else Mixed(self.mixed.labels[part], self.mixed.share[part])
+        return Batch(self.rows[part], self.images[part], self.labels[part], self.channels, self.epoch, mixed)
 
 
 class Batches:
@@ -60,7 +80,9 @@ class Batches:
         batch_size: samples a batch.
         device: where batches are made.
         sampler: order of an epoch when ``shuffle``.
+        epochs: of the whole training, for a sampler that changes over it.
         augmentation: strengths, or none.
+        mixing: of each sample with a partner, or none.
         seed: of order and views.
         shuffle: otherwise rows come in the given order.
         residence: ``resident``, ``streamed`` or ``auto`` (resident when the pixels take at most 40 % of the device's free memory).
@@ -76,7 +98,9 @@ class Batches:
         batch_size: int,
         device: torch.device,
         sampler: str = "natural",
+        epochs: int = 1,
         augmentation: Augmentation | None = None,
+        mixing: Mixing | None = None,
         seed: int = 0,
         shuffle: bool = True,
         residence: str = "auto",
@@ -84,9 +108,11 @@ class Batches:
     ) -> None:
         self.rows, self.channels, self.batch_size, self.device = rows, tuple(channels), batch_size, device
         self.sampler, self.augmentation, self.seed, self.shuffle, self.drop_last = sampler, augmentation, seed, shuffle, drop_last
+        self.epochs, self.mixing = epochs, mixing
         self._labels = cohort.labels[rows]
         self._pixels = [cohort.pixels(channel) for channel in self.channels]
         self._labels_there = torch.from_numpy(self._labels).to(device)
+        self._counts_there = torch.bincount(self._labels_there, minlength=len(cohort.classes))
         self._resident = self._gather(np.arange(len(rows))).to(device) if self._fits(residence) else None
 
     def __len__(self) -> int:
@@ -95,7 +121,8 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Serve an epoch from its batch ``start`` on; order and views are functions of (seed, epoch, row)."""
-        for part, pixels in self._pixels_of(self._parts(epoch)[start:]):
+        parts = [self._with_partners(part, epoch) for part in self._parts(epoch)[start:]]
+        for part, pixels in self._pixels_of(parts):
             yield self._batch(part, pixels, epoch)
 
     def rows_of(self, epoch: int, step: int) -> np.ndarray:
@@ -109,14 +136,22 @@ class Batches:
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(len(self.rows))
-        return epoch_order(self._labels, sampler=self.sampler, seed=self.seed, epoch=epoch)
+        return epoch_order(self._labels, sampler=self.sampler, seed=self.seed, epoch=epoch, epochs=self.epochs)
+
+    def _with_partners(self, positions: np.ndarray, epoch: int) -> np.ndarray:
+        # A mixed batch is read as its samples followed by their partners.
+        if self.mixing is None:
+            return positions
+        partners, _ = mix_params(self.mixing, seed=self.seed, epoch=epoch, samples=self.rows[positions], population=len(self.rows))
+        return np.concatenate([positions, partners])
 
     def _pixels_of(self, parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
         if self._resident is None:
             yield from self._stream(parts)
             return
         # One buffer for all: what is made of it is always a copy, and fresh memory costs page faults.
-        buffer = torch.empty((self.batch_size, *self._resident.shape[1:]), dtype=torch.uint8, device=self.device)
+        size = self.batch_size * (1 if self.mixing is None else 2)
+        buffer = torch.empty((size, *self._resident.shape[1:]), dtype=torch.uint8, device=self.device)
         for part in parts:
             yield part, torch.index_select(self._resident, 0, torch.from_numpy(part).to(self.device), out=buffer[: len(part)])
 
@@ -164,7 +199,17 @@ class Batches:
         else:
             images = apply(pixels, make_params(self.augmentation, seed=self.seed, epoch=epoch, samples=rows))
         labels = self._labels_there[torch.from_numpy(positions).to(self.device)]
-        return Batch(torch.from_numpy(rows), images, labels, self.channels)
+        if self.mixing is not None:
+            return self._mixed(self.mixing, rows, images, labels, epoch)
+        return Batch(torch.from_numpy(rows), images, labels, self.channels, epoch)
+
+    def _mixed(self, mixing: Mixing, rows: np.ndarray, images: Tensor, labels: Tensor, epoch: int) -> Batch:
+        size = len(rows) // 2
+        _, strength = mix_params(mixing, seed=self.seed, epoch=epoch, samples=rows[:size], population=len(self.rows))
+        own = torch.from_numpy(strength.astype(np.float32)).to(self.device)
+        images = torch.lerp(images[size:], images[:size], own[:, None, None, None])
+        share = mixing.label_share(own, labels[:size], labels[size:], self._counts_there) if mixing.remix else own
+        return Batch(torch.from_numpy(rows[:size]), images, labels[:size], self.channels, epoch, Mixed(labels[size:], share))
 
     def _fits(self, residence: str) -> bool:
         if residence not in ("auto", "resident", "streamed"):

@@ -32,7 +32,10 @@ Options = Annotated[
     list[str] | None,
     typer.Argument(help="options of the source as key=value, such as grades=grades.csv or rule=thesis", metavar="[KEY=VALUE]..."),
 ]
-Workers = Annotated[int | None, typer.Option(help="processes; all cores by default")]
+Workers = Annotated[int | None, typer.Option(min=1, help="processes; all cores by default")]
+
+
+PATIENTS_SHOWN = 12
 
 
 def main() -> None:
@@ -50,7 +53,8 @@ def main() -> None:
             _stop(f"terminated; {_go_on()}", TERMINATED)
         raise
     except OSError as error:
-        _stop(f"{error}; what was written before is intact; free space or mend the folder, then {_go_on()}", 2)
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        _stop(f"{what}; what was written before is intact; check the place, its rights and the space left, then {_go_on()}", 2)
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
@@ -62,7 +66,9 @@ def _go_on() -> str:
 
 
 def _usage(error: Any) -> None:
-    if hasattr(error, "format_message"):
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message(), file=sys.stderr)
+    elif hasattr(error, "format_message"):
         _stop(f"{error.format_message()} (see raredistill --help)", 2)
     sys.exit(error.exit_code)
 
@@ -120,14 +126,27 @@ def verify(kind: Kind, path: RawPath, options: Options = None, workers: Workers 
     from raredistill.console import Progress, show_table
 
     source = open_source(kind, path, **_options(options))
-    with Progress("verified patients") as progress:
+    with Progress(f"verified {source.counted}") as progress:
         problems = find_problems(source, workers=workers, progress=progress)
-    show_table([asdict(problem) for problem in problems])
-    errors = sum(problem.level == "error" for problem in problems)
-    print(f"{len(source.units())} patients with labels; {errors} errors, {len(problems) - errors} warnings and notes")
-    if errors:
-        _stop(f"{errors} errors in {path}; mend them, or leave those patients out with prepare --leave-out-bad", 2)
+    show_table([{**asdict(problem), "file": _short(problem.file, path)} for problem in problems])
+    counts = {level: sum(problem.level == level for problem in problems) for level in ("error", "warning", "note")}
+    generated = "; generated data (phantom), not patients" if source.settings().get("generated") else ""
+    print(f"{len(source.units())} usable {source.counted}; {_numbers(counts)}{generated}")
+    if counts["error"]:
+        leave_out = all(problem.patient for problem in problems if problem.level == "error")
+        cure = "mend them, or leave those patients out with prepare --leave-out-bad" if leave_out else "mend them"
+        _stop(f"{_numbers({'error': counts['error']})} in {path}; {cure}", 2)
     _next(shlex.join(["raredistill", "prepare", kind, str(path), *(options or []), "--out", "cohort"]))
+
+
+def _short(file: str, path: Path) -> str:
+    """A file as the folder of the source sees it: rows stay short, and no name is cut."""
+    inner = file.removeprefix(f"{path}/") if file != str(path) else file
+    return inner or file
+
+
+def _numbers(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
 
 
 @app.command()
@@ -148,19 +167,23 @@ def prepare(
     from raredistill.console import Progress
 
     source = open_source(kind, path, **_options(options))
-    with Progress("prepared patients") as progress:
+    with Progress(f"prepared {source.counted}") as progress:
         cohort = make_cohort(source, out, size=(size, size), workers=workers, leave_out_bad=leave_out_bad, progress=progress)
     _show_cohort(cohort)
     _next(f"raredistill inspect {shlex.quote(str(out))}")
 
 
 def _show_cohort(cohort: Any) -> None:
+    from raredistill.cohort.inspect import GENERATED, is_generated, rule_table
     from raredistill.console import records, show_table
 
-    show_table(records(cohort.counts()), f"{cohort.name}: {len(cohort.samples)} samples, channels {', '.join(cohort.channels)}")
-    tally = cohort.provenance.get("tally", {})
-    if tally:
-        print("label rules: " + "; ".join(f"{name} {count}" for name, count in sorted(tally.items())))
+    title = f"{cohort.name}: {len(cohort.samples)} samples of {cohort.samples['patient'].nunique()} patients"
+    title += f", channels {', '.join(cohort.channels)}" + (f"; {GENERATED}" if is_generated(cohort) else "")
+    show_table(records(cohort.counts()), title)
+    show_table(records(rule_table(cohort)), f"what the two label rules call the slices (used: {cohort.provenance['settings'].get('rule')})")
+    if left_out := cohort.provenance["left_out"]:
+        names = sorted({problem["patient"] for problem in left_out})
+        print(f"left out, with the reasons in {cohort.root / 'cohort.json'}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}")
 
 
 @app.command()
@@ -169,14 +192,19 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="picture to write")] = None,
 ) -> None:
     """Show counts by class, patient and source, and write a contact sheet of slices by class."""
-    from raredistill.cohort.inspect import contact_sheet, summary
+    from raredistill.cohort.inspect import GENERATED, contact_sheet, is_generated, patient_table, summary
     from raredistill.cohort.store import Cohort
     from raredistill.console import records, show_table
 
     loaded = Cohort.load(cohort)
-    show_table(records(summary(loaded)), f"{loaded.name}: {loaded.provenance.get('kind', '')}, {loaded.size[0]} x {loaded.size[1]}")
+    loaded.check_pixels()
     picture = out or cohort / "contact_sheet.png"
     contact_sheet(loaded, picture)
+    title = f"{loaded.name}: {loaded.provenance.get('kind', '')}, {loaded.size[0]} x {loaded.size[1]}"
+    show_table(records(summary(loaded)), title + (f"; {GENERATED}" if is_generated(loaded) else ""))
+    patients = patient_table(loaded).reset_index()
+    shown = patients.head(PATIENTS_SHOWN)
+    show_table(records(shown), f"slices of each patient ({len(shown)} of {len(patients)})")
     print(f"contact sheet: {picture}")
     _next(f"raredistill study CONFIG --out study cohort={shlex.quote(str(cohort))}")
 
@@ -187,9 +215,11 @@ def methods() -> None:
     from raredistill.console import show_table
     from raredistill.distill.registry import methods_table
     from raredistill.losses import losses_table
+    from raredistill.training.settings import choices_table
 
     show_table(methods_table(), "distillers (method:)")
     show_table(losses_table(), "losses (training.loss:)")
+    show_table(choices_table(), "what goes with any of them")
     _next("raredistill study CONFIG runs.1.method=NAME")
 
 
@@ -233,7 +263,7 @@ def _cohort(config: StudyConfig, out: Path) -> Any:
     raw = config.cohort
     source = open_source(raw.source, raw.path, **raw.options)
     claim(out)
-    with Progress("prepared patients") as progress:
+    with Progress(f"prepared {source.counted}") as progress:
         return make_cohort(
             source, cohort_folder(config, out), size=(raw.size, raw.size), leave_out_bad=raw.leave_out_bad, progress=progress
         )
@@ -353,14 +383,14 @@ def compare(
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:
-    import yaml
+    from raredistill.files import parse_yaml
 
     found = {}
     for pair in pairs or []:
         key, sign, value = pair.partition("=")
         if not sign:
             raise RareDistillError(f"{pair}: write an option as key=value, such as rule=thesis")
-        found[key] = yaml.safe_load(value)
+        found[key] = parse_yaml(value, pair)
     return found
 
 

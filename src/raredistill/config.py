@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from annotated_types import Ge, Interval, MinLen
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from raredistill.cohort.store import Cohort
-from raredistill.distill.registry import make_method
+from raredistill.distill.consistent import taught_prior
+from raredistill.distill.contract import Facts, Shape
+from raredistill.distill.registry import make_method, method_class
 from raredistill.errors import ConfigError
-from raredistill.files import fingerprint
-from raredistill.losses import make_loss
-from raredistill.models import facts
+from raredistill.files import fingerprint, parse_yaml
+from raredistill.losses import carried_prior, make_loss
+from raredistill.models import facts, widths
 from raredistill.splits import make_splits
 from raredistill.study.plan import Entry, External
 from raredistill.study.run import Study
+from raredistill.study.teachers import check_external, network_of, patients_before
 from raredistill.training.settings import Settings
 
 
@@ -73,15 +75,21 @@ class RunConfig(_Strict):
     pretrained: bool | Path = False
     mean: float | None = None
     std: float | None = None
-    head: Literal["linear", "thesis"] = "linear"
+    head: Literal["linear", "thesis", "cosine"] = "linear"
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     channels: tuple[str, ...] | None = None
-    teacher: str | ExternalConfig | None = None
+    teacher: str | Annotated[tuple[str, ...], MinLen(2)] | ExternalConfig | None = None
+    cross_fit: Annotated[int, Interval(ge=2, le=20)] | Literal[0] = 0
+    online: Literal["no", "one_way", "mutual"] = "no"
     method: str = "kd"
     method_options: dict[str, Any] = {}
     ce_weight: Annotated[float, Ge(0)] = 1.0
     kd_weight: Annotated[float, Ge(0)] = 1.0
     training: dict[str, Any] = {}
+
+
+_CHOICES = ("SourceConfig", "ExternalConfig")
+"""Mappings that may stand where a plain word may stand too."""
 
 
 class StudyConfig(_Strict):
@@ -103,11 +111,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
         ConfigError: the file cannot be read, or keys or values are wrong; every mistake is listed.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a study is a mapping of keys such as name, cohort and runs")
     for override in overrides:
@@ -121,16 +130,12 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override}: write an override as key=value, for instance training.epochs=5")
     *parents, last = key.split(".")
     place: Any = raw
-    for parent in parents:
-        place = _step(place, parent, override)
-    place[int(last) if isinstance(place, list) and last.isdigit() else last] = yaml.safe_load(text)
-
-
-def _step(place: Any, key: str, override: str) -> Any:
     try:
-        return place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-    except (ValueError, IndexError, AttributeError):
-        raise ConfigError(f"{override}: there is no {key} to set something in") from None
+        for parent in parents:
+            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
+        place[int(last) if isinstance(place, list) else last] = parse_yaml(text, override)
+    except (ValueError, IndexError, AttributeError, TypeError):
+        raise ConfigError(f"{override}: the configuration has no place {key}; lists are counted from 0, as in runs.0.model") from None
 
 
 def _checked(raw: dict[str, Any], path: Path) -> StudyConfig:
@@ -143,37 +148,60 @@ def _checked(raw: dict[str, Any], path: Path) -> StudyConfig:
         try:
             TypeAdapter(Settings).validate_python(training)
         except ValidationError as error:
-            mistakes += [f"{where}.{mistake}" for mistake in _mistakes(error, Settings)]
+            mistakes += [f"{where}{mistake}" for mistake in _mistakes(error, Settings)]
     if mistakes:
         raise ConfigError(f"{path}:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
     return config
 
 
 def _trainings(raw: dict[str, Any]) -> list[tuple[str, Any]]:
-    own = raw.get("training", {})
-    runs = raw.get("runs") if isinstance(raw.get("runs"), list) else []
-    found = [(f"runs.{n}.training", run["training"]) for n, run in enumerate(runs or []) if isinstance(run, dict) and "training" in run]
-    return [("training", own), *found]
+    own = [("training.", raw["training"])] if isinstance(raw.get("training"), dict) else []
+    runs = raw["runs"] if isinstance(raw.get("runs"), list) else []
+    given = [(f"runs.{n}.training.", run.get("training")) for n, run in enumerate(runs) if isinstance(run, dict)]
+    return own + [(where, training) for where, training in given if isinstance(training, dict)]
 
 
 def _mistakes(error: ValidationError, model: Any) -> list[str]:
-    return [_mistake(dict(item), model) for item in error.errors()]
+    return [_mistake(item, model) for item in map(dict, error.errors()) if not _is_noise(item)]
+
+
+def _is_noise(item: dict[str, Any]) -> bool:
+    """What pydantic adds without telling more: the other branches of a choice between types, and a list whose members are wrong."""
+    if item["type"] == "too_short":
+        return bool(item["input"])
+    if item["type"] == "tuple_type" and _several(item["loc"][-1]):
+        return True
+    return isinstance(item["input"], dict) if _scalar(item["loc"][-1]) else item["loc"][-1] in _CHOICES
+
+
+def _scalar(part: int | str) -> bool:
+    return part == "str" or str(part).startswith("lax-or-strict")
+
+
+def _several(part: int | str) -> bool:
+    return str(part).startswith("tuple[")
 
 
 def _mistake(item: dict[str, Any], model: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
+    where = ".".join(str(part) for part in item["loc"] if part not in _CHOICES and not _scalar(part) and not _several(part))
     if item["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: {item['msg'].lower()} (it is {item['input']!r:.60})"
-    known = _known_keys(model)
+    known = _known_keys(model, item["loc"])
     close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-    return f"{where}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+    return f"{where}: unknown key; " + (f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}")
 
 
-def _known_keys(model: Any) -> list[str]:
+def _known_keys(model: Any, place: tuple[int | str, ...]) -> list[str]:
     if model is Settings:
         return list(Settings.__dataclass_fields__)
-    models = (StudyConfig, SplitConfig, RunConfig, SourceConfig, ExternalConfig)
-    return [key for each in models for key in each.model_fields]
+    inner: dict[str, type[BaseModel]] = {
+        "splits": SplitConfig,
+        "runs": RunConfig,
+        "SourceConfig": SourceConfig,
+        "ExternalConfig": ExternalConfig,
+    }
+    chosen = next((inner[str(part)] for part in reversed(place[:-1]) if str(part) in inner), StudyConfig)
+    return list(chosen.model_fields)
 
 
 def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
@@ -186,7 +214,11 @@ def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
     splits = make_splits(cohort, **config.splits.model_dump())
     entries = [_entry(run, config, cohort) for run in config.runs]
     for entry in entries:
-        _check(entry, cohort)
+        _check(entry, entries, cohort)
+        if isinstance(entry.teacher, External):
+            check_external(entry.teacher, cohort, splits)
+        for split in splits:
+            patients_before(entry, cohort, split)
     plain = config.model_dump(mode="json")
     return Study(config.name, cohort, splits, entries, config.seeds, config.splits.protocol, plain, command)
 
@@ -200,16 +232,79 @@ def _entry(run: RunConfig, config: StudyConfig, cohort: Cohort) -> Entry:
     return Entry(**taken, channels=tuple(channels), settings=settings, teacher=_teacher(run.teacher))
 
 
-def _check(entry: Entry, cohort: Cohort) -> None:
+def _check(entry: Entry, entries: Sequence[Entry], cohort: Cohort) -> None:
     # Everything that a name can get wrong is found before the first run, not hours later.
-    counts, classes = torch.ones(len(cohort.classes)), len(cohort.classes)
-    facts(entry.model, channels=len(entry.channels), classes=classes, image_size=cohort.size[0], head=entry.head)
-    make_loss(entry.settings.loss, counts=counts, **entry.settings.loss_options)
+    counts, settings = torch.ones(len(cohort.classes)), entry.settings
+    facts(entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0], head=entry.head)
+    make_loss(settings.loss, counts=counts, **settings.loss_options)
+    _check_together(entry)
     if entry.teacher is not None:
-        make_method(entry.method, counts=counts, classes=classes, **entry.method_options)
+        taught = _facts(entry, [each for each in entries if each.name in entry.teachers], cohort)
+        make_method(entry.method, taught, **entry.method_options)
+    elif entry.cross_fit:
+        raise ConfigError(f"runs {entry.name}: cross_fit makes copies of a teacher, but it has none; name one with teacher:")
+    if entry.pretrained:
+        network_of(entry, cohort)
 
 
-def _teacher(teacher: str | ExternalConfig | None) -> str | External | None:
+def _facts(entry: Entry, teachers: Sequence[Entry], cohort: Cohort) -> Facts:
+    # What can be known without training; priors and reliabilities are checked when there are teachers.
+    known = torch.full((len(cohort.classes),), 1.0)
+    shapes = [Shape(*widths(e.model, channels=len(e.channels), image_size=cohort.size[0])) for e in (entry, *teachers[:1])]
+    teacher = shapes[-1] if len(teachers) == 1 or isinstance(entry.teacher, External) else None
+    return Facts(known, None, cohort.classes, None, str(entry.teacher), known / known.sum(), known, shapes[0], teacher)
+
+
+def _check_together(entry: Entry) -> None:
+    settings = entry.settings
+    method = None if entry.teacher is None else method_class(entry.method, entry.method_options)
+    needs = () if method is None else method.wants(entry.method_options)
+    mixing = settings.mixing != "none"
+    refused = {
+        "loss ldam needs cosines, but head is not cosine: set head: cosine": settings.loss == "ldam" and entry.head != "cosine",
+        f"deferred: {settings.deferred} weighs classes that loss {settings.loss} weighs already; use cross_entropy or deferred: none": (
+            settings.deferred != "none" and settings.loss in ("weighted_cross_entropy", "class_balanced_focal")
+        ),
+        f"method {entry.method} brings its own loss on labels, but loss is {settings.loss}; leave loss at cross_entropy": (
+            method is not None and bool(method.own_loss) and (settings.loss, settings.deferred) != ("cross_entropy", "none")
+        ),
+        f"method {entry.method} looks at labels, but mixing: {settings.mixing} gives each sample two; use kd or mixing: none": (
+            mixing and "labels" in needs
+        ),
+        f"cross_fit keeps patients from their teachers, but mixing: {settings.mixing} mixes patients; use mixing: none": (
+            mixing and bool(entry.cross_fit)
+        ),
+        f"stage {settings.stage} changes a linear classifier, but head is cosine": settings.stage != "none" and entry.head == "cosine",
+        f"stage logit_adjustment takes the training prior off, but {_corrected(entry)} has done so already; use stage: none": (
+            settings.stage == "logit_adjustment" and bool(_corrected(entry))
+        ),
+        f"online: {entry.online} trains entries of this study beside the student; name one or more with teacher:": (
+            entry.online != "no" and not entry.teachers
+        ),
+        f"online: {entry.online} compares logits of networks in training, but method {entry.method} needs {', '.join(needs)}": (
+            entry.online != "no" and (not set(needs) <= {"logits", "labels"} or (method is not None and bool(method.own_loss)))
+        ),
+        f"online: {entry.online} has no trained teacher to copy, but cross_fit is {entry.cross_fit}": (
+            entry.online != "no" and bool(entry.cross_fit)
+        ),
+        "cross_fit needs one teacher of this study": bool(entry.cross_fit) and entry.teacher is not None and len(entry.teachers) != 1,
+    }
+    if found := [message for message, wrong in refused.items() if wrong]:
+        raise ConfigError(f"runs {entry.name}: {'; '.join(found)}")
+
+
+def _corrected(entry: Entry) -> str:
+    """What takes the training prior off the logits during training, for a message; empty when nothing is known to."""
+    settings, counts = entry.settings, torch.tensor([1.0, 2.0])
+    if entry.teacher is not None:
+        return f"method {entry.method}" if taught_prior(entry.method, counts, entry.method_options) is not None else ""
+    carried = carried_prior(settings.loss, counts=counts, sampler=settings.sampler, deferred=settings.deferred, **settings.loss_options)
+    if carried is None or settings.mixing != "none" or abs(carried[0] - 1 / 3) < 1e-6:
+        return ""
+    return f"loss {settings.loss} with sampler {settings.sampler}"
+
+
+def _teacher(teacher: str | tuple[str, ...] | ExternalConfig | None) -> str | tuple[str, ...] | External | None:
     return External(**teacher.model_dump()) if isinstance(teacher, ExternalConfig) else teacher
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LINE_EVERY = 10.0
+SETTLED = 5.0
+"""Seconds after which the time left is told: earlier, the start of the workers is most of it."""
 
 
 class Progress:
@@ -47,7 +49,7 @@ class Progress:
             print(f"{self.what}: {done}/{total}{self._left(done, total)} {note}".rstrip(), file=sys.stderr, flush=True)
 
     def _left(self, done: int, total: int) -> str:
-        if not 0 < done < total:
+        if not 0 < done < total or time.monotonic() - self.start < SETTLED:
             return ""
         return f", about {duration((time.monotonic() - self.start) / done * (total - done))} left"
 
@@ -68,14 +70,17 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 def show_table(rows: list[dict[str, Any]], title: str = "") -> None:
     """Print records as a table: numbers to the right, floats to three decimals."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     if not rows:
         return
-    table = Table(title=title or None, title_justify="left")
+    table = Table()
     for name, value in rows[0].items():
-        table.add_column(name, justify="right" if isinstance(value, (int, float)) else "left")
+        table.add_column(name, justify="right" if isinstance(value, (int, float)) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(escape(f"{value:.3f}" if isinstance(value, float) else str(value)) for value in row.values()))
+    if title:
+        print(title)  # not as the table's own title, which is cut to the table's width
     console = Console()
     console.print(table) if console.is_terminal else Console(width=160).print(table)

@@ -13,7 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from raredistill.errors import DataError
+import yaml
+
+from raredistill.errors import ConfigError, DataError
+
+MOST_VALUES = 100_000
+"""Values that a YAML file may hold."""
 
 FORGOTTEN = 3600.0
 """Seconds after which an unfinished file that nobody has touched is nobody's."""
@@ -75,6 +80,37 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: cannot be read as JSON ({error}); delete it and run the command again") from None
 
 
+def parse_yaml(text: str, name: str) -> Any:
+    """Understand plain YAML, which can name no code; ``name`` is for messages.
+
+    Raises:
+        ConfigError: it is no YAML, or its aliases stand for more than memory holds.
+    """
+    try:
+        value = yaml.safe_load(text)
+        repeats = _values(value, {}) > MOST_VALUES
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: cannot be read as YAML ({' '.join(str(error).split())}); lists are written [flair, t1ce]") from None
+    if repeats:
+        raise ConfigError(f"{name}: its aliases (&, *) stand for more than {MOST_VALUES} values; write them out")
+    return value
+
+
+def _values(value: Any, known: dict[int, float]) -> float:
+    """How many values a value holds when every alias is written out."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = float("inf")  # until it is counted, so that a list inside itself is endless
+        known[id(value)] = 1 + sum(_values(item, known) for item in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether ``path``, with every link followed, lies in ``folder``: a source must not hand over other files of the machine."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
 def sha256(path: Path) -> str:
     """Hash the bytes of a file (hexadecimal)."""
     with path.open("rb") as handle:
@@ -129,12 +165,11 @@ def claim_folder(path: Path, marker: str) -> None:
     Raises:
         DataError: it is a file, or holds something else.
     """
-    with suppress(FileNotFoundError):
+    try:
         if path.is_file():
             raise DataError(f"{path} is a file; name a folder for the output")
+        path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()) and not (path / marker).exists():
             raise DataError(f"{path} already holds something else; name another folder or empty it")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}); name another folder") from None

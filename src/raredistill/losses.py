@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from raredistill.errors import ConfigError
 from raredistill.sampling import POWERS
 
 Reduction = Literal["mean", "none"]
+COSINE_SCALE = 30.0
+"""What the cosine head multiplies its cosines by, after LDAM's published scale."""
 
 
 def _reduced(losses: Tensor, reduction: Reduction) -> Tensor:
@@ -53,6 +55,34 @@ def cross_entropy(
     logits = _wide(logits)
     weight = None if class_weights is None else class_weights.to(logits)
     return _reduced(F.cross_entropy(logits, target, weight=weight, label_smoothing=label_smoothing, reduction="none"), reduction)
+
+
+def label_aware_smoothing(
+    logits: Tensor, target: Tensor, *, counts: Tensor, head: float = 0.4, tail: float = 0.1, reduction: Reduction = "mean"
+) -> Tensor:
+    """Cross-entropy whose label smoothing grows with the class' count: confident head classes are smoothed most.
+
+    Args:
+        logits: ``(N, K)``, unnormalised.
+        target: ``(N,)`` class indices.
+        counts: ``(K,)`` training samples per class, all positive.
+        head: share that the commonest class gives to the other classes.
+        tail: the same of the rarest class.
+        reduction: ``mean`` or ``none``.
+
+    Returns:
+        Scalar, or ``(N,)`` with ``reduction="none"``, in nats.
+
+    References:
+        Zhong et al., Improving Calibration for Long-Tailed Recognition (MiSLAS), CVPR 2021, eq. 6 (concave form).
+    """
+    counts = _positive(counts)
+    rank = (counts - counts.min()) / (counts.max() - counts.min()).clamp(min=1e-12)
+    smooth = (tail + (head - tail) * torch.sin(rank * (math.pi / 2)))[target]
+    log = F.log_softmax(_wide(logits), dim=1)
+    own = log.gather(1, target[:, None])[:, 0]
+    others = (log.sum(dim=1) - own) / (logits.shape[1] - 1)
+    return _reduced(-(1 - smooth) * own - smooth * others, reduction)
 
 
 def focal(
@@ -108,7 +138,7 @@ def ldam(
     *,
     counts: Tensor,
     max_margin: float = 0.5,
-    scale: float = 30.0,
+    scale: float = COSINE_SCALE,
     class_weights: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -176,6 +206,12 @@ def inverse_frequency_weights(counts: Tensor) -> Tensor:
     return counts.sum() / (len(counts) * counts)
 
 
+def square_root_weights(counts: Tensor) -> Tensor:
+    """Class weights proportional to ``count ** -1/2``, normalised to sum K: ``(K,)``."""
+    weights = _positive(counts) ** -0.5
+    return weights * (len(counts) / weights.sum())
+
+
 def adjust_logits(logits: Tensor, *, counts: Tensor, tau: float = 1.0) -> Tensor:
     """Correct trained logits after the fact: ``logits - tau * log prior``, ``(N, K)``.
 
@@ -186,11 +222,83 @@ def adjust_logits(logits: Tensor, *, counts: Tensor, tau: float = 1.0) -> Tensor
     return logits - tau * (counts / counts.sum()).log()
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+def estimate_prior(logits: Tensor, target: Tensor) -> Tensor:
+    """The class prior that logits encode, ``(K,)``: where nothing says it, held-out samples do.
+
+    The shift of the logits that is most likely given the labels turns the encoded prior into that of the labels, so the encoded prior is
+    the labels' frequencies times ``exp(-shift)``.
+
+    Args:
+        logits: ``(N, K)`` of samples that gave no gradients.
+        target: ``(N,)`` class indices; every class occurs.
+
+    Raises:
+        ValueError: a class has no sample.
+
+    References:
+        Saerens et al., Adjusting the Outputs of a Classifier to New a Priori Probabilities, Neural Computation 2002, eq. 2.4, inverted.
+    """
+    share = _positive(torch.bincount(target, minlength=logits.shape[1])).double() / len(target)
+    shift = torch.zeros_like(share, requires_grad=True)
+    solver = torch.optim.LBFGS([shift], max_iter=200, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = F.cross_entropy(logits.double() + shift, target)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    solver.step(loss)  # type: ignore[no-untyped-call]
+    prior = share * (-shift.detach() + shift.detach().mean()).exp()
+    return prior / prior.sum()
 
 
-def _weighted(counts: Tensor) -> Loss:
-    return partial(cross_entropy, class_weights=inverse_frequency_weights(counts))
+class Loss(Protocol):
+    """A loss on labels: ``(N, K)`` logits and ``(N,)`` class indices to a scalar, or to ``(N,)`` with ``reduction="none"``."""
+
+    def __call__(self, logits: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+        """Return the loss in nats."""
+
+
+CLASS_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "inverse": inverse_frequency_weights,
+    "sqrt": square_root_weights,
+    "effective": effective_number_weights,
+}
+
+
+def class_weights(name: str, counts: Tensor) -> Tensor:
+    """Class weights by name, ``(K,)``.
+
+    Raises:
+        ConfigError: the name is unknown, or a class has no training sample.
+    """
+    if name not in CLASS_WEIGHTS:
+        raise ConfigError(f"unknown class weights {name}{did_you_mean(name, CLASS_WEIGHTS)}; there are {', '.join(CLASS_WEIGHTS)}")
+    try:
+        return CLASS_WEIGHTS[name](counts)
+    except ValueError as error:
+        raise ConfigError(f"class weights {name}: {error}") from None
+
+
+def _weights(counts: Tensor, *, weights: str = "inverse") -> Tensor:
+    return CLASS_WEIGHTS[weights](counts)
+
+
+def _weighted(counts: Tensor, *, weights: str = "inverse") -> Loss:
+    return partial(cross_entropy, class_weights=_weights(counts, weights=weights))
+
+
+def _balanced_focal(counts: Tensor, *, gamma: float = 2.0, beta: float = 0.9999) -> Loss:
+    return partial(focal, gamma=gamma, class_weights=effective_number_weights(counts, beta=beta))
+
+
+def _scaled_ldam(counts: Tensor, *, max_margin: float = 0.5) -> Loss:
+    # The cosine head's logits are cosines times this scale already.
+    def loss(logits: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+        return ldam(_wide(logits) / COSINE_SCALE, target, counts=counts, max_margin=max_margin, scale=COSINE_SCALE, reduction=reduction)
+
+    return loss
 
 
 @dataclass(frozen=True)
@@ -215,6 +323,29 @@ class Option:
             )
             raise ValueError(f"{name} must be a number {bounds}, not {value!r}")
 
+    def __str__(self) -> str:
+        return f"{self.default:g}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A hyper-parameter that takes one of a few values."""
+
+    default: str | bool
+    known: tuple[str | bool, ...]
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse another value.
+
+        Raises:
+            ValueError: names the option and what it may be.
+        """
+        if type(value) is not type(self.default) or value not in self.known:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, self.known))}, not {value!r}")
+
+    def __str__(self) -> str:
+        return str(self.default).lower()
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -222,17 +353,13 @@ class _Row:
 
     build: Callable[..., Loss]
     needs: str
-    options: dict[str, Option]
+    options: Mapping[str, Option | Choice]
     source: str
     carries: Callable[..., Tensor] | None
 
 
 def _even(counts: Tensor) -> Tensor:
     return torch.ones_like(counts)
-
-
-def _inverse(counts: Tensor) -> Tensor:
-    return inverse_frequency_weights(counts)
 
 
 def _shifted(counts: Tensor, *, tau: float = 1.0) -> Tensor:
@@ -247,17 +374,31 @@ def _without_counts(loss: Callable[..., Tensor]) -> Callable[..., Loss]:
     return lambda counts, **options: partial(loss, **options)
 
 
-_SMOOTHING, _TAU = {"label_smoothing": Option(0.0, high=1.0)}, {"tau": Option(1.0)}
+_TAU, _GAMMA = {"tau": Option(1.0)}, {"gamma": Option(2.0)}
+_BETA = {"beta": Option(0.9999, high=1 - 1e-9)}
 LOSSES = {
-    "cross_entropy": _Row(_without_counts(cross_entropy), "nothing", _SMOOTHING, "maximum likelihood", _even),
-    "weighted_cross_entropy": _Row(_weighted, "counts", {}, "King & Zeng 2001", _inverse),
+    "cross_entropy": _Row(
+        _without_counts(cross_entropy), "nothing", {"label_smoothing": Option(0.0, high=1.0)}, "maximum likelihood", _even
+    ),
+    "weighted_cross_entropy": _Row(
+        _weighted, "counts", {"weights": Choice("inverse", tuple(CLASS_WEIGHTS))}, "King & Zeng 2001; Cui et al. 2019", _weights
+    ),
+    "label_aware_smoothing": _Row(
+        _with_counts(label_aware_smoothing),
+        "counts",
+        {"head": Option(0.4, high=1.0), "tail": Option(0.1, high=1.0)},
+        "Zhong et al. 2021",
+        None,
+    ),
+    "focal": _Row(_without_counts(focal), "nothing", _GAMMA, "Lin et al. 2017", None),
+    "class_balanced_focal": _Row(_balanced_focal, "counts", {**_GAMMA, **_BETA}, "Cui et al. 2019", None),
     "balanced_softmax": _Row(_with_counts(balanced_softmax), "counts", _TAU, "Ren et al. 2020", _shifted),
-    "focal": _Row(_without_counts(focal), "nothing", {"gamma": Option(2.0)}, "Lin et al. 2017", None),
+    "ldam": _Row(_scaled_ldam, "counts, head: cosine", {"max_margin": Option(0.5)}, "Cao et al. 2019", None),
     "vector_scaling": _Row(_with_counts(vector_scaling), "counts", {**_TAU, "gamma": Option(0.2)}, "Kini et al. 2021", None),
 }
 
 
-def make_loss(name: str, *, counts: Tensor, **options: float) -> Loss:
+def make_loss(name: str, *, counts: Tensor, **options: Any) -> Loss:
     """Build a supervised loss from its name.
 
     Args:
@@ -275,13 +416,14 @@ def make_loss(name: str, *, counts: Tensor, **options: float) -> Loss:
         raise ConfigError(f"loss {name}: {error}") from None
 
 
-def carried_prior(name: str, *, counts: Tensor, sampler: str, **options: float) -> tuple[float, ...] | None:
+def carried_prior(name: str, *, counts: Tensor, sampler: str, deferred: str = "none", **options: Any) -> tuple[float, ...] | None:
     """The class prior that trained logits encode: sampling share x class weight x exp(-logit shift), normalised; None if unknown.
 
     Args:
         name: of the loss.
         counts: ``(K,)`` training samples per class.
-        sampler: of the training epochs.
+        sampler: of the training epochs; ``progressive`` ends balanced.
+        deferred: class weights of the last epochs, or ``none``.
         options: hyper-parameters of the loss.
 
     Raises:
@@ -297,6 +439,8 @@ def carried_prior(name: str, *, counts: Tensor, sampler: str, **options: float) 
     except ValueError as error:
         raise ConfigError(f"loss {name}: {error}") from None
     share = counts ** POWERS[sampler] * row.carries(counts, **{key: value for key, value in options.items() if key != "label_smoothing"})
+    if deferred != "none":
+        share = share * class_weights(deferred, counts)
     return tuple((share / share.sum()).tolist())
 
 
@@ -308,7 +452,7 @@ def losses_table() -> list[dict[str, str]]:
             "source": row.source,
             "needs": row.needs,
             "carried prior": "unknown" if row.carries is None else "known",
-            "defaults": ", ".join(f"{key}={option.default:g}" for key, option in row.options.items()),
+            "defaults": ", ".join(f"{key}={option}" for key, option in row.options.items()),
         }
         for name, row in LOSSES.items()
     ]
@@ -320,7 +464,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _row(name: str, options: dict[str, float]) -> _Row:
+def _row(name: str, options: dict[str, Any]) -> _Row:
     if name not in LOSSES:
         raise ConfigError(f"unknown loss {name}{did_you_mean(name, LOSSES)}; raredistill methods lists them")
     known = LOSSES[name].options

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ COLUMNS = ("run", "sample", "patient", "patient_label", "split", "repeat", "fold
 
 _NUMBERS = ("repeat", "fold", "seed")
 _TEXTS = ("run", "sample", "patient", "patient_label", "split", "checkpoint", "label")
+_CSV_TEXTS = (*_TEXTS, "predicted")
 _METADATA = b"raredistill"
 _TOLERANCE = 1e-3
 
@@ -35,20 +37,29 @@ class Predictions:
             numbers in the order of ``classes``.
         classes: K class names.
         background: the class that no patient carries, such as healthy slices beside a tumour; None when each class is a patient's.
+        hard: only the predicted class is known, so nothing that needs probabilities has a value.
     """
 
     table: pd.DataFrame
     classes: tuple[str, ...]
     background: str | None = None
+    hard: bool = False
 
     def logits(self) -> NDArray[np.float64]:
         """Logits ``(N, K)``."""
+        return self._logits
+
+    @cached_property
+    def _logits(self) -> NDArray[np.float64]:
         return _matrix(self.table["logits"], len(self.classes))
 
     def probabilities(self) -> NDArray[np.float64]:
-        """Softmax of the logits ``(N, K)``."""
-        logits = self.logits()
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        """Softmax of the logits ``(N, K)``; 1 for the predicted class where only hard labels are known."""
+        return self._probabilities
+
+    @cached_property
+    def _probabilities(self) -> NDArray[np.float64]:
+        exponentials = np.exp(self._logits - self._logits.max(axis=1, keepdims=True))
         return cast("NDArray[np.float64]", exponentials / exponentials.sum(axis=1, keepdims=True))
 
     def labels(self) -> NDArray[np.int64]:
@@ -67,7 +78,11 @@ class Predictions:
             raise DataError(
                 f"no predictions of the {split} part by the checkpoint {checkpoint!r}; the table has {', '.join(there) or 'no rows'}"
             )
-        return Predictions(kept.reset_index(drop=True), self.classes, self.background)
+        return Predictions(kept.reset_index(drop=True), self.classes, self.background, self.hard)
+
+    def rows(self, places: NDArray[np.int64]) -> Predictions:
+        """Keep the rows at these places, in this order."""
+        return Predictions(self.table.iloc[places].reset_index(drop=True), self.classes, self.background, self.hard)
 
 
 def write(path: Path, table: pd.DataFrame, classes: Sequence[str], background: str | None = None) -> None:
@@ -94,9 +109,10 @@ def write(path: Path, table: pd.DataFrame, classes: Sequence[str], background: s
 def read(path: Path, *, classes: Sequence[str] | None = None, background: str | None = None) -> Predictions:
     """Read a table of :func:`write`, or one made elsewhere (CSV or Parquet).
 
-    A foreign table needs ``label``, ``patient`` and for each class a probability ``p_<class>`` or a logit ``logit_<class>``. It may have
-    the other columns of ``COLUMNS``; without them all rows are one run's test predictions of its best checkpoint, and ``patient_label`` is
-    the patient's only label beside the background.
+    A foreign table needs ``label``, ``patient`` and for each class a probability ``p_<class>`` or a logit ``logit_<class>``, or else the
+    predicted class in ``predicted`` (hard labels: what needs probabilities then has no value). It may have the other columns of
+    ``COLUMNS``; without them all rows are one run's test predictions of its best checkpoint, and ``patient_label`` is the patient's only
+    label beside the background.
 
     Args:
         path: ``.csv`` or ``.parquet``.
@@ -124,7 +140,7 @@ _SCHEMA = pa.schema(
 def _read_csv(path: Path) -> pd.DataFrame:
     try:
         # Names such as "001" or "NA" are names, not numbers or gaps.
-        return pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values={})
+        return pd.read_csv(path, dtype=dict.fromkeys(_CSV_TEXTS, str), keep_default_na=False, na_values={})
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
@@ -156,22 +172,36 @@ def _native(frame: pd.DataFrame, record: bytes, path: Path) -> Predictions:
 
 def _foreign(frame: pd.DataFrame, path: Path, classes: Sequence[str] | None, background: str | None) -> Predictions:
     _require(frame, ("label", "patient"), str(path))
-    order = tuple(classes) if classes else _classes_of(frame, path)
-    table = frame.assign(logits=list(_foreign_logits(frame, order, path).astype(np.float32)))
+    order, hard = tuple(classes) if classes else _classes_of(frame, path), _is_hard(frame)
+    table = frame.assign(logits=list((_hard_logits if hard else _foreign_logits)(frame, order, path).astype(np.float32)))
     defaults: dict[str, Any] = {"run": path.stem, "split": "test", **dict.fromkeys(_NUMBERS, 0), "checkpoint": "best"}
     table = table.assign(**{column: value for column, value in defaults.items() if column not in table})
     if "sample" not in table:
         table["sample"] = [str(row) for row in range(len(table))]
     if "patient_label" not in table:
         table["patient_label"] = _patient_labels(table, background, path)
-    return Predictions(_check(table, order, background, str(path)), order, background)
+    return Predictions(_check(table, order, background, str(path)), order, background, hard)
+
+
+def _is_hard(frame: pd.DataFrame) -> bool:
+    return "predicted" in frame and not any(str(column).startswith(("p_", "logit_")) for column in frame.columns)
+
+
+def _hard_logits(frame: pd.DataFrame, classes: tuple[str, ...], path: Path) -> NDArray[np.float64]:
+    predicted = frame["predicted"].astype(str)
+    if unknown := sorted(set(predicted) - set(classes)):
+        raise DataError(f"{path}: predicted holds {unknown[0]!r}, which is not one of the classes {list(classes)}")
+    # So far apart that the softmax is exactly 0 or 1.
+    return np.where(predicted.to_numpy()[:, None] == np.array(classes), 0.0, -1e6)
 
 
 def _classes_of(frame: pd.DataFrame, path: Path) -> tuple[str, ...]:
     for prefix in ("logit_", "p_"):
         if found := tuple(column.removeprefix(prefix) for column in frame.columns if column.startswith(prefix)):
             return found
-    raise DataError(f"{path}: has no column p_<class> or logit_<class>; give each class one")
+    if "predicted" in frame:
+        return tuple(sorted({*frame["label"].astype(str), *frame["predicted"].astype(str)}))
+    raise DataError(f"{path}: has no column p_<class> or logit_<class>; give each class one, or a column predicted")
 
 
 def _foreign_logits(frame: pd.DataFrame, classes: tuple[str, ...], path: Path) -> NDArray[np.float64]:

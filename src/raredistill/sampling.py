@@ -6,19 +6,21 @@ import numpy as np
 
 from raredistill.errors import ConfigError
 
-# How strongly a class' share of an epoch follows its count: share ~ count ** power.
-POWERS = {"natural": 1.0, "sqrt": 0.5, "balanced": 0.0}
+# How strongly a class' share of an epoch follows its count: share ~ count ** power; of progressive sampling, in the last epoch.
+POWERS = {"natural": 1.0, "sqrt": 0.5, "balanced": 0.0, "progressive": 0.0}
 
 
-def epoch_order(labels: np.ndarray, *, sampler: str, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(labels: np.ndarray, *, sampler: str, seed: int, epoch: int, epochs: int = 1) -> np.ndarray:
     """Draw the order of an epoch.
 
     Args:
         labels: ``(N,)`` class indices.
         sampler: ``natural`` (each sample once), ``sqrt`` or ``balanced`` (class shares by the root of the counts, or equal; a class is
-            gone through without replacement before any of its samples comes again).
+            gone through without replacement before any of its samples comes again), or ``progressive`` (from natural shares in the first
+            epoch in equal steps to equal shares in the last).
         seed: of the run.
         epoch: from 0.
+        epochs: of the whole training, for ``progressive``.
 
     Returns:
         ``(N,)`` int64 positions into ``labels``.
@@ -35,9 +37,15 @@ def epoch_order(labels: np.ndarray, *, sampler: str, seed: int, epoch: int) -> n
     if sampler == "natural":
         return generator.permutation(len(labels)).astype(np.int64)
     present, counts = np.unique(labels, return_counts=True)
-    quotas = _quotas(counts ** POWERS[sampler], len(labels))
+    shares = _progressive(counts, epoch / max(epochs - 1, 1)) if sampler == "progressive" else counts ** POWERS[sampler]
+    quotas = _quotas(shares, len(labels))
     drawn = [_passes(np.flatnonzero(labels == label), quota, generator) for label, quota in zip(present, quotas, strict=True)]
     return generator.permutation(np.concatenate(drawn)).astype(np.int64)
+
+
+def _progressive(counts: np.ndarray, progress: float) -> np.ndarray:
+    shares: np.ndarray = (1 - progress) * counts / counts.sum() + progress / len(counts)
+    return shares
 
 
 def _quotas(shares: np.ndarray, total: int) -> np.ndarray:

@@ -236,6 +236,33 @@ def _check_classes(cohort: Cohort, split: Split, *, needs_validation: bool) -> N
             )
 
 
+def cross_fit(cohort: Cohort, split: Split, folds: int) -> list[Split]:
+    """Divide a split's training part by patient, so that each training patient is left out of one of ``folds`` smaller training parts.
+
+    Validation stays what it is; the left-out patients are the ``test`` side of each part, and the outer test patients are on no side.
+
+    Raises:
+        SplitError: a training part would lack a class.
+    """
+    people = Patients(cohort)
+    places = np.flatnonzero(np.isin(people.names, list(split.patients["train"])))
+    fewest = int(pd.Series(people.strata[places]).value_counts().min())
+    if fewest < folds:
+        raise SplitError(f"cross_fit: a class has {fewest} training patients in fold {split.fold}: too few for {folds} parts; use fewer")
+    cut = StratifiedKFold(folds, shuffle=True, random_state=split.fold)
+    parts = []
+    for kept, left in cut.split(places, people.strata[places]):
+        names = {"train": people.names[places[kept]], "validation": np.array(split.patients["validation"], dtype=object)}
+        names["test"] = people.names[places[left]]
+        # Rows come from the split, which may hold fewer than its patients have.
+        rows = {side: np.intersect1d(people.rows(names[side]), split.train) for side in ("train", "test")}
+        patients = {side: tuple(sorted(map(str, who))) for side, who in names.items()}
+        part = Split(split.repeat, split.fold, rows["train"], split.validation, rows["test"], patients)
+        _check_classes(cohort, part, needs_validation=False)
+        parts.append(part)
+    return parts
+
+
 def split_table(cohort: Cohort, splits: Sequence[Split]) -> pd.DataFrame:
     """Counts to look at before training: columns ``repeat, fold, side, class, slices, patients``."""
     records = []

@@ -283,14 +283,14 @@ def test_a_run_that_diverges_names_its_batch_and_its_last_good_checkpoint_and_th
 
 
 def test_out_of_memory_is_written_down_in_the_run(tiny_cohort, tmp_path, monkeypatch):
-    original = loop.Network.forward
+    original = loop.Network.features
 
-    def forward(self, images):
+    def features(self, images):
         if len(images) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
         return original(self, images)
 
-    monkeypatch.setattr(loop.Network, "forward", forward)
+    monkeypatch.setattr(loop.Network, "features", features)
     records = run_study(tiny_study(tiny_cohort), tmp_path / "s", Silent())
     assert {record["status"] for record in records} == {"done"}
     assert {record["micro_batch"] for record in records} == {4}

@@ -37,17 +37,13 @@ def test_a_pickle_of_any_name_is_refused_and_never_opened(tmp_path, name):
     assert not (tmp_path / "opened").exists()
 
 
-def test_a_pickle_as_start_or_teacher_fails_its_run_only(tiny_cohort, tmp_path):
+@pytest.mark.parametrize("use", ["teacher", "pretrained"])
+def test_a_pickle_as_start_or_teacher_is_refused_before_training(tiny_cohort, tmp_path, use):
     weights = tmp_path / "w.pth"
     weights.write_bytes(pickle.dumps(Payload(tmp_path / "opened")))
-    runs = [
-        {"name": "started", "model": "small_cnn", "pretrained": str(weights)},
-        {"name": "taught", "model": "small_cnn", "teacher": {"weights": str(weights)}},
-        {"name": "plain", "model": "small_cnn"},
-    ]
-    records = run_study(study(tiny_cohort, runs), tmp_path / "s", Silent())
-    assert {record["name"]: record["status"] for record in records} == {"started": "failed", "taught": "failed", "plain": "done"}
-    assert all("pickle can run code" in record["error"] for record in records if record["status"] == "failed")
+    run = {"name": "a", "model": "small_cnn", use: {"weights": str(weights)} if use == "teacher" else str(weights)}
+    with pytest.raises(CheckpointError, match="pickle can run code"):
+        study(tiny_cohort, [run])
     assert not (tmp_path / "opened").exists()
 
 

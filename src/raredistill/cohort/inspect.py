@@ -17,7 +17,8 @@ from raredistill.errors import DataError
 
 ALL = "all"
 _COLOUR = ("red", "green", "blue")
-_GENERATED = "generated data (phantom), not patients"
+GENERATED = "generated data (phantom), not patients"
+"""What is said wherever generated data appear."""
 
 
 def summary(cohort: Cohort) -> pd.DataFrame:
@@ -58,6 +59,18 @@ def patient_table(cohort: Cohort) -> pd.DataFrame:
     counts = pd.crosstab(samples["patient"], samples["label"]).reindex(columns=list(cohort.classes), fill_value=0)
     counts.insert(0, "patient_label", samples.groupby("patient")["patient_label"].first())
     return counts.rename_axis(columns=None)
+
+
+def rule_table(cohort: Cohort) -> pd.DataFrame:
+    """How the two label rules differ on the data: columns ``thesis``, ``default`` and ``slices``; empty where no rule was at work."""
+    pairs = [(*name.split(" / "), count) for name, count in cohort.provenance.get("tally", {}).items() if " / " in name]
+    rows = [(old.removeprefix("thesis "), new.removeprefix("default "), count) for old, new, count in pairs]
+    return pd.DataFrame(rows, columns=["thesis", "default", "slices"]).sort_values(["thesis", "default"], ignore_index=True)
+
+
+def is_generated(cohort: Cohort) -> bool:
+    """Whether the cohort comes from ``raredistill phantom``."""
+    return bool(cohort.provenance.get("settings", {}).get("generated"))
 
 
 def choose(cohort: Cohort, *, per_class: int, seed: int) -> dict[str, np.ndarray]:
@@ -131,4 +144,4 @@ def _caption(sample: pd.Series) -> str:
 def _title(cohort: Cohort, channel: str | None) -> str:
     parts = [cohort.name, "colour" if _is_colour(cohort, channel) else channel or cohort.channels[0], f"{len(cohort.samples)} slices"]
     parts += [f"{cohort.samples['patient'].nunique()} patients"]
-    return " · ".join(parts + ([_GENERATED] if cohort.provenance.get("settings", {}).get("generated") else []))
+    return " · ".join(parts + ([GENERATED] if is_generated(cohort) else []))

@@ -55,22 +55,23 @@ def merge_labels(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Voxels of any tumour label and voxels of oedema or enhancing tumour, each ``(n,)`` int64.
 
     Raises:
-        DataError: another label occurs.
+        DataError: another label occurs, or 3 and 4 both do: then they mean something else (BraTS-GLI 2024 calls a resection cavity 4).
     """
     tumour = np.zeros(len(mask), np.int64)
     active = np.zeros(len(mask), np.int64)
+    found: set[int] = set()
     for index, plane in enumerate(mask):
         if plane.any():
             values, counts = np.unique(plane[plane != 0], return_counts=True)
-            _check_labels(values)
+            found.update(values.tolist())
+            _check_labels(found)
             tumour[index], active[index] = counts.sum(), counts[values >= 2].sum()
     return tumour, active
 
 
-def _check_labels(values: np.ndarray) -> None:
-    unknown = [int(value) for value in values if value not in (1, 2, 3, 4)]
-    if unknown:
-        raise DataError(f"the segmentation holds the label(s) {unknown}; only 0 1 2 4 and 0 1 2 3 are known")
+def _check_labels(found: set[int]) -> None:
+    if not (found <= {1, 2, 4} or found <= {1, 2, 3}):
+        raise DataError(f"the segmentation holds the label(s) {sorted(found)[:8]}; only 0 1 2 4 and 0 1 2 3 are known")
 
 
 def label_slices(mask: np.ndarray, brain: np.ndarray, present: np.ndarray, *, rule: LabelRule) -> np.ndarray:

@@ -23,9 +23,11 @@ from raredistill.cohort.parallel import over_units
 from raredistill.cohort.sources import Problem, Source, Unit
 from raredistill.cohort.store import WORK, Cohort
 from raredistill.cohort.verify import decoding_error
-from raredistill.errors import DataError
+from raredistill.errors import ConfigError, DataError
 
 JOB = "job.json"
+SMALLEST, LARGEST = 8, 1024
+"""Pixels of a side of a sample."""
 TOLD = 20
 """Problems that one message lists before it only counts."""
 LIBRARIES = ("raredistill", "numpy", "torch", "nibabel", "h5py", "isal", "pillow")
@@ -58,8 +60,11 @@ def prepare(
         executor: processes that run already (``parallel.pool``), used in place of new ones; ``workers`` then says nothing.
 
     Raises:
+        ConfigError: the size is out of range.
         DataError: the source has errors (all are told), nothing is left, or ``out`` holds something else.
     """
+    if not all(SMALLEST <= side <= LARGEST for side in size):
+        raise ConfigError(f"size {size[0]} x {size[1]}: a side has from {SMALLEST} to {LARGEST} pixels")
     out, job = Path(out), _job(source, size)
     if (out / store.DESCRIPTION).exists():
         return _finished(out, job)
@@ -104,7 +109,8 @@ def _same_job(out: Path, found: dict[str, Any], job: dict[str, Any], what: str) 
     differing = [key for key in job if found.get(key) != _plain(job[key])]
     if differing:
         raise DataError(
-            f"{out} holds {what} with another {', '.join(differing)}; name another folder, or delete this one to prepare it anew"
+            f"{out} holds {what} that was made otherwise (what differs: {', '.join(differing)}); "
+            "name another folder, or delete this one to prepare it anew"
         )
 
 

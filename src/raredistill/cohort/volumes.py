@@ -65,7 +65,7 @@ def window(volume: np.ndarray, background: np.ndarray | float | None = None) -> 
         levels = _levels(volume, commonest(volume))
         brain, different, touched = _scan(volume, levels)
     if not touched.any():
-        raise DataError("holds nothing but background")
+        raise DataError(f"holds nothing above its background of {levels[0]:g}: it is constant, or bright and dark are exchanged")
     depth, rows, columns = _extent(brain > 0), _extent(touched.any(axis=1)), _extent(touched.any(axis=0))
     low, high = _range(volume[depth, rows, columns], levels[depth])
     return Window(low, high, brain, different > 0, (depth, rows, columns))

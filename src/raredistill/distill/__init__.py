@@ -1,5 +1,11 @@
 """Distillers: one file per family, each method a small class over a pure function."""
 
-from raredistill.distill.logits import bkd, dist, dive, dkd, kd
+from raredistill.distill.consistent import pckd
+from raredistill.distill.features import attention_transfer, contrastive, cosine_distance, hint, relational
+from raredistill.distill.imbalance import ltkd, xerm
+from raredistill.distill.logits import bkd, dist, dive, dkd, kd, standardised_kd
 
-__all__ = ["bkd", "dist", "dive", "dkd", "kd"]
+__all__ = [
+    "attention_transfer", "bkd", "contrastive", "cosine_distance", "dist", "dive", "dkd", "hint", "kd", "ltkd", "pckd", "relational",
+    "standardised_kd", "xerm",
+]  # fmt: skip

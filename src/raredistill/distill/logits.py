@@ -6,22 +6,15 @@ All include T squared, divide by the batch size, compute in float32 and let no g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raredistill.distill.contract import Checked, Labelled, Outputs, above_zero, not_negative
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(logits.float() / temperature, dim=1)
-
-
-def _kl(teacher_log: Tensor, student_log: Tensor) -> Tensor:
-    # KL(teacher || student), a mean over rows; both as logarithms, so that a probability that underflows gives 0 and not 0 * inf.
-    return F.kl_div(student_log, teacher_log.detach(), log_target=True, reduction="batchmean")
+from raredistill.distill.contract import Checked, Facts, Labelled, Outputs, above_zero, not_negative
+from raredistill.distill.softened import mean_divergence, softened
+from raredistill.losses import effective_number_weights
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -38,7 +31,30 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) ->
     References:
         Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, section 2.
     """
-    return _kl(_log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)) * temperature**2
+    return mean_divergence(softened(teacher_logits, temperature), softened(student_logits, temperature)) * temperature**2
+
+
+def standardised_kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    """Distillation of z-scored logits: the student need not match the teacher's scale and shift.
+
+    Args:
+        student_logits: ``(N, K)``, K at least 3: with two classes a z-scored row is always +-1.
+        teacher_logits: ``(N, K)``.
+        temperature: T, positive.
+
+    Returns:
+        Scalar in nats, a mean over the batch, times T squared.
+
+    References:
+        Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024, eq. 9.
+    """
+    return kd(_standardised(student_logits), _standardised(teacher_logits), temperature=temperature)
+
+
+def _standardised(logits: Tensor) -> Tensor:
+    centred = logits.float() - logits.float().mean(dim=1, keepdim=True)
+    # The small constant keeps the gradient finite for rows without variance.
+    return centred * (centred.square().mean(dim=1, keepdim=True) + 1e-12).rsqrt()
 
 
 def dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float, beta: float, temperature: float) -> Tensor:
@@ -59,10 +75,10 @@ def dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha
         Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, eq. 7.
     """
     mask = F.one_hot(target, student_logits.shape[1]).bool()
-    sides = [_log_softmax(logits, temperature) for logits in (teacher_logits, student_logits)]
-    target_part = _kl(*(_target_against_rest(side, mask) for side in sides))
+    sides = [softened(logits, temperature) for logits in (teacher_logits, student_logits)]
+    target_part = mean_divergence(*(_target_against_rest(side, mask) for side in sides))
     others = [F.log_softmax(side[~mask].view(len(target), -1), dim=1) for side in sides]
-    return (alpha * target_part + beta * _kl(*others)) * temperature**2
+    return (alpha * target_part + beta * mean_divergence(*others)) * temperature**2
 
 
 def _target_against_rest(log_probability: Tensor, mask: Tensor) -> Tensor:
@@ -86,8 +102,8 @@ def bkd(student_logits: Tensor, teacher_logits: Tensor, *, class_weights: Tensor
     References:
         Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, Neurocomputing 2023, eq. 8 (targets normalised again).
     """
-    shifted = _log_softmax(teacher_logits, temperature) + class_weights.float().log()
-    return _kl(F.log_softmax(shifted, dim=1), _log_softmax(student_logits, temperature)) * temperature**2
+    shifted = softened(teacher_logits, temperature) + class_weights.float().log()
+    return mean_divergence(F.log_softmax(shifted, dim=1), softened(student_logits, temperature)) * temperature**2
 
 
 def dive(student_logits: Tensor, teacher_logits: Tensor, *, power: float, temperature: float) -> Tensor:
@@ -105,8 +121,8 @@ def dive(student_logits: Tensor, teacher_logits: Tensor, *, power: float, temper
     References:
         He, Wu, Wei: Distilling Virtual Examples for Long-tailed Recognition, ICCV 2021, section 3.3.
     """
-    flattened = F.log_softmax(power * _log_softmax(teacher_logits, temperature), dim=1)
-    return _kl(flattened, _log_softmax(student_logits, temperature)) * temperature**2
+    flattened = F.log_softmax(power * softened(teacher_logits, temperature), dim=1)
+    return mean_divergence(flattened, softened(student_logits, temperature)) * temperature**2
 
 
 def dist(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, gamma: float, temperature: float) -> Tensor:
@@ -125,7 +141,7 @@ def dist(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, gamma: 
     References:
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, eq. 8 to 10.
     """
-    student, teacher = (_log_softmax(logits, temperature).exp() for logits in (student_logits, teacher_logits))
+    student, teacher = (softened(logits, temperature).exp() for logits in (student_logits, teacher_logits))
     teacher = teacher.detach()
     return (beta * _unlike(student, teacher) + gamma * _unlike(student.T, teacher.T)) * temperature**2
 
@@ -144,12 +160,29 @@ class KD(Checked):
     name: ClassVar[str] = "kd"
     family: ClassVar[str] = "logits"
     source: ClassVar[str] = "Hinton et al. 2015"
-    needs: ClassVar[str] = "logits"
-    min_classes: ClassVar[int] = 2
+    needs: ClassVar[tuple[str, ...]] = ("logits",)
+    zero_at_equal: ClassVar[bool] = True
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""
         return {"kd": kd(student.logits, teacher.logits, temperature=self.temperature)}
+
+
+@dataclass(frozen=True)
+class StandardisedKD(Checked):
+    """See ``standardised_kd``."""
+
+    temperature: float = above_zero(2.0)
+    name: ClassVar[str] = "standardised_kd"
+    family: ClassVar[str] = "logits"
+    source: ClassVar[str] = "Sun et al. 2024"
+    needs: ClassVar[tuple[str, ...]] = ("logits",)
+    min_classes: ClassVar[int] = 3
+    zero_at_equal: ClassVar[bool] = True
+
+    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """One term."""
+        return {"standardised_kd": standardised_kd(student.logits, teacher.logits, temperature=self.temperature)}
 
 
 @dataclass(frozen=True)
@@ -162,8 +195,9 @@ class DKD(Checked):
     name: ClassVar[str] = "dkd"
     family: ClassVar[str] = "logits"
     source: ClassVar[str] = "Zhao et al. 2022"
-    needs: ClassVar[str] = "logits"
+    needs: ClassVar[tuple[str, ...]] = ("logits", "labels")
     min_classes: ClassVar[int] = 3
+    zero_at_equal: ClassVar[bool] = True
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""
@@ -180,8 +214,12 @@ class BKD(Checked):
     name: ClassVar[str] = "bkd"
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "Zhang et al. 2023"
-    needs: ClassVar[str] = "logits"
-    min_classes: ClassVar[int] = 2
+    needs: ClassVar[tuple[str, ...]] = ("logits",)
+
+    @classmethod
+    def make(cls, facts: Facts, **options: Any) -> Self:
+        """Weigh classes by effective number."""
+        return cls(effective_number_weights(facts.counts), **options)
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""
@@ -197,8 +235,7 @@ class DiVE(Checked):
     name: ClassVar[str] = "dive"
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "He et al. 2021"
-    needs: ClassVar[str] = "logits"
-    min_classes: ClassVar[int] = 2
+    needs: ClassVar[tuple[str, ...]] = ("logits",)
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""
@@ -215,8 +252,9 @@ class DIST(Checked):
     name: ClassVar[str] = "dist"
     family: ClassVar[str] = "relations of logits"
     source: ClassVar[str] = "Huang et al. 2022"
-    needs: ClassVar[str] = "logits"
+    needs: ClassVar[tuple[str, ...]] = ("logits",)
     min_classes: ClassVar[int] = 3
+    zero_at_equal: ClassVar[bool] = True
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""

@@ -4,48 +4,94 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from raredistill.distill.contract import Method, hyperparameters
-from raredistill.distill.logits import BKD, DIST, DKD, KD, DiVE
+from raredistill.distill.consistent import PCKD
+from raredistill.distill.contract import Facts, Method, hyperparameters
+from raredistill.distill.features import CBD, CRD, RKD, AttentionTransfer, FitNet
+from raredistill.distill.imbalance import LTKD, XERM, ReliableKD
+from raredistill.distill.logits import BKD, DIST, DKD, KD, DiVE, StandardisedKD
 from raredistill.errors import ConfigError
-from raredistill.losses import did_you_mean, effective_number_weights
+from raredistill.losses import did_you_mean
 
-METHODS: dict[str, Any] = {method.name: method for method in (KD, DKD, BKD, DiVE, DIST)}
+METHODS: dict[str, Any] = {
+    method.name: method
+    for method in (
+        KD, StandardisedKD, DKD, DIST, FitNet, AttentionTransfer, RKD, CRD, BKD, DiVE, LTKD, XERM, CBD, ReliableKD, PCKD,
+    )
+}  # fmt: skip
 
 
-def make_method(name: str, *, counts: Tensor, classes: int, **options: float) -> Method:
+def make_method(name: str, facts: Facts, **options: Any) -> Method:
     """Build a distiller.
 
     Args:
         name: as ``raredistill methods`` lists it.
-        counts: ``(K,)`` training samples per class, for methods that weight classes; on the device of the training.
-        classes: K.
+        facts: what is known of the classes, the student and the teacher.
         options: hyper-parameters that differ from the published defaults.
 
     Raises:
-        ConfigError: the name or an option is unknown, a value is out of range, the method is not sound for so few classes, or a class that
-            it must weight has no training sample.
+        ConfigError: the name or an option is unknown, a value is out of range, the method is not sound for so few classes, or it asks for
+            what the teacher cannot give.
     """
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {name}{did_you_mean(name, METHODS)}; raredistill methods lists them")
-    family = METHODS[name]
-    if classes < family.min_classes:
-        raise ConfigError(f"method {name} carries no sound signal for {classes} classes (at least {family.min_classes}); use kd")
-    known = hyperparameters(family)
-    for option in options:
-        if option not in known:
-            raise ConfigError(f"method {name} has no option {option}{did_you_mean(option, known)}; it has {', '.join(known)}")
+    family = method_class(name, options)
+    if len(facts.counts) < family.min_classes:
+        raise ConfigError(f"method {name} carries no sound signal for {len(facts.counts)} classes (at least {family.min_classes}); use kd")
     try:
-        weights = {"class_weights": effective_number_weights(counts)} if _weighs_classes(family) else {}
-        made: Method = family(**weights, **options)
+        _check_teacher(family, facts, options)
+        made: Method = family.make(facts, **options)
     except ValueError as error:
         raise ConfigError(f"method {name}: {error}") from None
     return made
 
 
-def _weighs_classes(method: Any) -> bool:
-    return "class_weights" in method.__dataclass_fields__
+def method_class(name: str, options: dict[str, Any]) -> Any:
+    """The class of a distiller that has these options.
+
+    Raises:
+        ConfigError: the name or an option is unknown.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name}{did_you_mean(name, METHODS)}; raredistill methods lists them")
+    known = hyperparameters(METHODS[name])
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"method {name} has no option {option}{did_you_mean(option, known)}; it has {', '.join(known)}")
+    return METHODS[name]
+
+
+def _check_teacher(family: Any, facts: Facts, options: dict[str, Any]) -> None:
+    wants = family.wants(options)
+    if "prior" in wants and facts.prior is None:
+        raise ValueError(
+            f"it takes the carried class prior off {facts.teacher}, which is unknown; give it a validation part to estimate it on, "
+            "or train that teacher with cross_entropy, weighted_cross_entropy or balanced_softmax"
+        )
+    for need in ("features", "maps"):
+        if need in wants and not (facts.student_shape and facts.teacher_shape and getattr(facts.teacher_shape, need)):
+            raise ValueError(f"it compares {need}, but {facts.teacher} gives none; use a method of logits or one teacher that has them")
+    if "maps" in wants and facts.student_shape is not None and not facts.student_shape.maps:
+        raise ValueError("it compares maps, but the student gives none; use a method of logits or a convolutional student")
+    if family.name == BKD.name and facts.prior is not None:
+        _refuse_second_correction(facts.prior, facts)
+
+
+def _refuse_second_correction(prior: Tensor, facts: Facts) -> None:
+    training = (facts.counts / facts.counts.sum()).double().cpu()
+    carried = prior.double().cpu()
+    uniform = torch.full_like(training, 1 / len(training))
+    # Cross-fitted teachers see a little less than the training part, so their priors are near its prior, not equal to it.
+    if _apart(carried, training) > 0.5 * _apart(uniform, training):
+        shown = [[round(value, 3) for value in side.tolist()] for side in (carried, training)]
+        raise ValueError(
+            f"it weighs its teacher's outputs against the training prior {shown[1]}, but {facts.teacher} carries {shown[0]}: "
+            "a second correction of a corrected teacher overshoots; use kd or pckd, or train the teacher with cross_entropy"
+        )
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one.log() - other.log()).abs().max())
 
 
 def methods_table() -> list[dict[str, Any]]:
@@ -55,7 +101,7 @@ def methods_table() -> list[dict[str, Any]]:
             "name": method.name,
             "family": method.family,
             "source": method.source,
-            "needs": method.needs,
+            "needs": ", ".join(method.needs),
             "classes": f">= {method.min_classes}",
             "defaults": _defaults(method),
         }
@@ -64,5 +110,5 @@ def methods_table() -> list[dict[str, Any]]:
 
 
 def _defaults(method: Any) -> str:
-    shown = [f"{name}={option.default:g}" for name, option in hyperparameters(method).items()]
-    return ", ".join([*shown, *(["class weights by effective number"] if _weighs_classes(method) else [])])
+    shown = [f"{name}={option}" for name, option in hyperparameters(method).items()]
+    return ", ".join([*shown, *(["class weights by effective number"] if method is BKD else [])])

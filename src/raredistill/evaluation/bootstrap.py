@@ -5,37 +5,46 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import stats
 
 from raredistill.errors import ConfigError, DataError
-from raredistill.metrics import auprc, auroc, metrics_from_confusion
+from raredistill.evaluation.ranking import rank
+from raredistill.metrics import metrics_from_confusion
 from raredistill.predictions import Predictions
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Function = Callable[[Integers, Floats], float]
 Metric = str | Function
+Statistic = Callable[[Integers], Floats]
+Interval = Literal["percentile", "bca"]
 
 _OVERALL = ("macro_f1", "balanced_accuracy", "accuracy", "g_mean", "mcc", "kappa")
 _COUNTED = ("f1", "recall", "precision", "specificity")
-_RANKED = {"auprc": auprc, "auroc": auroc}
-_INTERVAL = (2.5, 97.5)
+_RANKED = ("auprc", "auroc")
+_TAILS = (0.025, 0.975)
 _BLOCK = 256
 
 
-def patient_bootstrap(predictions: Predictions, metric: Metric, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """A metric with its 95 % percentile interval over patients drawn with replacement within each patient class.
+def patient_bootstrap(
+    predictions: Predictions, metric: Metric, *, resamples: int = 2000, seed: int = 0, interval: Interval = "percentile"
+) -> tuple[float, float, float]:
+    """A metric with its 95 % interval over patients drawn with replacement within each patient class.
 
     Args:
-        predictions: one part of one checkpoint; rows of several folds, repeats and seeds are pooled; a patient comes with all of them.
+        predictions: one part of one checkpoint. The metric is that of a run, averaged over runs (see :func:`runs_of`); a patient that is
+            drawn comes with all rows.
         metric: ``macro_f1``, ``balanced_accuracy``, ``accuracy``, ``g_mean``, ``mcc``, ``kappa``; ``f1:CLASS``, ``recall:CLASS``,
             ``precision:CLASS``, ``specificity:CLASS``, ``auprc:CLASS``, ``auroc:CLASS``; or a function of labels ``(N,)`` and
             probabilities ``(N, K)``.
         resamples: draws.
         seed: of the draws.
+        interval: ``percentile``, or ``bca``, which corrects for bias and skew (Efron 1987; jackknife over patients within classes).
 
     Returns:
         Estimate, low, high.
@@ -44,10 +53,11 @@ def patient_bootstrap(predictions: Predictions, metric: Metric, *, resamples: in
         ConfigError: unknown metric or class.
         DataError: no rows, several parts or checkpoints, or the metric has no value on them.
     """
-    statistic, patients = _statistic(predictions, metric), _patients(predictions)
+    patients = _patients(predictions)
+    statistic = _over_runs(predictions, metric, patients)
     draws = np.concatenate([statistic(weights) for weights in _draws(patients, resamples, seed)])
-    estimate = float(statistic(np.ones((1, len(patients.strata)), dtype=np.int64))[0])
-    low, high = _interval(draws, estimate, metric)
+    estimate = float(statistic(_once(patients))[0])
+    low, high = _interval(draws, estimate, metric, _tails(interval, statistic, patients, draws, estimate))
     return estimate, low, high
 
 
@@ -57,7 +67,7 @@ def paired_patient_bootstrap(
     """The difference of a metric on the same patients, its 95 % interval and its two-sided p.
 
     Args:
-        a: one part of one checkpoint; several seeds are pooled, so each weighs the same.
+        a: one part of one checkpoint; averaged over runs as in :func:`patient_bootstrap`.
         b: predictions of the same samples in the same repeats.
         metric: as :func:`patient_bootstrap`.
         resamples: draws; both sides get the same patients.
@@ -70,14 +80,42 @@ def paired_patient_bootstrap(
         ConfigError: unknown metric or class.
         DataError: as :func:`patient_bootstrap`, or classes, samples or labels differ.
     """
+    difference, draws = paired_draws(a, b, metric, resamples=resamples, seed=seed)
+    low, high = _interval(draws, difference, metric, _TAILS)
+    return difference, low, high, p_of_draws(draws)
+
+
+def paired_draws(a: Predictions, b: Predictions, metric: Metric, *, resamples: int = 2000, seed: int = 0) -> tuple[float, Floats]:
+    """The difference a - b and its bootstrap draws ``(R,)``; the same seed draws the same patients for any two sides of a study.
+
+    Raises:
+        ConfigError: unknown metric or class.
+        DataError: as :func:`paired_patient_bootstrap`.
+    """
     patients = _patients(a)
-    left, right = _statistic(a, metric), _statistic(b, metric)
-    _check_same(a, b)
+    left, right = _over_runs(a, metric, patients), _over_runs(b, metric, _patients(b))
+    check_same(a, b)
     draws = np.concatenate([left(weights) - right(weights) for weights in _draws(patients, resamples, seed)])
-    once = np.ones((1, len(patients.strata)), dtype=np.int64)
-    difference = float((left(once) - right(once))[0])
-    low, high = _interval(draws, difference, metric)
-    return difference, low, high, _p_value(draws[~np.isnan(draws)])
+    return float((left(_once(patients)) - right(_once(patients)))[0]), draws
+
+
+def p_of_draws(draws: Floats) -> float:
+    """Two-sided p of a difference from its draws, NaN left out: twice the smaller tail beyond 0, one added to count and number."""
+    known = draws[~np.isnan(draws)]
+    tail = min(int((known <= 0).sum()), int((known >= 0).sum()))
+    return min(1.0, 2 * (tail + 1) / (len(known) + 1))
+
+
+def tested_once(predictions: Predictions) -> bool:
+    """Whether folds have test parts of their own (outer cross-validation), so that no two folds of a repeat test the same patient."""
+    table = predictions.table
+    return bool((table.groupby(["repeat", "patient"])["fold"].nunique() == 1).all())
+
+
+def runs_of(predictions: Predictions) -> list[Integers]:
+    """Rows of each run: a repeat and seed with all its folds where folds have test parts of their own, otherwise each fold by itself."""
+    keys = ["repeat", "seed"] if tested_once(predictions) else ["repeat", "fold", "seed"]
+    return [np.asarray(rows, dtype=np.int64) for rows in predictions.table.groupby(keys, sort=True).indices.values()]
 
 
 @dataclass(frozen=True)
@@ -90,7 +128,7 @@ def _patients(predictions: Predictions) -> _Patients:
     table = predictions.table
     if len(parts := set(zip(table["split"], table["checkpoint"], strict=True))) != 1:
         raise DataError(f"the bootstrap needs one part of one checkpoint, the table has {sorted(parts) or 'no rows'}; use predictions.part")
-    names, of_row = np.unique(table["patient"].to_numpy(dtype=str), return_inverse=True)
+    of_row, names = pd.factorize(table["patient"], sort=True)
     order = table["label"].value_counts().rank(method="first")
     rarest = table["label"].map(order).groupby(of_row).min().map({rank: name for name, rank in order.items()})
     carried = table["patient_label"].groupby(of_row).first()
@@ -111,32 +149,50 @@ def _draws(patients: _Patients, resamples: int, seed: int) -> Iterator[Integers]
         yield weights
 
 
-def _statistic(predictions: Predictions, metric: Metric) -> Callable[[Integers], Floats]:
-    """The metric as a function of how often each patient counts: ``(R, P)`` to ``(R,)``."""
+def _once(patients: _Patients) -> Integers:
+    return np.ones((1, len(patients.strata)), dtype=np.int64)
+
+
+def _over_runs(predictions: Predictions, metric: Metric, patients: _Patients) -> Statistic:
+    """The metric, averaged over runs, as a function of how often each patient counts: ``(R, P)`` to ``(R,)``."""
+    runs = runs_of(predictions)
+    number = len(patients.strata)
+    if len(runs) == 1:
+        return _statistic(predictions, metric, patients.of_row, number)
+    parts = [_statistic(predictions.rows(rows), metric, patients.of_row[rows], number) for rows in runs]
+    return lambda weights: np.mean([part(weights) for part in parts], axis=0)
+
+
+def _statistic(predictions: Predictions, metric: Metric, of_row: Integers, patients: int) -> Statistic:
     if not isinstance(metric, str):
-        return _looped(predictions, metric)
-    name, place = _parse(metric, predictions.classes)
-    if name in _RANKED:
-        rank = _RANKED[name]
-        return _looped(predictions, lambda label, probability: rank(label == place, probability[:, place]))
-    return _counted(predictions, name, place)
+        return _looped(predictions, metric, of_row)
+    name, place = parse_metric(metric, predictions.classes)
+    if name not in _RANKED:
+        return _counted(predictions, name, place, of_row, patients)
+    if predictions.hard:
+        raise DataError(f"{metric} needs probabilities, and only hard labels are known; choose f1, recall, precision or macro_f1")
+    ranking = rank(predictions.labels() == place, predictions.probabilities()[:, place], of_row, patients)
+    return ranking.auprc if name == "auprc" else ranking.auroc
 
 
-def _parse(metric: str, classes: tuple[str, ...]) -> tuple[str, int]:
+def parse_metric(metric: str, classes: tuple[str, ...]) -> tuple[str, int]:
+    """Name of a metric and index of its class (-1 without one).
+
+    Raises:
+        ConfigError: unknown metric or class.
+    """
     name, colon, which = metric.partition(":")
     known = [*_OVERALL, *(f"{each}:{label}" for each in (*_COUNTED, *_RANKED) for label in classes)]
     if metric not in known:
         near = difflib.get_close_matches(metric, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown metric {metric!r}{hint or ';'} known: {', '.join(known)}")
+        raise ConfigError(f"unknown metric {metric!r}{hint} (overall: {', '.join(_OVERALL)}; by class: f1:{classes[-1]} and so on)")
     return name, classes.index(which) if colon else -1
 
 
-def _counted(predictions: Predictions, name: str, place: int) -> Callable[[Integers], Floats]:
-    of_row = _patients(predictions).of_row
+def _counted(predictions: Predictions, name: str, place: int, of_row: Integers, patients: int) -> Statistic:
     classes = len(predictions.classes)
     cell = predictions.labels() * classes + predictions.probabilities().argmax(axis=1)
-    patients = int(of_row.max()) + 1
     counts = np.bincount(of_row * classes**2 + cell, minlength=patients * classes**2).reshape(patients, -1).astype(np.float64)
 
     def statistic(weights: Integers) -> Floats:
@@ -146,8 +202,7 @@ def _counted(predictions: Predictions, name: str, place: int) -> Callable[[Integ
     return statistic
 
 
-def _looped(predictions: Predictions, function: Function) -> Callable[[Integers], Floats]:
-    of_row = _patients(predictions).of_row
+def _looped(predictions: Predictions, function: Function, of_row: Integers) -> Statistic:
     label, probability = predictions.labels(), predictions.probabilities()
     rows = np.arange(len(label))
 
@@ -158,19 +213,39 @@ def _looped(predictions: Predictions, function: Function) -> Callable[[Integers]
     return statistic
 
 
-def _interval(draws: Floats, estimate: float, metric: Metric) -> tuple[float, float]:
-    if np.isnan(estimate) or np.isnan(draws).all():
-        raise DataError(f"{metric} has no value on these predictions: its class has no samples here; choose another class or part")
-    low, high = np.nanpercentile(draws, _INTERVAL)
+def _tails(interval: Interval, statistic: Statistic, patients: _Patients, draws: Floats, estimate: float) -> tuple[float, float]:
+    if interval == "percentile" or np.isnan(estimate):
+        return _TAILS
+    known = draws[~np.isnan(draws)]
+    below = ((known < estimate).mean() + (known <= estimate).mean()) / 2
+    bias = stats.norm.ppf(np.clip(below, 1e-6, 1 - 1e-6))
+    shifted = bias + stats.norm.ppf(_TAILS)
+    low, high = stats.norm.cdf(bias + shifted / (1 - _acceleration(statistic, patients) * shifted))
     return float(low), float(high)
 
 
-def _p_value(draws: Floats) -> float:
-    tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
-    return min(1.0, 2 * (tail + 1) / (len(draws) + 1))
+def _acceleration(statistic: Statistic, patients: _Patients) -> float:
+    """Skew of the jackknife over patients, each class about its own mean; 0 where leaving a patient out changes nothing."""
+    values = statistic(1 - np.eye(len(patients.strata), dtype=np.int64))
+    means = pd.Series(values).groupby(patients.strata).transform("mean").to_numpy(dtype=np.float64)
+    influence = np.nan_to_num(means - values)
+    spread = float((influence**2).sum() ** 1.5)
+    return float((influence**3).sum()) / (6 * spread) if spread else 0.0
 
 
-def _check_same(a: Predictions, b: Predictions) -> None:
+def _interval(draws: Floats, estimate: float, metric: Metric, tails: tuple[float, float]) -> tuple[float, float]:
+    if np.isnan(estimate) or np.isnan(draws).all():
+        raise DataError(f"{metric} has no value on these predictions: its class has no samples here; choose another class or part")
+    low, high = np.nanquantile(draws, tails)
+    return float(low), float(high)
+
+
+def check_same(a: Predictions, b: Predictions) -> None:
+    """Refuse two sides that do not predict the same samples.
+
+    Raises:
+        DataError: classes, samples or labels differ, or some samples were predicted more often than others.
+    """
     if a.classes != b.classes:
         raise DataError(f"the two tables have different classes: {list(a.classes)} and {list(b.classes)}; compare runs of one cohort")
     left, right = _samples(a), _samples(b)

@@ -1,4 +1,4 @@
-"""Tests over repeated splits, and the correction for many of them."""
+"""Tests of a difference between two methods, each for what it can show, and the correction for many of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from scipy.optimize import brentq
 
 from raredistill.errors import DataError
 
@@ -25,17 +26,174 @@ def corrected_resampled_t(differences: ArrayLike, *, train_size: float, test_siz
     Raises:
         DataError: fewer than two differences, one is not finite, a size is not positive.
     """
+    mean, spread, freedom = _corrected(differences, train_size, test_size)
+    if spread == 0:
+        return (math.copysign(math.inf, mean), 0.0) if mean else (0.0, 1.0)
+    t = mean / spread
+    return t, float(2 * stats.t.sf(abs(t), freedom))
+
+
+def corrected_interval(differences: ArrayLike, *, train_size: float, test_size: float, level: float = 0.95) -> tuple[float, float]:
+    """The interval of the mean difference that belongs to :func:`corrected_resampled_t`.
+
+    Args:
+        differences: ``(n,)``, one a split.
+        train_size: patients in a training side.
+        test_size: patients in a test side.
+        level: its confidence.
+
+    Raises:
+        DataError: as :func:`corrected_resampled_t`.
+    """
+    mean, spread, freedom = _corrected(differences, train_size, test_size)
+    half = float(stats.t.ppf((1 + level) / 2, freedom)) * spread
+    return mean - half, mean + half
+
+
+def bayesian_correlated_t(differences: ArrayLike, *, train_size: float, test_size: float, rope: float = 0.01) -> tuple[float, float, float]:
+    """Bayesian correlated t-test (Corani and Benavoli 2015): how probable is it that the methods are practically equal?
+
+    The posterior of the mean difference is Student's t about the observed mean with n - 1 degrees of freedom and the scale of the
+    corrected t-test (correlation rho = test / (train + test)).
+
+    Args:
+        differences: ``(n,)``, one a split.
+        train_size: patients in a training side.
+        test_size: patients in a test side.
+        rope: half the width of the region of practical equivalence, in units of the metric.
+
+    Returns:
+        Probabilities of worse than ``-rope``, equivalent, better than ``rope``; they add up to 1.
+
+    Raises:
+        DataError: as :func:`corrected_resampled_t`.
+    """
+    mean, spread, freedom = _corrected(differences, train_size, test_size)
+    if spread == 0:
+        return float(mean < -rope), float(abs(mean) <= rope), float(mean > rope)
+    worse = float(stats.t.cdf((-rope - mean) / spread, freedom))
+    better = float(stats.t.sf((rope - mean) / spread, freedom))
+    return worse, 1 - worse - better, better
+
+
+def corrected_error(differences: ArrayLike, *, train_size: float, test_size: float) -> float:
+    """Standard error of the mean difference in :func:`corrected_resampled_t`.
+
+    Raises:
+        DataError: as :func:`corrected_resampled_t`.
+    """
+    return _corrected(differences, train_size, test_size)[1]
+
+
+def detectable(error: float, freedom: float = math.inf, *, power: float = 0.8, level: float = 0.05) -> float:
+    """The smallest true difference that a two-sided test finds with the given power.
+
+    Args:
+        error: standard error of the difference.
+        freedom: degrees of freedom of the t-test; infinite for a normal one.
+        power: wanted.
+        level: of the test.
+
+    Returns:
+        In units of the metric; by the noncentral t distribution.
+    """
+    if error == 0:
+        return 0.0
+    if math.isinf(freedom):
+        return error * float(stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power))
+    critical = float(stats.t.ppf(1 - level / 2, freedom))
+
+    def lacking(shift: float) -> float:
+        return float(stats.nct.sf(critical, freedom, shift)) - power
+
+    return error * float(brentq(lacking, 0.0, 10 * critical + 10))
+
+
+def wilcoxon_over_datasets(differences: ArrayLike) -> tuple[float, float]:
+    """Wilcoxon's signed-rank test over data sets, which are independent; folds of one data set are not, so it is not for folds.
+
+    Args:
+        differences: ``(n,)``, one a data set.
+
+    Returns:
+        Two-sided exact p, and the smallest p that n data sets can reach, 2 / 2^n (five: 0.0625).
+
+    Raises:
+        DataError: fewer than two differences, or one is not finite.
+    """
+    values = np.asarray(differences, dtype=np.float64).ravel()
+    if len(values) < 2 or not np.isfinite(values).all():
+        raise DataError(f"Wilcoxon's test needs at least two finite differences, one a data set; it got {values.tolist()}")
+    smallest = min(1.0, 2.0 / 2 ** len(values))
+    return (float(stats.wilcoxon(values).pvalue) if values.any() else 1.0), smallest
+
+
+def mcnemar(first_right: ArrayLike, second_right: ArrayLike) -> tuple[int, int, float]:
+    """McNemar's exact test on samples that one side gets right and the other wrong; it takes samples as independent.
+
+    Args:
+        first_right: ``(N,)`` whether the first side is right.
+        second_right: ``(N,)`` whether the second is.
+
+    Returns:
+        Samples right by the first only, by the second only, and the two-sided p.
+
+    Raises:
+        DataError: different lengths.
+    """
+    first, second = np.asarray(first_right, dtype=bool).ravel(), np.asarray(second_right, dtype=bool).ravel()
+    if len(first) != len(second):
+        raise DataError(f"McNemar's test needs the same samples on both sides, not {len(first)} and {len(second)}")
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    apart = only_first + only_second
+    return only_first, only_second, float(stats.binomtest(only_first, apart).pvalue) if apart else 1.0
+
+
+def delong(positive: ArrayLike, first: ArrayLike, second: ArrayLike) -> tuple[float, float, float, float]:
+    """DeLong's test (1988) of two correlated areas under the ROC curve, by midranks (Sun and Xu 2014); rows must be independent: patients.
+
+    Args:
+        positive: ``(N,)`` whether a patient is of the class.
+        first: ``(N,)`` score of the first side.
+        second: ``(N,)`` score of the second side.
+
+    Returns:
+        Area of the first, area of the second, standard error of their difference, two-sided p.
+
+    Raises:
+        DataError: fewer than two positives or negatives.
+    """
+    truth = np.asarray(positive, dtype=bool).ravel()
+    if truth.sum() < 2 or (~truth).sum() < 2:
+        raise DataError(f"DeLong's test needs two patients of each kind, not {int(truth.sum())} and {int((~truth).sum())}")
+    parts = [_placements(truth, np.asarray(score, dtype=np.float64).ravel()) for score in (first, second)]
+    areas = [float(above.mean()) for above, _ in parts]
+    spread = [np.cov(np.stack([part[kind] for part in parts])) / len(parts[0][kind]) for kind in (0, 1)]
+    variance = float(sum(each[0, 0] + each[1, 1] - 2 * each[0, 1] for each in spread))
+    error = math.sqrt(max(variance, 0.0))
+    if error < 1e-12:
+        return areas[0], areas[1], 0.0, float(areas[0] == areas[1])
+    return areas[0], areas[1], error, float(2 * stats.norm.sf(abs(areas[0] - areas[1]) / error))
+
+
+def _placements(truth: NDArray[np.bool_], score: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Share of negatives below each positive, and of positives above each negative, ties counting half."""
+    together = stats.rankdata(score)
+    positives, negatives = int(truth.sum()), int((~truth).sum())
+    above = (together[truth] - stats.rankdata(score[truth])) / negatives
+    below = 1 - (together[~truth] - stats.rankdata(score[~truth])) / positives
+    return above, below
+
+
+def _corrected(differences: ArrayLike, train_size: float, test_size: float) -> tuple[float, float, int]:
+    """Mean, corrected standard error, degrees of freedom."""
     values = np.asarray(differences, dtype=np.float64).ravel()
     if len(values) < 2 or not np.isfinite(values).all():
         raise DataError(f"the corrected t-test needs at least two finite differences, one a split; it got {values.tolist()}")
     if train_size <= 0 or test_size <= 0:
         raise DataError(f"train_size and test_size are numbers of patients above 0, not {train_size} and {test_size}")
-    mean = float(values.mean())
-    spread = math.sqrt(float(values.var(ddof=1)) * (1 / len(values) + test_size / train_size))
-    if spread == 0:
-        return (math.copysign(math.inf, mean), 0.0) if mean else (0.0, 1.0)
-    t = mean / spread
-    return t, float(2 * stats.t.sf(abs(t), len(values) - 1))
+    error = math.sqrt(float(values.var(ddof=1)) * (1 / len(values) + test_size / train_size))
+    return float(values.mean()), error, len(values) - 1
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

@@ -109,6 +109,17 @@ def facts(name: str, *, channels: int, classes: int, image_size: int, head: str 
     return ModelFacts(parameters, counter.get_total_flops(), parameters * _BYTES_PER_WEIGHT)
 
 
+@cache
+def widths(name: str, *, channels: int, image_size: int) -> tuple[int, tuple[int, ...]]:
+    """Width of a network's features and of its feature maps, without computing anything.
+
+    Raises:
+        ConfigError: as :func:`create`.
+    """
+    with torch.device("meta"):
+        return create(name, channels=channels, classes=2, image_size=image_size).widths()
+
+
 def restore(path: Path) -> tuple[Network, Promise]:
     """Build the network of a checkpoint, with its weights and its normalisation, on the CPU.
 

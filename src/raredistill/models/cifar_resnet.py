@@ -21,6 +21,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         blocks = (depth - 2) // 6
         self.first_conv = "stem"
+        self.feature_info = [{"module": f"stages.{stage}"} for stage in range(3)]
         self.stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(16)
         self.stages = nn.Sequential(_stage(16, 16, blocks, 1), _stage(16, 32, blocks, 2), _stage(32, 64, blocks, 2))

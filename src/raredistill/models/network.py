@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from raredistill.errors import ConfigError
+from raredistill.losses import COSINE_SCALE
 
 _THESIS_WIDTH = 256
 
@@ -24,7 +27,33 @@ def thesis_head(features: int, classes: int, dropout: float) -> nn.Module:
     )
 
 
-HEADS: dict[str, Callable[[int, int, float], nn.Module]] = {"linear": linear_head, "thesis": thesis_head}
+class CosineHead(nn.Module):
+    """Dropout, then cosines between the features and one direction a class, times a fixed scale: what margins in angle need.
+
+    References:
+        Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019, section 3.2.
+    """
+
+    def __init__(self, features: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.weight = nn.Parameter(torch.empty(classes, features))
+        nn.init.xavier_normal_(self.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features ``(N, F)`` to logits ``(N, K)`` in [-scale, scale]."""
+        return COSINE_SCALE * F.linear(F.normalize(self.dropout(features), dim=1), F.normalize(self.weight, dim=1))
+
+
+HEADS: dict[str, Callable[[int, int, float], nn.Module]] = {"linear": linear_head, "thesis": thesis_head, "cosine": CosineHead}
+
+
+class Seen(NamedTuple):
+    """All that a network makes of images: ``logits (N, K)``, ``features (N, F)`` and, if asked for, ``maps`` of each stage."""
+
+    logits: Tensor
+    features: Tensor
+    maps: tuple[Tensor, ...]
 
 
 class Network(nn.Module):
@@ -69,6 +98,36 @@ class Network(nn.Module):
         """Map images ``(N, C, H, W)`` in [0, 1] to pooled features ``(N, F)``."""
         features: Tensor = self.body((images - self._mean) / self._std)
         return features
+
+    def see(self, images: Tensor, *, maps: bool = False) -> Seen:
+        """Map images ``(N, C, H, W)`` in [0, 1] to logits and what they came from.
+
+        Args:
+            images: as for :meth:`forward`.
+            maps: also the map ``(N, C, H, W)`` of each stage, shallow to deep; none of a network that has no maps.
+        """
+        caught: list[Tensor] = []
+        # Hooks live for this call only, so two methods in one process never share them.
+        hooks = [stage.register_forward_hook(lambda _, __, output: caught.append(output)) for stage in self._stages()] if maps else []
+        try:
+            features = self.features(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Seen(self.head(features), features, tuple(each for each in caught if each.ndim == 4))
+
+    def _stages(self) -> list[nn.Module]:
+        # timm's networks list the modules at the end of their stages, as entries or in an object that holds them.
+        listed = getattr(self.body, "feature_info", ())
+        return [self.body.get_submodule(stage["module"]) for stage in getattr(listed, "info", listed)]
+
+    @torch.no_grad()
+    def widths(self) -> tuple[int, tuple[int, ...]]:
+        """Width of the features, and of the maps of its stages (none where it has no maps)."""
+        training = self.training
+        seen = self.eval().see(torch.zeros(1, self.channels, self.image_size, self.image_size, device=self._mean.device), maps=True)
+        self.train(training)
+        return seen.features.shape[1], tuple(each.shape[1] for each in seen.maps)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``."""

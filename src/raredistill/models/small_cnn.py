@@ -18,6 +18,7 @@ class SmallCNN(nn.Module):
         super().__init__()
         widths = (32, 64, 128, 256)
         self.first_conv = "blocks.0.0"
+        self.feature_info = [{"module": f"blocks.{stage}"} for stage in range(len(widths))]
         self.blocks = nn.Sequential(*(_block(narrow, wide) for narrow, wide in zip((channels, *widths), widths, strict=False)))
 
     def forward(self, images: Tensor) -> Tensor:

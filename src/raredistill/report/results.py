@@ -61,6 +61,8 @@ def read_results(study: Path) -> Results:
     if not (study / "study.json").is_file():
         raise DataError(f"{study}: no study.json there; name the folder given to raredistill study --out")
     description = read_json(study / "study.json")
+    # Their test sides are training patients of the study's folds: teachers are means, not results.
+    description["runs"] = [run for run in description["runs"] if run["kind"] != "cross-fitted teacher"]
     tables, epochs = {}, {}
     for run in description["runs"]:
         folder = study / "runs" / run["id"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +26,9 @@ ASIDE = ("cli.py", "config.py", "console.py", "demo.yaml", "phantom.py", "cohort
 """Rooms that no run's numbers depend on: the cohort itself has its own hash."""
 
 
-def origin(device: str, teacher: Path | None) -> dict[str, dict[str, str]]:
-    """What a run's numbers depend on beside what names it: versions, device, the files of the program, and the teacher's weights."""
-    files = {} if teacher is None or not teacher.is_file() else {"teacher": content_hash(teacher)}
+def origin(device: str, teachers: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """What a run's numbers depend on beside what names it: versions, device, the files of the program, and its teachers' weights."""
+    files = {f"teacher {name}": content_hash(file) for name, file in teachers.items() if file.is_file()}
     return {"versions": {**versions(), "device": device}, "code": code(), "files": files}
 
 

@@ -6,6 +6,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,23 +16,27 @@ import torch
 from lightning.fabric import Fabric
 
 from raredistill import checkpoint, predictions
-from raredistill.augment import PRESETS
+from raredistill.augment import MIXINGS, PRESETS
 from raredistill.batches import Batches
 from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort
-from raredistill.distill.registry import make_method
+from raredistill.distill.consistent import taught_prior
+from raredistill.distill.contract import Facts
+from raredistill.distill.registry import METHODS, make_method
 from raredistill.errors import DataError
 from raredistill.files import lock_if_free, write_text
-from raredistill.losses import carried_prior, make_loss
-from raredistill.models import Network, create, facts
+from raredistill.losses import carried_prior, class_weights, make_loss
+from raredistill.models import Network, facts
 from raredistill.study.board import Board
 from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside
-from raredistill.study.plan import External, Run
+from raredistill.study.plan import Entry, External, Run
 from raredistill.study.predict import plain_batches, prediction_table
-from raredistill.study.teachers import check_start, load_teacher, patients_before, teacher_channels, teacher_file, teacher_name
+from raredistill.study.stages import second_stage
+from raredistill.study.teachers import network_of, patients_before, peers_of, teach, teacher_channels, teacher_files, teacher_name
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import DivergedError, Fitted, fit, predict_logits
-from raredistill.training.objectives import Distilled, Objective, Supervised
+from raredistill.training.objectives import Deferred, Distilled, Objective, Supervised
+from raredistill.training.online import Together
 from raredistill.training.resume import Keeper
 
 Record = dict[str, Any]
@@ -70,7 +75,7 @@ def execute(plan: Sequence[Run], cohort: Cohort, out: Path, watcher: Watcher, on
     records: dict[str, Record] = {}
     waiting = list(plan)
     while waiting:
-        for run in [run for run in waiting if run.teacher is None or run.teacher.id in records]:
+        for run in [run for run in waiting if all(teacher.id in records for teacher in run.teachers)]:
             with lock_if_free(lock_of(out, run.id)) as ours:
                 if not ours:
                     continue
@@ -92,7 +97,7 @@ def refuse_changed(plan: Sequence[Run], out: Path) -> None:
     """
     for run in plan:
         settings = run.entry.settings
-        now = origin(make_fabric(settings.accelerator, settings.precision).device.type, None)
+        now = origin(make_fabric(settings.accelerator, settings.precision).device.type, {})
         # Its teacher's weights are compared when its turn comes: until then they may be made anew.
         check_origin(out / "runs" / run.id, {part: now[part] for part in ("versions", "code")})
 
@@ -103,8 +108,8 @@ def lock_of(out: Path, run: str) -> Path:
 
 
 def _one(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping[str, Record]) -> tuple[Record, bool]:
-    if run.teacher is not None and records[run.teacher.id]["status"] == "failed":
-        return {**describe(run, cohort), "status": "failed", "error": f"its teacher {run.teacher.id} failed"}, False
+    if failed := [teacher.id for teacher in run.teachers if records[teacher.id]["status"] == "failed"]:
+        return {**describe(run, cohort), "status": "failed", "error": f"its teacher {failed[0]} failed"}, False
     folder, failure = out / "runs" / run.id, out / "runs" / f"{run.id}.error.txt"
     remarks: list[str] = []
     if folder.is_dir():
@@ -130,13 +135,25 @@ def describe(run: Run, cohort: Cohort) -> Record:
     entry, teacher = run.entry, run.entry.teacher
     size = facts(entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0], head=entry.head)
     return {
-        "id": run.id, "name": entry.name, "kind": "baseline" if teacher is None else "distilled", "direction": direction(run, cohort),
-        "model": entry.model, "loss": entry.settings.loss, "method": "" if teacher is None else entry.method,
+        "id": run.id, "name": entry.name, "kind": _kind(run), "direction": direction(run, cohort),
+        "model": entry.model, "loss": _recipe(entry), "method": "" if teacher is None else entry.method,
         "teacher": run.teacher.id if run.teacher else "", "teacher_name": teacher_name(teacher),
         "external_teacher": isinstance(teacher, External) and teacher.external,
         "channels": list(entry.channels), "repeat": run.split.repeat, "fold": run.split.fold, "seed": run.seed,
         "status": "waiting", "error": "", "parameters": size.parameters, "flops": size.flops, "bytes": size.bytes,
     }  # fmt: skip
+
+
+def _recipe(entry: Entry) -> str:
+    # What is left of a run without its teacher: its fair control is the baseline of that loss.
+    own = "" if entry.teacher is None else METHODS[entry.method].own_loss
+    return (replace(entry.settings, loss=own) if own else entry.settings).recipe
+
+
+def _kind(run: Run) -> str:
+    if run.part is not None:
+        return "cross-fitted teacher"
+    return "baseline" if run.entry.teacher is None else "distilled"
 
 
 def direction(run: Run, cohort: Cohort) -> str:
@@ -154,23 +171,25 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: li
     settings = run.entry.settings
     watcher.run_started(run, settings.epochs)
     fabric = make_fabric(settings.accelerator, settings.precision)
-    now = origin(fabric.device.type, teacher_file(run, folder.parent))
+    now = origin(fabric.device.type, teacher_files(run, folder.parent))
     draft = open_draft(folder, now)
     torch.manual_seed(fold_seed(run))
-    network = _network(run, cohort)
+    patients_before(run.entry, cohort, run.split)  # refused here where they leak
+    network = network_of(run.entry, cohort)
     keeper = Keeper(draft)
     try:
         fitted = _fit(run, cohort, network, fabric, draft, watcher, keeper)
     except DivergedError as error:
         raise FloatingPointError(_told(error, run, cohort, network, draft)) from error
     start = time.perf_counter()
+    stage = second_stage(run, cohort, network, fitted, fabric, seed=fold_seed(run))
     _save_checkpoints(run, cohort, network, fitted, draft)
     _save_predictions(run, cohort, network, fitted, fabric, draft)
     seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
     record = {
         **describe(run, cohort), "status": "done", "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch,
         "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch, "remarks": [*remarks, *keeper.remarks, *_halved(run, fitted)],
-        "made_with": now,
+        "made_with": now, **stage,
     }  # fmt: skip
     finish(folder, record)
     return record
@@ -201,16 +220,6 @@ def fold_seed(run: Run) -> int:
     return run.seed + 1000 * run.split.fold + 100_000 * run.split.repeat
 
 
-def _network(run: Run, cohort: Cohort) -> Network:
-    entry = run.entry
-    check_start(run, cohort)
-    given = None if entry.mean is None or entry.std is None else ([entry.mean] * len(entry.channels), [entry.std] * len(entry.channels))
-    return create(
-        entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0],
-        pretrained=entry.pretrained, head=entry.head, dropout=entry.dropout, normalisation=given,
-    )  # fmt: skip
-
-
 def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path, watcher: Watcher, keeper: Keeper) -> Fitted:
     with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, Board(draft / "tensorboard") as board:
 
@@ -222,7 +231,7 @@ def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path
 
         channels, train, validation = _batches(run, cohort, fabric)
         return fit(
-            network, make_objective(run, cohort, fabric, draft.parent), train, validation, settings=run.entry.settings,
+            network, make_objective(run, cohort, network, fabric, draft.parent), train, validation, settings=run.entry.settings,
             channels=channels, classes=cohort.classes, fabric=fabric, on_epoch=on_epoch, keeper=keeper,
         )  # fmt: skip
 
@@ -241,22 +250,30 @@ def _batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...],
     wanted = (*channels, *(name for name in teacher_channels(run) if name not in channels))
     train = Batches(
         cohort, run.split.train, channels=wanted, batch_size=settings.batch_size, device=fabric.device, sampler=settings.sampler,
-        augmentation=PRESETS[settings.augmentation], seed=fold_seed(run), residence=settings.residence,
+        epochs=settings.epochs, augmentation=PRESETS[settings.augmentation], mixing=MIXINGS[settings.mixing],
+        seed=fold_seed(run), residence=settings.residence,
         drop_last=len(run.split.train) > settings.batch_size,
     )  # fmt: skip
     validation = plain_batches(cohort, run.split.validation, channels, fabric, settings.residence) if len(run.split.validation) else None
     return channels, train, validation
 
 
-def make_objective(run: Run, cohort: Cohort, fabric: Fabric, runs: Path) -> Objective:
-    """The terms that a run minimises, with its teacher loaded and checked."""
-    entry = run.entry
+def make_objective(run: Run, cohort: Cohort, network: Network, fabric: Fabric, runs: Path) -> Objective:
+    """The terms that a run minimises, with its teachers loaded and checked."""
+    entry, settings = run.entry, run.entry.settings
     counts = torch.from_numpy(_counts(run, cohort)).to(fabric.device)
-    loss = make_loss(entry.settings.loss, counts=counts, **entry.settings.loss_options)
+    loss = make_loss(settings.loss, counts=counts, **settings.loss_options)
+    deferred = None if settings.deferred == "none" else Deferred(class_weights(settings.deferred, counts), settings.deferred_epoch)
     if entry.teacher is None:
-        return Supervised(loss)
-    method = make_method(entry.method, counts=counts, classes=len(cohort.classes), **entry.method_options)
-    return Distilled(loss, method, load_teacher(run, cohort, fabric, runs), ce_weight=entry.ce_weight, kd_weight=entry.kd_weight)
+        return Supervised(loss, deferred)
+    weights = {"ce_weight": entry.ce_weight, "kd_weight": entry.kd_weight}
+    if run.peers:
+        method = make_method(entry.method, Facts(counts, classes=cohort.classes), **entry.method_options)
+        peers = peers_of(run, cohort, counts=counts)
+        return Together(loss, method, peers, fabric, mutual=entry.online == "mutual", deferred=deferred, **weights)
+    teacher, facts = teach(run, cohort, network, fabric, runs, counts=counts)
+    method = make_method(entry.method, facts, **entry.method_options)
+    return Distilled(loss, method, teacher, deferred=deferred, **weights)
 
 
 def _counts(run: Run, cohort: Cohort) -> np.ndarray:
@@ -271,7 +288,7 @@ def _save_checkpoints(run: Run, cohort: Cohort, network: Network, fitted: Fitted
 
 def _promise(run: Run, cohort: Cohort, network: Network) -> Promise:
     entry = run.entry
-    patients = {*cohort.samples["patient"].to_numpy()[run.split.train], *patients_before(run)}
+    patients = {*cohort.samples["patient"].to_numpy()[run.split.train], *patients_before(entry, cohort, run.split)}
     return Promise(
         model=entry.model, head=entry.head, dropout=entry.dropout, classes=cohort.classes, channels=entry.channels,
         image_size=cohort.size[0], mean=tuple(network.mean), std=tuple(network.std), prior=_prior(run, cohort),
@@ -280,11 +297,17 @@ def _promise(run: Run, cohort: Cohort, network: Network) -> Promise:
 
 
 def _prior(run: Run, cohort: Cohort) -> tuple[float, ...] | None:
-    # What a student's logits carry also depends on its teacher's: unknown.
-    if run.entry.teacher is not None:
+    counts, settings = torch.from_numpy(_counts(run, cohort)), run.entry.settings
+    if settings.stage in ("crt", "lws"):
+        return tuple([1 / len(cohort.classes)] * len(cohort.classes))
+    if settings.stage != "none":
         return None
-    settings = run.entry.settings
-    return carried_prior(settings.loss, counts=torch.from_numpy(_counts(run, cohort)), sampler=settings.sampler, **settings.loss_options)
+    if run.entry.teacher is not None:
+        # What a student's logits carry also depends on its teacher's: only a consistent method says it.
+        return taught_prior(run.entry.method, counts, run.entry.method_options)
+    if settings.mixing != "none":
+        return None
+    return carried_prior(settings.loss, counts=counts, sampler=settings.sampler, deferred=settings.deferred, **settings.loss_options)
 
 
 def _save_predictions(run: Run, cohort: Cohort, network: Network, fitted: Fitted, fabric: Fabric, draft: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from raredistill.files import fingerprint, sha256
 from raredistill.splits import Split
 from raredistill.training.settings import Settings
 
+Divide = Callable[[Split, int], list[Split]]
 LONGEST_NAME = 80
 FOLDER_NAME = re.compile(rf"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{{0,{LONGEST_NAME - 1}}}")
 
@@ -56,9 +57,12 @@ class Entry:
         pretrained: no, timm's hub, or a local safetensors file.
         mean: normalisation of local weights where it differs from timm's record of that network; with ``std``.
         std: see ``mean``.
-        head: ``linear`` or ``thesis``.
+        head: ``linear``, ``thesis`` or ``cosine``.
         dropout: before the classifier.
-        teacher: another entry's name, a teacher from elsewhere, or nobody.
+        teacher: another entry's name, several names (their probabilities are averaged), a teacher from elsewhere, or nobody.
+        cross_fit: train that many copies of the teacher, each without a part of the training patients, whom it then teaches; 0 for one
+            teacher trained on them all.
+        online: the teacher learns beside the student, ``one_way`` or ``mutual`` (from the student, too); ``no`` for a trained teacher.
         method: distiller, when there is a teacher.
         method_options: its hyper-parameters.
         ce_weight: of the supervised loss, when there is a teacher.
@@ -74,26 +78,66 @@ class Entry:
     std: float | None = None
     head: str = "linear"
     dropout: float = 0.0
-    teacher: str | External | None = None
+    teacher: str | tuple[str, ...] | External | None = None
+    cross_fit: int = 0
+    online: str = "no"
     method: str = "kd"
-    method_options: dict[str, float] = field(default_factory=dict)
+    method_options: dict[str, Any] = field(default_factory=dict)
     ce_weight: float = 1.0
     kd_weight: float = 1.0
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the entries that teach it."""
+        if isinstance(self.teacher, str):
+            return (self.teacher,)
+        return self.teacher if isinstance(self.teacher, tuple) else ()
 
 
 @dataclass(frozen=True)
 class Run:
-    """One entry on one fold with one seed. ``id`` names it; ``teacher`` is the run it waits for."""
+    """One entry on one fold with one seed.
+
+    Attributes:
+        id: its name.
+        entry: what is trained.
+        split: on whom.
+        seed: of everything random.
+        teachers: the runs it waits for, more than one for an ensemble or for cross-fitted teachers.
+        peers: entries whose networks learn beside its own.
+        part: for a cross-fitted teacher, which part of the training patients it leaves out; None for a line of the study.
+    """
 
     id: str
     entry: Entry
     split: Split
     seed: int
-    teacher: Run | None
+    teachers: tuple[Run, ...] = ()
+    peers: tuple[Entry, ...] = ()
+    part: int | None = None
+
+    @property
+    def teacher(self) -> Run | None:
+        """The first of its teachers."""
+        return self.teachers[0] if self.teachers else None
 
 
-def make_plan(entries: Sequence[Entry], splits: Sequence[Split], seeds: Sequence[int], *, cohort_hash: str) -> list[Run]:
-    """Order the runs so that each comes after its teacher; a teacher is trained once per fold and seed and shared by its students.
+def make_plan(
+    entries: Sequence[Entry],
+    splits: Sequence[Split],
+    seeds: Sequence[int],
+    *,
+    cohort_hash: str,
+    divide: Callable[[Split, int], list[Split]],
+) -> list[Run]:
+    """Order the runs so that each comes after its teachers; a teacher is trained once per fold and seed and shared by its students.
+
+    Args:
+        entries: lines of the study.
+        splits: folds.
+        seeds: repetitions.
+        cohort_hash: of what all of them read.
+        divide: cuts the training part of a split for cross-fitted teachers; see :func:`raredistill.splits.cross_fit`.
 
     Raises:
         ConfigError: two entries share a name, a teacher is unknown, or entries wait for each other in a circle.
@@ -102,28 +146,59 @@ def make_plan(entries: Sequence[Entry], splits: Sequence[Split], seeds: Sequence
     runs: list[Run] = []
     for split in splits:
         for seed in seeds:
-            runs.extend(_cell(order, split, seed, cohort_hash))
+            runs.extend(_Cell(split, seed, cohort_hash, divide).runs(order))
     return runs
 
 
-def _cell(order: Sequence[Entry], split: Split, seed: int, cohort_hash: str) -> Iterator[Run]:
-    done: dict[str, Run] = {}
-    for entry in order:
-        teacher = done[entry.teacher] if isinstance(entry.teacher, str) else None
-        done[entry.name] = Run(_name(entry, split, seed, teacher, cohort_hash), entry, split, seed, teacher)
-        yield done[entry.name]
+class _Cell:
+    """The runs of one split and seed."""
+
+    def __init__(self, split: Split, seed: int, cohort_hash: str, divide: Divide) -> None:
+        self.split, self.seed, self.cohort_hash, self.divide = split, seed, cohort_hash, divide
+        self.done: dict[str, Run] = {}
+        self.crossed: dict[tuple[str, int], tuple[Run, ...]] = {}
+
+    def runs(self, order: Sequence[Entry]) -> Iterator[Run]:
+        for entry in order:
+            if entry.cross_fit:
+                yield from self._cross(entry)
+                teachers = self.crossed[entry.teachers[0], entry.cross_fit]
+            else:
+                teachers = () if entry.online != "no" else tuple(self.done[name] for name in entry.teachers)
+            self.done[entry.name] = self._run(entry, self.split, teachers)
+            yield self.done[entry.name]
+
+    def _cross(self, entry: Entry) -> Iterator[Run]:
+        key = entry.teachers[0], entry.cross_fit
+        if key not in self.crossed:
+            teacher = self.done[key[0]].entry
+            parts = enumerate(self.divide(self.split, entry.cross_fit))
+            self.crossed[key] = tuple(
+                self._run(replace(teacher, name=f"{teacher.name}-part{number}of{entry.cross_fit}"), part, (), number)
+                for number, part in parts
+            )
+            yield from self.crossed[key]
+
+    def _run(self, entry: Entry, split: Split, teachers: tuple[Run, ...], part: int | None = None) -> Run:
+        peers = tuple(self.done[name].entry for name in entry.teachers) if entry.online != "no" else ()
+        return Run(_name(entry, split, self.seed, teachers, peers, self.cohort_hash), entry, split, self.seed, teachers, peers, part)
 
 
-def _name(entry: Entry, split: Split, seed: int, teacher: Run | None, cohort_hash: str) -> str:
+def _name(entry: Entry, split: Split, seed: int, teachers: Sequence[Run], peers: Sequence[Entry], cohort_hash: str) -> str:
     determines: dict[str, Any] = {
-        "entry": {key: value for key, value in asdict(entry).items() if key not in ("name", "teacher")},
-        "teacher": teacher.id.rsplit("-", 1)[1] if teacher else _external(entry.teacher),
+        "entry": _settings_of(entry),
+        "teacher": [teacher.id.rsplit("-", 1)[1] for teacher in teachers] or _external(entry.teacher if not peers else None),
+        "peers": [{**_settings_of(peer), "pretrained": _file_of(peer.pretrained)} for peer in peers],
         "pretrained": _file_of(entry.pretrained),
         "cohort": cohort_hash,
         "split": split.hash,
         "seed": seed,
     }
     return f"{entry.name}-r{split.repeat}f{split.fold}s{seed}-{fingerprint(_plain(determines))[:10]}"
+
+
+def _settings_of(entry: Entry) -> dict[str, Any]:
+    return {key: value for key, value in asdict(entry).items() if key not in ("name", "teacher")}
 
 
 def _external(teacher: Any) -> Any:
@@ -170,4 +245,4 @@ def _in_order(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _is_ready(entry: Entry, done: Sequence[str]) -> bool:
-    return not isinstance(entry.teacher, str) or entry.teacher in done
+    return set(entry.teachers) <= set(done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from raredistill.cohort.store import Cohort
 from raredistill.errors import DataError
 from raredistill.files import claim_folder, lock_if_free, locked, read_json, write_json
-from raredistill.splits import Split, save_split, split_table
+from raredistill.splits import Split, cross_fit, save_split, split_table
 from raredistill.study.execute import Record, Watcher, describe, execute, lock_of, refuse_changed
 from raredistill.study.plan import Entry, Run, make_plan
 
@@ -40,7 +41,7 @@ class Study:
 
     def plan(self) -> list[Run]:
         """The runs in the order in which they are carried out."""
-        return make_plan(self.entries, self.splits, self.seeds, cohort_hash=self.cohort.hash)
+        return make_plan(self.entries, self.splits, self.seeds, cohort_hash=self.cohort.hash, divide=partial(cross_fit, self.cohort))
 
     def counts(self) -> pd.DataFrame:
         """Slices and patients by split, side and class: what to look at before training."""

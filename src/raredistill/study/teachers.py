@@ -2,79 +2,212 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import torch
 from lightning.fabric import Fabric
+from torch import Tensor
 
+from raredistill import predictions
+from raredistill.batches import Batch
 from raredistill.checkpoint import Promise, load, read_safetensors
 from raredistill.cohort.store import Cohort
+from raredistill.distill.consistent import corrects
+from raredistill.distill.contract import Facts, Outputs, Shape
+from raredistill.distill.imbalance import shrunk_recall
+from raredistill.distill.registry import method_class
 from raredistill.errors import CheckpointError, ConfigError
+from raredistill.losses import estimate_prior, make_loss
 from raredistill.models import Network, create, restore
-from raredistill.study.plan import External, Run
-from raredistill.training.teacher import Teacher, check_patients, check_teacher
+from raredistill.sampling import POWERS
+from raredistill.splits import Split
+from raredistill.study.plan import Entry, External, Run
+from raredistill.training.online import Peer
+from raredistill.training.teacher import CrossFitted, Ensemble, Teacher, check_patients, check_teacher
+
+Taught = Callable[[Batch], Outputs]
 
 
-def load_teacher(run: Run, cohort: Cohort, fabric: Fabric, runs: Path) -> Teacher:
-    """The teacher of a run, from this study or from elsewhere, refused where it does not fit."""
-    if isinstance(run.entry.teacher, External):
-        network, promise = _external_promise(run.entry.teacher)
-    elif (file := teacher_file(run, runs)) is not None:
-        network, promise = restore(file)
-    else:
-        raise ConfigError(f"{run.entry.name} has no teacher")
-    check_teacher(
-        promise, name=teacher_name(run.entry.teacher), classes=cohort.classes, channels=cohort.channels, held_out=held_out(run, cohort)
-    )
-    return Teacher(network, promise, fabric)
+def teach(run: Run, cohort: Cohort, network: Network, fabric: Fabric, runs: Path, *, counts: Tensor) -> tuple[Taught, Facts]:
+    """The teacher of a run, and what its method may know of it.
 
-
-def held_out(run: Run, cohort: Cohort) -> set[str]:
-    """The validation and test patients of a run: nothing that it learns from may have seen them."""
-    return set(cohort.samples["patient"].to_numpy()[np.concatenate([run.split.validation, run.split.test])])
-
-
-def check_start(run: Run, cohort: Cohort) -> None:
-    """Refuse to start from weights that have seen held-out patients.
+    Args:
+        run: the student's.
+        cohort: what both read.
+        network: the student.
+        fabric: the device.
+        runs: folder of the finished runs.
+        counts: ``(K,)`` training samples of the student per class.
 
     Raises:
-        CheckpointError: they have, or they are a checkpoint that does not tell.
+        CheckpointError: a teacher does not fit the cohort, or has seen held-out patients.
     """
-    if (promise := _start(run)) is not None:
-        check_patients(promise, f"the pre-trained weights {run.entry.pretrained}", held_out(run, cohort))
+    wants = method_class(run.entry.method, run.entry.method_options).wants(run.entry.method_options)
+    teachers = _teachers(run, cohort, fabric, runs, maps="maps" in wants)
+    alone = len(teachers) == 1 or run.entry.cross_fit
+    taught = teachers[0] if len(teachers) == 1 else _together(run, cohort, teachers)
+    facts = Facts(
+        counts=counts, share=counts.float() ** POWERS[run.entry.settings.sampler], classes=cohort.classes, background=_background(cohort),
+        teacher=teacher_name(run.entry.teacher), prior=_prior(teachers, taught),
+        reliability=_reliability(run, cohort, teachers, runs) if "reliability" in wants else None,
+        student_shape=Shape(*network.widths()), teacher_shape=Shape(*teachers[0].widths()) if alone else None,
+    )  # fmt: skip
+    return taught, facts
 
 
-def patients_before(run: Run) -> set[str]:
-    """Patients whom the weights that a run starts from, or its teacher from elsewhere, have seen, as far as their files tell."""
-    external = _external_promise(run.entry.teacher)[1] if isinstance(run.entry.teacher, External) else None
-    known = [promise.training_patients for promise in (_start(run), external) if promise is not None]
-    return {patient for patients in known for patient in patients or ()}
+def _background(cohort: Cohort) -> int | None:
+    return None if cohort.background is None else cohort.classes.index(cohort.background)
 
 
-def _start(run: Run) -> Promise | None:
-    # Plain weights say nothing of patients; a checkpoint does.
-    path = run.entry.pretrained
-    return load(path)[1] if isinstance(path, Path) and read_safetensors(path)[1].get("kind") else None
+def _teachers(run: Run, cohort: Cohort, fabric: Fabric, runs: Path, *, maps: bool) -> list[Teacher]:
+    made = []
+    for name, network, promise, prior in _sources(run, runs):
+        _check(promise, name, cohort, run.split)
+        made.append(Teacher(network, promise, fabric, maps=maps, prior=prior))
+    return made
 
 
-def teacher_file(run: Run, runs: Path) -> Path | None:
-    """The checkpoint of a teacher from this study; none without one."""
-    return runs / run.teacher.id / "best.safetensors" if run.teacher is not None else None
+def _sources(run: Run, runs: Path) -> Iterator[tuple[str, Network, Promise, Sequence[float] | None]]:
+    if isinstance(run.entry.teacher, External):
+        yield (teacher_name(run.entry.teacher), *_external_promise(run.entry.teacher), None)
+    for teacher, file in zip(run.teachers, teacher_files(run, runs).values(), strict=True):
+        network, promise = restore(file)
+        yield teacher.entry.name, network, promise, None if promise.prior is not None else _estimated(teacher, runs)
+
+
+def _estimated(teacher: Run, runs: Path) -> list[float] | None:
+    # Validation patients gave no gradients to the teacher.
+    logits, labels = _seen_by(teacher, runs, "validation")
+    if len(set(labels.tolist())) < logits.shape[1]:
+        return None
+    prior: list[float] = estimate_prior(logits, labels).tolist()
+    return prior
+
+
+def _seen_by(teacher: Run, runs: Path, part: str) -> tuple[Tensor, Tensor]:
+    """Logits and labels of a part, none where the teacher has no such part."""
+    found = predictions.read(runs / teacher.id / "predictions.parquet")
+    kept = found.table[(found.table["split"] == part) & (found.table["checkpoint"] == "best")]
+    labels = pd.Categorical(kept["label"], categories=found.classes).codes.astype(np.int64)
+    logits = np.array(kept["logits"].to_list(), dtype=np.float64).reshape(-1, len(found.classes))
+    return torch.from_numpy(logits), torch.from_numpy(labels)
+
+
+def _together(run: Run, cohort: Cohort, teachers: Sequence[Teacher]) -> Ensemble | CrossFitted:
+    if not run.entry.cross_fit:
+        return Ensemble(teachers)
+    owner = torch.zeros(len(cohort.samples), dtype=torch.int64)
+    for number, teacher in enumerate(run.teachers):
+        owner[torch.from_numpy(teacher.split.test)] = number
+    return CrossFitted(teachers, owner)
+
+
+def _prior(teachers: Sequence[Teacher], taught: Teacher | Ensemble | CrossFitted) -> Tensor | None:
+    if not isinstance(taught, CrossFitted):
+        return None if taught.log_prior is None else taught.log_prior.exp()
+    known = [teacher.log_prior.exp() for teacher in teachers if teacher.log_prior is not None]
+    return torch.stack(known).mean(dim=0) if len(known) == len(teachers) else None
+
+
+def _reliability(run: Run, cohort: Cohort, teachers: Sequence[Teacher], runs: Path) -> Tensor | None:
+    """Recalls of the corrected teachers: out of fold where they are cross-fitted, on validation otherwise; None without either."""
+    part = "test" if run.entry.cross_fit else "validation"
+    options = run.entry.method_options
+    shift = corrects(run.entry.method, options) * options.get("tau", 1.0)
+    found = []
+    for source, teacher in zip(run.teachers, teachers, strict=False):
+        logits, labels = _seen_by(source, runs, part)
+        prior = 0.0 if teacher.log_prior is None else teacher.log_prior.cpu().double()
+        found.append(((logits - shift * prior).argmax(dim=1), labels))
+    if not found or not len(found[0][1]):
+        return None
+    predicted, target = (torch.cat(side) for side in zip(*found, strict=True))
+    return shrunk_recall(predicted, target, classes=len(cohort.classes))
+
+
+def check_external(teacher: External, cohort: Cohort, splits: Sequence[Split]) -> None:
+    """Refuse a teacher from elsewhere that does not fit one of the splits, before anything is trained.
+
+    Raises:
+        CheckpointError: it cannot be read, lacks what it must say of itself, or does not fit.
+    """
+    _, promise = _external_promise(teacher)
+    for split in splits:
+        _check(promise, teacher_name(teacher), cohort, split)
+
+
+def _check(promise: Promise, name: str, cohort: Cohort, split: Split) -> None:
+    check_teacher(promise, name=name, classes=cohort.classes, channels=cohort.channels, held_out=_held_out(cohort, split))
+    if promise.image_size != cohort.size[0]:
+        raise CheckpointError(
+            f"teacher {name} was trained on {promise.image_size} pixels, {cohort.root} has {cohort.size[0]}: "
+            f"prepare the cohort with --size {promise.image_size}"
+        )
+
+
+def _held_out(cohort: Cohort, split: Split) -> set[str]:
+    """Nothing that a run learns from may have seen these patients."""
+    return set(cohort.samples["patient"].to_numpy()[np.concatenate([split.validation, split.test])])
+
+
+def patients_before(entry: Entry, cohort: Cohort, split: Split) -> set[str]:
+    """Patients whom an entry's pre-trained weights, or its teacher from elsewhere, have seen, as far as their files tell.
+
+    Raises:
+        CheckpointError: the weights have seen some who are held out, or are a checkpoint that does not tell.
+    """
+    teacher = _external_promise(entry.teacher)[1].training_patients if isinstance(entry.teacher, External) else ()
+    path = entry.pretrained
+    if isinstance(path, bool) or not read_safetensors(path)[1].get("kind"):
+        return set(teacher or ())
+    promise = load(path)[1]
+    check_patients(promise, f"the pre-trained weights {path}", _held_out(cohort, split))
+    return {*(teacher or ()), *(promise.training_patients or ())}
+
+
+def teacher_files(run: Run, runs: Path) -> dict[str, Path]:
+    """The checkpoints of the teachers that this study trains, by the names of their runs."""
+    return {teacher.id: runs / teacher.id / "best.safetensors" for teacher in run.teachers}
+
+
+def network_of(entry: Entry, cohort: Cohort) -> Network:
+    """An entry's network as it begins to train.
+
+    Raises:
+        ConfigError: unknown name, or an image size that it cannot take.
+        CheckpointError: pre-trained weights that cannot be had or do not fit.
+    """
+    given = None if entry.mean is None or entry.std is None else ([entry.mean] * len(entry.channels), [entry.std] * len(entry.channels))
+    return create(
+        entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0],
+        pretrained=entry.pretrained, head=entry.head, dropout=entry.dropout, normalisation=given,
+    )  # fmt: skip
+
+
+def peers_of(run: Run, cohort: Cohort, *, counts: Tensor) -> list[Peer]:
+    """The networks that learn beside a run's own, each with its own loss and channels."""
+    return [
+        Peer(network_of(peer, cohort), peer.channels, make_loss(peer.settings.loss, counts=counts, **peer.settings.loss_options))
+        for peer in run.peers
+    ]
 
 
 def teacher_channels(run: Run) -> tuple[str, ...]:
-    """Channels that a run's teacher takes; none without a teacher."""
-    if run.teacher is not None:
-        return run.teacher.entry.channels
+    """Channels that a run's teachers or peers take; none without them."""
+    if entries := [*(teacher.entry for teacher in run.teachers), *run.peers]:
+        return tuple(dict.fromkeys(channel for entry in entries for channel in entry.channels))
     return _external_promise(run.entry.teacher)[1].channels if isinstance(run.entry.teacher, External) else ()
 
 
-def teacher_name(teacher: str | External | None) -> str:
+def teacher_name(teacher: str | tuple[str, ...] | External | None) -> str:
     """How a teacher is called in reports and messages."""
     if isinstance(teacher, External):
         return teacher.weights.stem
-    return teacher or ""
+    return " + ".join(teacher) if isinstance(teacher, tuple) else teacher or ""
 
 
 def _external_promise(teacher: External) -> tuple[Network, Promise]:

@@ -19,11 +19,10 @@ from raredistill.distill.contract import Outputs
 from raredistill.metrics import metrics_from_confusion
 from raredistill.models import Network
 from raredistill.training.objectives import Objective
-from raredistill.training.optimizers import learning_rate, make_optimizer, set_learning_rate
+from raredistill.training.optimizers import climb, learning_rate, make_optimizer, set_learning_rate
 from raredistill.training.resume import (
     Keeper,
     State,
-    Stateful,
     load_optimizer_state,
     load_random_state,
     named,
@@ -130,7 +129,8 @@ class Trainer:
         self.settings, self.channels, self.classes, self.fabric = settings, channels, classes, fabric
         self.objective = objective
         self.network = network
-        self.model, self.optimizer = fabric.setup(network, make_optimizer(network, settings))
+        self.model, self.optimizer = fabric.setup(network, make_optimizer(network, settings, objective.trainable))
+        self.model.mark_forward_method("see")
         self.average = _moving_average(network, settings.ema_decay)
         self.fitted = Fitted()
         self.micro_batches = 1
@@ -150,7 +150,8 @@ class Trainer:
         epoch = len(self.fitted.epochs)
         self.model.train()
         for batch in train.epoch(epoch, self.steps):
-            set_learning_rate(self.optimizer, learning_rate(self.settings, epoch + (self.steps + 1) / len(train)))
+            # The middle of the step: a warm-up wastes no step at rate 0, and an epoch's last step is not yet the next epoch's.
+            set_learning_rate(self.optimizer, learning_rate(self.settings, epoch + (self.steps + 0.5) / len(train)))
             with whole():
                 self.tally.add(*self._counted(batch))
                 self.steps += 1
@@ -189,6 +190,10 @@ class Trainer:
     def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """One optimiser step on a batch; returns the detached terms and logits, still on the device."""
         terms, logits = self._slope(batch)
+        if self.settings.sam_rho is not None:
+            back = climb(self.network.parameters(), self.settings.sam_rho)
+            self._slope(batch)
+            back()
         if self.settings.clip_norm is not None:
             # What is not finite shows in the loss, which is looked at without stopping the device at every step.
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.settings.clip_norm, error_if_nonfinite=False)
@@ -224,7 +229,8 @@ class Trainer:
 
     def _pass(self, batch: Batch, share: float) -> tuple[dict[str, Tensor], Tensor]:
         # Terms are means over the batch, so those of its parts add up by their shares of the samples.
-        student = Outputs(logits=self.model(batch.select(self.channels)))
+        seen = self.model.see(batch.select(self.channels), maps=self.objective.maps)
+        student = Outputs(seen.logits, seen.features, seen.maps)
         terms = {name: term * share for name, term in self.objective(batch, student).items()}
         self.fabric.backward(torch.stack(list(terms.values())).sum())
         return {name: term.detach() for name, term in terms.items()}, student.logits.detach()
@@ -242,7 +248,7 @@ class Trainer:
             "network": self.network.state_dict(), "optimizer": moments, "best": self.fitted.best, "terms": self.tally.terms,
             "tally": {"confusion": self.tally.confusion}, "random": random_state(self.fabric.device),
             "average": {} if self.average is None else self.average.state_dict(),
-            "objective": self.objective.state_dict() if isinstance(self.objective, Stateful) else {},
+            "beside": {} if self.objective.trainable is None else self.objective.trainable.state_dict(),
         }  # fmt: skip
         fitted = {name: getattr(self.fitted, name) for name in ("best_epoch", "best_score", "epochs", "micro_batch")}
         facts = {
@@ -258,8 +264,8 @@ class Trainer:
         load_optimizer_state(self.optimizer, state.part("optimizer"), facts["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state.part("average"))
-        if isinstance(self.objective, Stateful):
-            self.objective.load_state_dict(state.part("objective"))
+        if self.objective.trainable is not None:
+            self.objective.trainable.load_state_dict(state.part("beside"))
         self.fitted = Fitted(best=state.part("best"), **facts["fitted"])
         self.steps, self.seconds, self.micro_batches = facts["steps"], facts["seconds"], facts["micro_batches"]
         self.tally.load(state.part("tally")["confusion"].to(device), state.part("terms"), facts["samples"], self.steps)

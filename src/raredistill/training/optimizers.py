@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -10,9 +11,16 @@ from torch import nn
 from raredistill.training.settings import Settings
 
 
-def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Build the optimiser over the trainable parameters; weights and biases form two groups with their own decay."""
-    named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+def make_optimizer(network: nn.Module, settings: Settings, beside: nn.Module | None = None) -> torch.optim.Optimizer:
+    """Build the optimiser over the trainable parameters; weights and biases form two groups with their own decay.
+
+    Args:
+        network: what is trained.
+        settings: which optimiser.
+        beside: a method's own layers, trained along and thrown away.
+    """
+    modules = [network] if beside is None else [network, beside]
+    named = [each for module in modules for each in module.named_parameters() if each[1].requires_grad]
     bias_decay = settings.weight_decay if settings.bias_weight_decay is None else settings.bias_weight_decay
     groups = [
         {"params": [p for name, p in named if not name.endswith("bias")], "weight_decay": settings.weight_decay},
@@ -22,6 +30,27 @@ def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimi
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
     family = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     return family(groups, lr=settings.learning_rate)
+
+
+@torch.no_grad()
+def climb(parameters: Iterable[nn.Parameter], radius: float) -> Callable[[], None]:
+    """Move weights by ``radius`` along their gradient, to the worst place near by; returns what moves them back.
+
+    References:
+        Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR 2021, eq. 2.
+    """
+    moved = [(weight, weight.detach().clone()) for weight in parameters if weight.grad is not None]
+    gradients = [weight.grad for weight, _ in moved]
+    norm = torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm()
+    for weight, _ in moved:
+        weight.add_(weight.grad * (radius / (norm + 1e-12)))
+
+    @torch.no_grad()
+    def back() -> None:
+        for weight, before in moved:
+            weight.copy_(before)
+
+    return back
 
 
 def learning_rate(settings: Settings, epoch: float) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +19,9 @@ from raredistill import checkpoint
 from raredistill.errors import CheckpointError
 
 SAVE_EVERY = 60.0
-"""Seconds of training that a crash can cost, when a state is written within ``AFFORDED`` seconds; else in proportion more."""
+"""Seconds of training that a crash can cost, where writing a state takes at most ``AFFORDED`` seconds; else more in proportion."""
 AFFORDED = 1.0
 SLOTS = ("state-a.safetensors", "state-b.safetensors")
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """An objective that keeps something between steps, such as averages or a queue, says so with these two."""
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """Everything that the next step depends on."""
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
-        """Go on from what ``state_dict`` gave."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le
 
@@ -29,9 +29,15 @@ class Settings:
         ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated; none when not given.
         select: the validation metric that chooses the best checkpoint; ``last`` takes the last epoch, as does a split without validation.
         patience: stop after so many epochs without improvement; never when not given.
-        sampler: order of samples: ``natural``, ``sqrt`` or ``balanced``.
-        augmentation: preset: ``none``, ``default`` or ``thesis``.
+        sampler: order of samples: ``natural``, ``sqrt``, ``balanced`` or ``progressive``.
+        augmentation: preset: ``none``, ``default``, ``thesis`` or ``cifar`` (crops after padding by 4, and flips).
+        mixing: of samples with partners: ``none``, ``mixup`` or ``remix``.
         loss: name of the supervised loss; ``loss_options`` are its hyper-parameters.
+        deferred: class weights on any loss from ``deferred_epoch`` on: ``none``, ``inverse``, ``sqrt`` or ``effective``.
+        sam_rho: radius of sharpness-aware minimisation (two passes a step); plain steps when not given.
+        stage: second stage of the trained classifier: ``none``, ``crt`` (re-training on balanced classes), ``lws`` (learnt scale of each
+            class), ``tau_norm`` or ``logit_adjustment`` (tau of both chosen on validation by ``select``, or macro F1).
+        stage_epochs: of ``crt`` and ``lws``.
         precision: ``32-true`` or ``bf16-mixed`` (Lightning Fabric's names).
         accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         residence: whether pixels stay on the device: ``auto``, ``resident`` or ``streamed``.
@@ -55,10 +61,35 @@ class Settings:
     ema_decay: Annotated[float, Gt(0), Interval(lt=1)] | None = None
     select: Metric = "macro_f1"
     patience: Count | None = None
-    sampler: Literal["natural", "sqrt", "balanced"] = "natural"
-    augmentation: Literal["none", "default", "thesis"] = "default"
+    sampler: Literal["natural", "sqrt", "balanced", "progressive"] = "natural"
+    augmentation: Literal["none", "default", "thesis", "cifar"] = "default"
+    mixing: Literal["none", "mixup", "remix"] = "none"
     loss: str = "cross_entropy"
-    loss_options: dict[str, float] = field(default_factory=dict)
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    deferred: Literal["none", "inverse", "sqrt", "effective"] = "none"
+    deferred_epoch: Annotated[int, Ge(0)] = 0
+    sam_rho: Positive | None = None
+    stage: Literal["none", "crt", "lws", "tau_norm", "logit_adjustment"] = "none"
+    stage_epochs: Count = 10
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     residence: Literal["auto", "resident", "streamed"] = "auto"
+
+    @property
+    def recipe(self) -> str:
+        """The loss with all that changes what it weighs, as reports call it: two baselines of one recipe differ by their network only."""
+        extras = {
+            f"deferred {self.deferred}": self.deferred != "none",
+            f"{self.sampler} sampling": self.sampler != "natural",
+            self.mixing: self.mixing != "none",
+            "sam": self.sam_rho is not None,
+            self.stage: self.stage != "none",
+        }
+        return ", ".join([self.loss, *(extra for extra, given in extras.items() if given)])
+
+
+def choices_table() -> list[dict[str, str]]:
+    """What ``raredistill methods`` prints beside losses and distillers: every setting that is one of a few names."""
+    hints = get_type_hints(Settings)
+    chosen = ("sampler", "mixing", "deferred", "stage", "optimizer", "augmentation")
+    return [{"setting": f"training.{name}", "one of": ", ".join(get_args(hints[name]))} for name in chosen]

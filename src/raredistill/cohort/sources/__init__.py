@@ -54,6 +54,8 @@ class Source(Protocol):
 
     kind: str
     channels: tuple[str, ...]
+    counted: str
+    """What its units are, for people: patients, images."""
 
     def units(self) -> list[Unit]:
         """Patients in a stable order."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +22,15 @@ from raredistill.errors import DataError
 
 _PARTS = (("train", "train"), ("val", "validation"), ("test", "test"))
 _LAYOUTS = ("{}_images", "{}_labels"), ("x_{}", "y_{}")
+# What zipfile and numpy are known to raise on damaged files; a password and an unknown compression are RuntimeErrors.
+_UNREADABLE = (
+    OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error,
+    lzma.LZMAError, struct.error, tokenize.TokenError,
+)  # fmt: skip
+_LARGEST_SAMPLE = 2**26
+_LARGEST_LABELS = 2**28
+_LARGEST_ARRAY = 2**32
+_MOST_CLASSES = 2**16
 _CHUNK_SAMPLES = 4096
 _CHUNK_BYTES = 128 * 2**20
 
@@ -56,6 +68,7 @@ class Arrays:
     """
 
     kind = "arrays"
+    counted = "blocks of images"
     channels: tuple[str, ...]
 
     def __init__(
@@ -77,6 +90,10 @@ class Arrays:
         with _member(self._path, images) as (_, shape, dtype, _):
             if len(shape) != 3 and not (len(shape) == 4 and shape[3] in (1, 3)):
                 raise DataError(f"{self._path}: {images} has the shape {shape}; it must be (N, H, W), (N, H, W, 1) or (N, H, W, 3)")
+            if min(shape) < 1 or np.prod(shape[1:], dtype=np.float64) > _LARGEST_SAMPLE or dtype.kind not in "uifb":
+                raise DataError(
+                    f"{self._path}: {images} is {dtype} of shape {shape}; needed are numbers, at most {_LARGEST_SAMPLE} an image"
+                )
             if shape[0] != len(labels):
                 raise DataError(f"{self._path}: {images} has {shape[0]} samples but {len(labels)} labels; export it again")
         named = labels if labels.dtype.kind == "U" else np.array(self._classes)[labels]
@@ -134,7 +151,7 @@ def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
         archive = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; name an .npz file") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as .npz ({error}); fetch or export it again") from None
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise DataError(f"{path}: is a single array; save images and labels together with numpy.savez")
@@ -164,9 +181,12 @@ def _labels(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
 
 
 def _small(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
+    with _member(path, name) as (_, shape, dtype, _):
+        if np.prod(shape, dtype=np.float64) * dtype.itemsize > _LARGEST_LABELS:
+            raise DataError(f"{path}: {name} of shape {shape} claims more than {_LARGEST_LABELS} bytes; export it again")
     try:
         return np.asarray(archive[name])
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path}: {name} cannot be read ({error}); save it as numbers or plain strings") from None
 
 
@@ -184,6 +204,8 @@ def _class_names(labels: list[np.ndarray], names: Sequence[str] | None, path: Pa
         if unknown:
             raise DataError(f"{path}: labels {', '.join(unknown)} are not among the classes; name every class")
         return tuple(names if names is not None else found.tolist())
+    if not len(found) or found[-1] >= _MOST_CLASSES:
+        raise DataError(f"{path}: {'no sample has a label' if not len(found) else f'a label is {found[-1]}'}; labels count classes from 0")
     chosen = tuple(names) if names is not None else tuple(str(index) for index in range(int(found[-1]) + 1))
     if found[0] < 0 or found[-1] >= len(chosen):
         raise DataError(f"{path}: labels run from {found[0]} to {found[-1]}, but there are {len(chosen)} class names; name every class")
@@ -203,15 +225,17 @@ def _member(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...],
             if dtype.hasobject:
                 raise DataError(f"{path}: {name} is pickled, which is not safe to read; save it as numbers")
             yield stream, shape, dtype, fortran
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path}: {name} cannot be read ({error}); fetch or export the file again") from None
 
 
 def _rows(path: Path, part: _Part, first: int, last: int) -> np.ndarray:
     """Samples ``first`` to ``last`` of a part without holding the rest in memory."""
     with _member(path, part.images) as (stream, shape, dtype, fortran):
+        if fortran and np.prod(shape, dtype=np.float64) * dtype.itemsize > _LARGEST_ARRAY:
+            raise DataError(f"{path}: {part.images} is too large to be read in Fortran order; save it in C order")
         if fortran:
-            return np.frombuffer(stream.read(), dtype).reshape(shape, order="F")[first:last]
+            return np.frombuffer(stream.read(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape, order="F")[first:last]
         size = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
         stream.seek(first * size, 1)
         return np.frombuffer(stream.read((last - first) * size), dtype).reshape(last - first, *shape[1:])

@@ -15,6 +15,7 @@ from raredistill.cohort.labels import LabelRule
 from raredistill.cohort.sources import Problem, Slices, Unit
 from raredistill.cohort.volumes import Renderer
 from raredistill.errors import ConfigError, DataError
+from raredistill.files import sha256
 
 CHANNELS = ("flair", "t1", "t1ce", "t2")
 GRADES = ("HGG", "LGG")
@@ -39,6 +40,11 @@ def choose_channels(channels: Sequence[str]) -> tuple[str, ...]:
     return chosen
 
 
+NO_TABLE = Problem(
+    "error", "", "", "no table of grades", f"put {MAPPING} beside the cases, or name a CSV with the columns patient,grade as grades=FILE"
+)
+
+
 @dataclass(frozen=True)
 class Grades:
     """Patient -> grade as a table tells it.
@@ -53,12 +59,12 @@ class Grades:
     values: dict[str, str]
     conflicts: frozenset[str] = frozenset()
 
+    def table(self) -> dict[str, str] | None:
+        """The table's name and hash, for provenance."""
+        return {"file": self.file.name, "sha256": sha256(self.file)} if self.file else None
+
     def problem(self, patient: str) -> Problem | None:
         """Why the patient has no usable grade, or None."""
-        if self.file is None:
-            return Problem(
-                "error", patient, "", "no grade is known", f"put {MAPPING} beside the cases or name a patient,grade CSV with grades="
-            )
         found = self.values.get(patient)
         if patient in self.conflicts:
             return Problem("error", patient, str(self.file), "the table gives two grades", "keep one row for the patient")

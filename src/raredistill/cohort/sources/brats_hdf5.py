@@ -15,8 +15,9 @@ from raredistill.cohort.labels import LabelRule
 from raredistill.cohort.sources import Problem, Slices, Unit, brats
 from raredistill.cohort.volumes import Renderer
 from raredistill.errors import ConfigError, DataError
+from raredistill.files import inside
 
-NAME = re.compile(r"volume_(\d+)_slice_(\d+)\.(h5|hdf5)$")
+NAME = re.compile(r"volume_(\d{1,6})_slice_(\d{1,4})\.(h5|hdf5)$", re.ASCII)
 PATIENT = "BraTS20_Training_{:03d}"
 LABELS = (1, 2, 4)
 """What the mask's three channels stand for."""
@@ -48,6 +49,7 @@ class BratsHdf5:
     """
 
     kind = "brats_hdf5"
+    counted = "patients"
 
     def __init__(
         self,
@@ -69,8 +71,11 @@ class BratsHdf5:
 
     def units(self) -> list[Unit]:
         """Patients with a grade, in the order of their numbers; a unit's files are its slices in order."""
-        usable = {patient: slices for patient, slices in self._volumes.items() if not self._volume_problems(patient)}
-        return [Unit(patient, self._grades.values[patient], tuple(slices[i] for i in sorted(slices))) for patient, slices in usable.items()]
+        graded = self._volumes if self._grades.file else {}
+        usable = {patient: slices for patient, slices in graded.items() if not self._volume_problems(patient)}
+        return [
+            Unit(patient, self._grades.values[patient], tuple(slices[i][0] for i in sorted(slices))) for patient, slices in usable.items()
+        ]
 
     def classes(self) -> tuple[str, ...]:
         """Healthy and the two grades."""
@@ -82,7 +87,8 @@ class BratsHdf5:
             return [
                 Problem("error", "", str(self._path), "no file is called volume_<N>_slice_<i>.h5", "name the folder that holds the slices")
             ]
-        return [problem for patient in self._volumes for problem in self._volume_problems(patient)]
+        ungraded = [brats.NO_TABLE] if self._grades.file is None else []
+        return ungraded + [problem for patient in self._volumes for problem in self._volume_problems(patient)]
 
     def settings(self) -> dict[str, Any]:
         """Channels and their order, and the rule."""
@@ -90,6 +96,7 @@ class BratsHdf5:
             "kind": self.kind,
             "channels": list(self.channels),
             "channel_order": list(self._order),
+            "grades": self._grades.table(),
             **brats.rule_settings(self._rule),
             **brats.generated(self._path),
         }
@@ -111,14 +118,19 @@ class BratsHdf5:
         return brats.to_slices(unit, rendered, mask, rule=self._rule, size=size, hashes=hashes, problems=problems)
 
     def _table_folder(self) -> Path:
-        beside = [next(iter(slices.values())).parent for slices in self._volumes.values()][:1]
+        beside = [next(iter(slices.values()))[0].parent for slices in self._volumes.values()][:1]
         return next((folder for folder in (self._path, *beside) if (folder / brats.MAPPING).is_file()), self._path)
 
     def _volume_problems(self, patient: str) -> list[Problem]:
         slices = self._volumes[patient]
         gaps = sorted(set(range(max(slices) + 1)) - set(slices))
-        problems = [Problem("error", patient, str(self._path), f"slice(s) {gaps} are missing", "add the files")] if gaps else []
-        grade = self._grades.problem(patient)
+        problems = [Problem("error", patient, str(self._path), f"slice(s) {_few(gaps)} are missing", "add the files")] if gaps else []
+        twice = [files for files in slices.values() if len(files) > 1]
+        problems += [Problem("error", patient, str(files[1]), f"is the same slice as {files[0]}", "keep one of them") for files in twice]
+        linked = [file for files in slices.values() for file in files if not inside(file, self._path)]
+        cure = "copy the file into the source"
+        problems += [Problem("error", patient, str(file), "is a link to a file outside the source", cure) for file in linked]
+        grade = self._grades.problem(patient) if self._grades.file else None
         return [*problems, grade] if grade else problems
 
 
@@ -129,12 +141,16 @@ def _choose_order(order: Sequence[str]) -> tuple[str, ...]:
     return chosen
 
 
-def _find_slices(path: Path) -> dict[str, dict[int, Path]]:
-    found: dict[int, dict[int, Path]] = {}
-    for file in path.rglob("volume_*_slice_*"):
-        match = NAME.search(file.name)
+def _few(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+
+
+def _find_slices(path: Path) -> dict[str, dict[int, list[Path]]]:
+    found: dict[int, dict[int, list[Path]]] = {}
+    for file in sorted(path.rglob("volume_*_slice_*")):
+        match = NAME.match(file.name)
         if match:
-            found.setdefault(int(match[1]), {})[int(match[2])] = file
+            found.setdefault(int(match[1]), {}).setdefault(int(match[2]), []).append(file)
     return {PATIENT.format(number): found[number] for number in sorted(found)}
 
 
@@ -195,6 +211,8 @@ def _dataset(handle: h5py.File, name: str, depth: int, file: Path) -> np.ndarray
         raise DataError(
             f"{file}: '{name}' is {dataset.dtype} of shape {dataset.shape}; needed are numbers of shape (height, width, {depth})"
         )
+    if dataset.chunks and np.prod(dataset.chunks, dtype=np.float64) > LARGEST:
+        raise DataError(f"{file}: '{name}' is kept in chunks of {dataset.chunks}, larger than any slice; replace it by the original")
     values: np.ndarray = dataset[()]
     return values
 

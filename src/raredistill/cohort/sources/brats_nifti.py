@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from raredistill.cohort.labels import LabelRule
 from raredistill.cohort.sources import Problem, Slices, Unit, brats
 from raredistill.cohort.volumes import Renderer
 from raredistill.errors import DataError
+from raredistill.files import inside
 
 NAME = re.compile(r"[_-](flair|t2f|t1ce|t1c|t1n|t1|t2w|t2|segm?)\.nii(\.gz)?$", re.IGNORECASE)
 """``segm``: in BraTS2020 the segmentation of case 355 is called W39_1998.09.19_Segm.nii."""
@@ -25,6 +27,8 @@ ROLES = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "segm": "seg"}
 LARGEST = 2**29
 """Voxels of the largest volume that is read: a header that promises more is damaged or hostile."""
 HEADER = 352
+FAR = 0.5
+"""Millimetres between the corners of two modalities from which on they are not on one grid."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class _Case:
 
     def missing(self, channels: tuple[str, ...]) -> list[str]:
         return [role for role in channels if role not in self.files]
+
+    def rivals(self) -> list[tuple[Path, ...]]:
+        """Files that claim to be the same modality of the case and are not one file, zipped and unzipped."""
+        return [found for found in self.files.values() if len({file.name.removesuffix(".gz") for file in found}) > 1]
 
 
 class BratsNifti:
@@ -57,6 +65,7 @@ class BratsNifti:
     """
 
     kind = "brats_nifti"
+    counted = "patients"
 
     def __init__(
         self,
@@ -73,10 +82,12 @@ class BratsNifti:
         self._rule = LabelRule(rule, min_tumour_voxels, min_brain_share)
         self._grades = brats.read_grades(self._path, grades)
         self._cases = _find_cases(self._path)
+        self._often = Counter(case.patient for case in self._cases)
 
     def units(self) -> list[Unit]:
         """Cases that have every wanted modality, a segmentation and a grade, in the order of their names."""
-        usable = [case for case in self._cases if not self._case_problems(case) and "seg" in case.files]
+        graded = self._cases if self._grades.file else []
+        usable = [case for case in graded if not self._case_problems(case) and "seg" in case.files]
         roles = (*self.channels, "seg")
         return [Unit(case.patient, self._grades.values[case.patient], tuple(case.files[role][0] for role in roles)) for case in usable]
 
@@ -89,11 +100,13 @@ class BratsNifti:
         if not self._cases:
             cure = "name the folder that holds the case folders"
             return [Problem("error", "", str(self._path), "no file is called like a BraTS modality (*_flair.nii.gz, *-t2f.nii.gz)", cure)]
-        return [problem for case in self._cases for problem in (*self._case_problems(case), *_remarks(case))]
+        ungraded = [brats.NO_TABLE] if self._grades.file is None else []
+        return ungraded + [problem for case in self._cases for problem in (*self._case_problems(case), *_remarks(case))]
 
     def settings(self) -> dict[str, Any]:
         """Channels, rule and grades."""
-        return {"kind": self.kind, "channels": list(self.channels), **brats.rule_settings(self._rule), **brats.generated(self._path)}
+        chosen = {"kind": self.kind, "channels": list(self.channels), "grades": self._grades.table()}
+        return {**chosen, **brats.rule_settings(self._rule), **brats.generated(self._path)}
 
     def read(self, unit: Unit, size: tuple[int, int]) -> Slices:
         """Decode one case and make its samples.
@@ -101,7 +114,7 @@ class BratsNifti:
         Raises:
             DataError: files cannot be decoded or disagree; every reason is told.
         """
-        reading = _Reading({}, {}, [], Renderer(), np.empty(0, np.uint8))
+        reading = _Reading({}, {}, {}, [], Renderer(), np.empty(0, np.uint8))
         for role, file in zip((*self.channels, "seg"), unit.files, strict=True):
             try:
                 reading.take(role, file)
@@ -110,6 +123,7 @@ class BratsNifti:
         if reading.failures:
             raise DataError("; ".join(reading.failures))
         _check_shapes(unit, reading.shapes)
+        _check_places(unit, reading.places, next(iter(reading.shapes.values())))
         return brats.to_slices(unit, reading.rendered, reading.mask, rule=self._rule, size=size, hashes=reading.hashes)
 
     def _case_problems(self, case: _Case) -> list[Problem]:
@@ -117,9 +131,12 @@ class BratsNifti:
         problems = [
             Problem("error", case.patient, str(case.folder), f"no {role} file", "add the file or choose other channels") for role in gone
         ]
-        if [other for other in self._cases if other.patient == case.patient and other.folder < case.folder]:
-            problems.append(Problem("error", case.patient, str(case.folder), "a second folder of this name", "keep one of them"))
-        grade = self._grades.problem(case.patient) if "seg" in case.files else None
+        if self._often[case.patient] > 1:
+            what = f"one of {self._often[case.patient]} folders of this name: which is the patient's cannot be told"
+            problems.append(Problem("error", case.patient, str(case.folder), what, "keep one of them"))
+        problems += [_rivalry(case, files) for files in case.rivals()]
+        problems += [_outside(case, file) for files in case.files.values() for file in files if not inside(file, self._path)]
+        grade = self._grades.problem(case.patient) if "seg" in case.files and self._grades.file else None
         return [*problems, grade] if grade else problems
 
 
@@ -127,18 +144,33 @@ def _find_cases(path: Path) -> list[_Case]:
     folders: dict[Path, dict[str, list[Path]]] = {}
     for file in sorted(path.rglob("*.nii*")):
         match = NAME.search(file.name)
-        if match and file.is_file():
+        if match and file.is_file() and not file.name.startswith("."):  # macOS leaves a ._ file beside every file of an archive
             role = match[1].lower()
             folders.setdefault(file.parent, {}).setdefault(ROLES.get(role, role), []).append(file)
-    cases = [_Case(folder.name, folder, {role: tuple(found) for role, found in files.items()}) for folder, files in folders.items()]
+    cases = [_Case(folder.name, folder, {role: _own(found, folder) for role, found in files.items()}) for folder, files in folders.items()]
     return sorted(cases, key=lambda case: (case.patient, case.folder))
+
+
+def _own(files: list[Path], folder: Path) -> tuple[Path, ...]:
+    """The files that carry the case's name, where any does: a copy of case 355's segmentation under its right name wins."""
+    return tuple(file for file in files if file.name.startswith(folder.name)) or tuple(files)
+
+
+def _rivalry(case: _Case, files: tuple[Path, ...]) -> Problem:
+    names = ", ".join(file.name for file in files[:3])
+    cure = "keep the right one; each case needs a folder of its own"
+    return Problem("error", case.patient, str(case.folder), f"{len(files)} files claim to be the same modality ({names})", cure)
+
+
+def _outside(case: _Case, file: Path) -> Problem:
+    return Problem("error", case.patient, str(file), "is a link to a file outside the source", "copy the file into the source")
 
 
 def _remarks(case: _Case) -> list[Problem]:
     if "seg" not in case.files:
         cure = "nothing to do: the case is left out of a labelled cohort"
         return [Problem("note", case.patient, str(case.folder), "no segmentation", cure)]
-    doubled = [files for files in case.files.values() if len(files) > 1]
+    doubled = [files for files in case.files.values() if len(files) > 1 and files not in case.rivals()]
     remarks = [Problem("warning", case.patient, str(files[1]), f"{files[0].name} is read instead", "keep one of them") for files in doubled]
     segmentation = case.files["seg"][0]
     if not segmentation.name.startswith(case.patient):
@@ -152,6 +184,7 @@ class _Reading:
 
     hashes: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    places: dict[str, np.ndarray]
     failures: list[str]
     rendered: Renderer
     mask: np.ndarray
@@ -159,7 +192,7 @@ class _Reading:
     def take(self, role: str, file: Path) -> None:
         raw = brats.read_bytes(file)
         self.hashes[file.name] = hashlib.sha256(raw).hexdigest()
-        volume = decode(raw, file)
+        volume, self.places[file.name] = decode(raw, file)
         self.shapes[file.name] = volume.shape[::-1]
         if len(set(self.shapes.values())) > 1:
             return  # told with all shapes once they are known
@@ -172,7 +205,7 @@ class _Reading:
             raise DataError(f"{file}: {error}; replace it by the original or leave the patient out") from None
 
 
-def decode(raw: bytes, file: Path) -> np.ndarray:
+def decode(raw: bytes, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Decode a NIfTI-1 or NIfTI-2 file, gzipped or not, without a detour over float64.
 
     Args:
@@ -180,7 +213,8 @@ def decode(raw: bytes, file: Path) -> np.ndarray:
         file: named in messages.
 
     Returns:
-        ``(slices, height, width)``: the file's third, second and first axis, in the file's own type unless it carries a scale.
+        ``(slices, height, width)``: the file's third, second and first axis, in the file's own type unless it carries a scale; and the
+        ``(4, 4)`` affine from indices of the file's axes to millimetres.
 
     Raises:
         DataError: the bytes are damaged, cut short, or no three-dimensional NIfTI.
@@ -200,7 +234,7 @@ def decode(raw: bytes, file: Path) -> np.ndarray:
     stream.take(offset - stream.position)
     data = np.frombuffer(stream.take(voxels * kind.itemsize), kind).reshape(shape[::-1])
     stream.finish()
-    return _scaled(data, *header.get_slope_inter())
+    return _scaled(data, header, file), _affine(header, file)
 
 
 def _parse_header(head: bytes, stream: _Stream, file: Path) -> Any:
@@ -252,18 +286,37 @@ class _Stream:
                 raise DataError(f"{self._file}: its gzip data are cut short; replace it by the original")
 
 
-def _scaled(data: np.ndarray, slope: float | None, intercept: float | None) -> np.ndarray:
+def _scaled(data: np.ndarray, header: Any, file: Path) -> np.ndarray:
     values: np.ndarray = data.astype(data.dtype.newbyteorder("="), copy=False)
+    try:
+        slope, intercept = header.get_slope_inter()
+    except nibabel.spatialimages.HeaderDataError as error:
+        raise DataError(f"{file}: its scale cannot be understood ({error}); replace it by the original") from None
     if slope is not None and (slope != 1 or intercept):
-        values = values * float(slope) + float(intercept or 0)
+        with np.errstate(over="ignore", invalid="ignore"):  # what does not fit becomes infinite, and that is refused
+            values = values * float(slope) + float(intercept or 0)
     return values
+
+
+def _affine(header: Any, file: Path) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        try:
+            affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+        except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
+            raise DataError(f"{file}: its place in space cannot be understood ({error}); replace it by the original") from None
+    if not np.isfinite(affine).all():
+        raise DataError(f"{file}: its affine holds values that are not finite; replace it by the original")
+    return affine
 
 
 def _labels(mask: np.ndarray, file: Path) -> np.ndarray:
     if mask.dtype.kind != "f":
         return mask
     if not np.array_equal(np.rint(mask), mask):
-        raise DataError(f"{file}: the segmentation holds fractions; resample it with nearest neighbours")
+        raise DataError(f"{file}: the segmentation holds fractions or no numbers; resample it with nearest neighbours")
+    low, high = float(mask.min()), float(mask.max())
+    if not -(2**15) <= low <= high < 2**15:
+        raise DataError(f"{file}: the segmentation holds values from {low:g} to {high:g}; only 0 1 2 4 and 0 1 2 3 are known")
     whole: np.ndarray = mask.astype(np.int16)
     return whole
 
@@ -272,3 +325,13 @@ def _check_shapes(unit: Unit, shapes: dict[str, tuple[int, ...]]) -> None:
     if len(set(shapes.values())) > 1:
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise DataError(f"{unit.patient}: modalities disagree in shape ({found}); register them to one grid")
+
+
+def _check_places(unit: Unit, affines: dict[str, np.ndarray], shape: tuple[int, ...]) -> None:
+    """Compare where the files put the corners of their volumes."""
+    corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*(extent - 1 for extent in shape), 1]
+    [(first, reference), *others] = affines.items()
+    for name, affine in others:
+        apart = float(np.abs(corners @ (affine - reference).T).max())
+        if apart > FAR:
+            raise DataError(f"{unit.patient}: {name} lies {apart:.1f} mm away from {first} by its affine; register them to one grid")

@@ -14,6 +14,11 @@ from raredistill.errors import DataError
 OWN_UNIT = "each image is its own unit: no patient is known, so images of one patient may stand on both sides of a split"
 
 
+def no_patients(cure: str) -> Problem:
+    """The warning that a split may leak, since nothing tells which images belong to one patient."""
+    return Problem("warning", "", "", OWN_UNIT, f"name the patients with {cure}, if any are known")
+
+
 class ImageFolder(ImageFiles):
     """Images in ``<path>/<class>/**``.
 
@@ -46,7 +51,7 @@ class ImageFolder(ImageFiles):
         self._classes = ordered_classes(sorted(files), classes, self._path)
         samples = [self._sample(file, label, pattern) for label in files for file in files[label]]
         self._unmatched = [sample for sample in samples if not sample.patient]
-        super().__init__([sample for sample in samples if sample.patient], mode=mode, window=window)
+        super().__init__([sample for sample in samples if sample.patient], self._path, mode=mode, window=window)
 
     def _sample(self, file: Path, label: str, pattern: re.Pattern[str] | None) -> ImageSample:
         name = file.relative_to(self._path).as_posix()
@@ -62,7 +67,8 @@ class ImageFolder(ImageFiles):
         unmatched = [Problem("error", "", str(sample.file), "no patient can be told from its path", cure) for sample in self._unmatched]
         empty = [folder for folder in _class_folders(self._path) if folder.name not in self._classes]
         bare = [Problem("warning", "", str(folder), "holds no PNG, JPEG or TIFF image", "fill or remove the folder") for folder in empty]
-        return unmatched + bare + self.file_problems()
+        alone = [] if self._patient else [no_patients("patient=folder or patient=REGULAR_EXPRESSION")]
+        return unmatched + alone + bare + self.file_problems()
 
     def settings(self) -> dict[str, Any]:
         """Classes, how patients are told, and how pixels are made."""

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from raredistill.cohort.sources import Problem, Slices, Unit
 from raredistill.errors import DataError
+from raredistill.files import inside
 
 Mode = Literal["auto", "grey", "rgb"]
 
@@ -191,19 +192,23 @@ class ImageFiles:
 
     Args:
         samples: all usable samples.
+        root: the folder that must hold them, links followed.
         mode: grey, rgb, or auto: rgb as soon as a file holds colour.
         window: values of 16-bit, 32-bit and float images that become 0 and 255.
     """
 
     kind: str
     channels: tuple[str, ...]
+    counted: str
 
-    def __init__(self, samples: Sequence[ImageSample], *, mode: Mode, window: Sequence[float] | None) -> None:
+    def __init__(self, samples: Sequence[ImageSample], root: Path, *, mode: Mode, window: Sequence[float] | None) -> None:
         checked_mode(mode)
+        self._root = root
+        self.counted = "patients" if any(sample.patient != sample.name for sample in samples) else "images"
         self._patients: dict[str, list[ImageSample]] = {}
         for sample in sorted(samples, key=lambda sample: (sample.patient, sample.name)):
             self._patients.setdefault(sample.patient, []).append(sample)
-        found = probe_mode([sample.file for sample in samples]) if mode == "auto" else mode
+        found = probe_mode([sample.file for sample in samples if inside(sample.file, root)]) if mode == "auto" else mode
         self._decoder = Decoder(found, checked_window(window))
         self.channels = self._decoder.channels
 
@@ -218,6 +223,8 @@ class ImageFiles:
             DataError: an image cannot be decoded; the message names it.
         """
         samples = self._patients[unit.patient]
+        if outside := [sample.name for sample in samples if not inside(sample.file, self._root)]:
+            raise DataError(f"{outside[0]}: lies outside {self._root}; copy the file into the source")
         pixels = np.stack([self._decoder.read(sample.file, size) for sample in samples], axis=1)
         rows = [self._row(sample, unit) for sample in samples]
         return Slices(rows, dict(zip(self.channels, pixels, strict=True)), {"images": len(rows)})
@@ -240,8 +247,9 @@ class ImageFiles:
         found = [problem for samples in self._patients.values() for problem in map(self._bad_file, samples) if problem]
         return found + [problem for name, samples in self._patients.items() for problem in _mixed(name, samples)]
 
-    @staticmethod
-    def _bad_file(sample: ImageSample) -> Problem | None:
+    def _bad_file(self, sample: ImageSample) -> Problem | None:
+        if not inside(sample.file, self._root):
+            return Problem("error", sample.patient, str(sample.file), f"lies outside {self._root}", "copy the file into the source")
         what = _header(sample.file)[1]
         return Problem("error", sample.patient, str(sample.file), what, "restore or replace the file, or take it out") if what else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from raredistill.cohort.sources import Problem
-from raredistill.cohort.sources.image_folder import OWN_UNIT
+from raredistill.cohort.sources.image_folder import OWN_UNIT, no_patients
 from raredistill.cohort.sources.images import ImageFiles, ImageSample, Mode, ordered_classes
 from raredistill.errors import DataError
 from raredistill.files import sha256
@@ -18,10 +19,11 @@ SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "
 
 
 class Table(ImageFiles):
-    """Images listed in a CSV, their paths relative to it.
+    """Images listed in a CSV.
 
     Args:
         path: the CSV.
+        folder: what the paths of the images are relative to, and where they must lie; by default the CSV's own folder.
         image_column: column of the image's path.
         label_column: column of the class name.
         patient_column: column of the patient; by default ``patient`` if there is one, else each image is its own unit.
@@ -40,6 +42,7 @@ class Table(ImageFiles):
         self,
         path: Path,
         *,
+        folder: Path | None = None,
         image_column: str = "image",
         label_column: str = "label",
         patient_column: str | None = None,
@@ -49,6 +52,7 @@ class Table(ImageFiles):
         window: Sequence[float] | None = None,
     ) -> None:
         self._path = Path(path)
+        self._folder = self._path.parent if folder is None else Path(folder)
         table = _read(self._path)
         self._columns = {
             "image": _column(table, image_column, self._path),
@@ -59,7 +63,7 @@ class Table(ImageFiles):
         self._problems: list[Problem] = []
         samples = self._samples(table)
         self._classes = ordered_classes(sorted({sample.label for sample in samples}), classes, self._path)
-        super().__init__(samples, mode=mode, window=window)
+        super().__init__(samples, self._folder, mode=mode, window=window)
 
     def _samples(self, table: pd.DataFrame) -> list[ImageSample]:
         chosen = pd.DataFrame(
@@ -78,7 +82,7 @@ class Table(ImageFiles):
             self._problems.append(Problem("error", row["patient"], f"{self._path}:{line}", wrong, "correct the row or take it out"))
             return None
         split = SPLITS[row["split"].lower()] if row["split"] else ""
-        return ImageSample(row["image"], self._path.parent / row["image"], row["label"], row["patient"] or row["image"], split)
+        return ImageSample(row["image"], self._folder / row["image"], row["label"], row["patient"] or row["image"], split)
 
     def classes(self) -> tuple[str, ...]:
         """Names in the label column."""
@@ -86,7 +90,8 @@ class Table(ImageFiles):
 
     def problems(self) -> list[Problem]:
         """Rows that lack something, images listed twice, images missing on disk, patients of several classes or split parts."""
-        return self._problems + self.file_problems()
+        alone = [] if self._columns["patient"] else [no_patients("patient_column=NAME")]
+        return self._problems + alone + self.file_problems()
 
     def settings(self) -> dict[str, Any]:
         """The table's own hash, the columns, how patients are told, and how pixels are made."""
@@ -97,6 +102,8 @@ class Table(ImageFiles):
 
 def _fault(row: dict[Hashable, Any], *, patients: bool) -> str:
     """What is wrong with a row, or ""."""
+    if "\0" in row["image"]:
+        return "names an image with a zero byte"
     if not row["image"] or not row["label"]:
         return "names no image" if not row["image"] else "has no label"
     if row["repeated"]:
@@ -113,7 +120,7 @@ def _read(path: Path) -> pd.DataFrame:
         return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; name a CSV with the columns image, label and patient") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV ({error}); save it as comma-separated UTF-8 text") from None
 
 

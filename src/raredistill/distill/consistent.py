@@ -1,0 +1,152 @@
+"""Prior-consistent cross-fitted distillation: each prior is taken off once, and a teacher counts where it can be relied on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from raredistill.distill.contract import Checked, Facts, Labelled, Outputs, above_zero, hyperparameters, not_negative, switch
+from raredistill.distill.imbalance import known_reliability
+from raredistill.distill.softened import divergence, softened
+from raredistill.losses import effective_number_weights
+
+
+def pckd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    student_prior: Tensor,
+    target_prior: Tensor,
+    trust: Tensor,
+    omega: Tensor,
+    temperature: float,
+) -> dict[str, Tensor]:
+    """Two terms that the posterior under the target prior minimises together; see ``docs/methods.md`` for why.
+
+    Args:
+        student_logits: ``(N, K)``.
+        teacher_logits: ``(N, K)``, moved to the target prior already.
+        target: ``(N,)`` class indices.
+        student_prior: ``(K,)`` of the samples in the student's epochs.
+        target_prior: ``(K,)`` under which the student is to decide.
+        trust: ``(K,)`` in [0, 1): how much of a sample of each class the teacher decides.
+        omega: ``(K,)`` weights of the teacher's term.
+        temperature: T, positive.
+
+    Returns:
+        ``ce`` and ``pckd``, scalars in nats, means over the batch; ``pckd`` includes T squared.
+    """
+    shift = student_prior.log() - target_prior.log() + torch.log1p(-trust)
+    own = trust[target]
+    on_labels = (1 - own) * F.cross_entropy(student_logits.float() + shift, target, reduction="none")
+    rows = divergence(softened(teacher_logits, temperature), softened(student_logits, temperature))
+    return {"ce": on_labels.mean(), "pckd": (own * omega[target] * rows).mean() * temperature**2}
+
+
+@dataclass(frozen=True, eq=False)
+class PCKD(Checked):
+    """See ``pckd``.
+
+    Attributes:
+        student_prior: ``(K,)`` of the samples in the student's epochs.
+        target_prior: ``(K,)`` under which the student is to decide.
+        trust: ``(K,)`` alpha times the teacher's reliability.
+        omega: ``(K,)`` weights of the teacher's term.
+        alpha: largest share that the teacher decides.
+        tau: how much of the carried prior is taken off the teacher; only 1 is consistent.
+        eta: power of the effective-number weights; 0 weights all classes alike.
+        target: the target prior is proportional to ``count ** target``: 0 uniform, 1 the training prior.
+        temperature: T.
+        correct: switch of the correction of the teacher.
+        reliable: switch of the reliability; without it every class is trusted by ``alpha``.
+    """
+
+    student_prior: Tensor
+    target_prior: Tensor
+    trust: Tensor
+    omega: Tensor
+    alpha: float = not_negative(0.5, high=0.999)
+    tau: float = not_negative(1.0)
+    eta: float = not_negative(0.5)
+    target: float = not_negative(0.0)
+    temperature: float = above_zero(2.0)
+    correct: bool = switch(True)
+    reliable: bool = switch(True)
+    name: ClassVar[str] = "pckd"
+    family: ClassVar[str] = "logits, imbalance-aware"
+    source: ClassVar[str] = "here"
+    needs: ClassVar[tuple[str, ...]] = ("logits", "labels", "prior", "reliability")
+    own_loss: ClassVar[str] = "balanced_softmax"
+
+    @classmethod
+    def wants(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """What the switches leave on asks for."""
+        off = {"prior": options.get("correct", True) is False, "reliability": options.get("reliable", True) is False}
+        return tuple(need for need in cls.needs if not off.get(need, False))
+
+    @classmethod
+    def make(cls, facts: Facts, **options: Any) -> Self:
+        """Settle the priors, the trust and the weights."""
+        given = {"alpha": 0.5, "eta": 0.5, "target": 0.0, "reliable": True, **options}
+        _check(given)
+        counts = facts.counts.float()
+        if bool((counts <= 0).any()):
+            raise ValueError(f"every class needs training samples; the counts are {counts.tolist()}")
+        share = counts if facts.share is None else facts.share.float()
+        reliability = known_reliability(facts) if given["reliable"] else torch.ones_like(counts)
+        omega = effective_number_weights(counts) ** given["eta"]
+        return cls(
+            _normal(share), _normal(counts ** given["target"]), given["alpha"] * reliability, omega * (len(counts) / omega.sum()), **options
+        )
+
+    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """The loss on labels and the teacher's term."""
+        logits = self.corrected(teacher) if self.correct else teacher.logits
+        return pckd(
+            student.logits, logits, batch.labels, student_prior=self.student_prior, target_prior=self.target_prior,
+            trust=self.trust, omega=self.omega, temperature=self.temperature,
+        )  # fmt: skip
+
+    def corrected(self, teacher: Outputs) -> Tensor:
+        """The teacher's logits ``(N, K)``, moved from the prior that they carry to the target prior.
+
+        Raises:
+            ValueError: the carried prior is unknown.
+        """
+        if teacher.log_prior is None:
+            raise ValueError("the prior of the teacher is not known")
+        return teacher.logits.float() - self.tau * teacher.log_prior + self.target_prior.log()
+
+
+def corrects(method: str, options: Mapping[str, Any]) -> bool:
+    """Whether a method moves its teacher to the target prior."""
+    return method == PCKD.name and bool(options.get("correct", True))
+
+
+def taught_prior(method: str, counts: Tensor, options: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """The class prior that a taught student's logits carry; None where it mixes the label's and the teacher's.
+
+    Args:
+        method: name of the distiller.
+        counts: ``(K,)`` training samples per class.
+        options: hyper-parameters of the method.
+    """
+    if not corrects(method, options) or options.get("tau", 1.0) != 1.0:
+        return None
+    return tuple(_normal(counts.double() ** options.get("target", 0.0)).tolist())
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    for name, option in hyperparameters(PCKD).items():
+        if name in options:
+            option.check(name, options[name])
+
+
+def _normal(values: Tensor) -> Tensor:
+    return values / values.sum()

@@ -1,0 +1,206 @@
+"""Distillers of logits that know of the imbalance. All include T squared, are means over the batch and compute in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from raredistill.distill.contract import Checked, Facts, Labelled, Outputs, above_zero, not_negative
+from raredistill.distill.softened import divergence, mean_divergence, softened
+
+
+def ltkd(
+    student_logits: Tensor, teacher_logits: Tensor, *, groups: Sequence[Tensor], alpha: float, beta: float, temperature: float
+) -> Tensor:
+    """Divergence between groups of classes, where the teacher's groups are balanced over the batch, and within each group alike.
+
+    Args:
+        student_logits: ``(N, K)``.
+        teacher_logits: ``(N, K)``.
+        groups: class indices of each group; every class in one.
+        alpha: weight of the divergence between groups.
+        beta: weight of the sum over groups of the divergences within.
+        temperature: T, positive.
+
+    Returns:
+        Scalar in nats, a mean over the batch, times T squared.
+
+    References:
+        Kim, Distilling Balanced Knowledge from a Biased Teacher, CVPR 2026 (arXiv 2506.18496), sections 3.2 and 3.3.
+    """
+    student, teacher = softened(student_logits, temperature), softened(teacher_logits, temperature)
+    mass = [torch.stack([side[:, group].logsumexp(dim=1) for group in groups], dim=1) for side in (teacher, student)]
+    over_batch = mass[0].logsumexp(dim=0) - math.log(len(student))
+    between = mean_divergence(F.log_softmax(mass[0] - over_batch, dim=1), mass[1])
+    # A group of one class has nothing to say within.
+    within = [mean_divergence(*(F.log_softmax(side[:, group], dim=1) for side in (teacher, student))) for group in groups if len(group) > 1]
+    return (alpha * between + beta * torch.stack(within).sum()) * temperature**2
+
+
+def groups_by_count(counts: Tensor, background: int | None = None) -> list[list[int]]:
+    """Head, medium and tail thirds of the classes by training samples; of three classes, the background (or the commonest) and the rest.
+
+    Args:
+        counts: ``(K,)``, K at least 3.
+        background: index of the class that no patient carries.
+    """
+    order = torch.argsort(counts, descending=True, stable=True).tolist()
+    if len(order) == 3:
+        lone = order[0] if background is None else background
+        return [[lone], [index for index in order if index != lone]]
+    return [part.tolist() for part in torch.tensor(order).tensor_split(3)]
+
+
+def xerm(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, log_prior: Tensor, gamma: float) -> dict[str, Tensor]:
+    """Two risks weighted by sample: labels of the imbalanced domain, and a balanced teacher's predictions of the balanced one.
+
+    The balanced teacher is the teacher with its prior taken off. With the cross-entropies b of the balanced and i of the uncorrected
+    teacher, its risk weighs ``b ** gamma / (b ** gamma + i ** gamma)`` in each sample.
+
+    Args:
+        student_logits: ``(N, K)``.
+        teacher_logits: ``(N, K)``.
+        target: ``(N,)`` class indices.
+        log_prior: ``(K,)`` or ``(N, K)`` that the teacher's logits carry.
+        gamma: sharpness of the weights.
+
+    Returns:
+        ``ce`` and ``xerm``, scalars in nats.
+
+    References:
+        Zhu et al., Cross-Domain Empirical Risk Minimization for Unbiased Long-tailed Classification, AAAI 2022, eq. 5 to 7.
+    """
+    teacher = teacher_logits.detach().float()
+    student, balanced = softened(student_logits, 1), softened(teacher - log_prior, 1)
+    risks = [F.nll_loss(side, target, reduction="none") ** gamma for side in (balanced, softened(teacher, 1))]
+    weight = risks[0] / (risks[0] + risks[1]).clamp(min=1e-12)
+    on_labels = F.nll_loss(student, target, reduction="none")
+    on_teacher = -(balanced.exp() * student).sum(dim=1)
+    return {"ce": ((1 - weight) * on_labels).mean(), "xerm": (weight * on_teacher).mean()}
+
+
+@dataclass(frozen=True)
+class _Groups:
+    default: str = "head/medium/tail"
+
+    def check(self, name: str, value: object) -> None:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(group, (list, tuple)) for group in value):
+            raise ValueError(f"{name} must be lists of classes, such as [[healthy], [HGG, LGG]], not {value!r}")
+
+    def __str__(self) -> str:
+        return self.default
+
+
+@dataclass(frozen=True, eq=False)
+class LTKD(Checked):
+    """See ``ltkd``; groups by count unless they are given, as lists of class names or indices."""
+
+    groups: tuple[tuple[int, ...], ...] = field(metadata={"option": _Groups()})
+    alpha: float = not_negative(1.0)
+    beta: float = not_negative(1.0)
+    temperature: float = above_zero(4.0)
+    name: ClassVar[str] = "ltkd"
+    family: ClassVar[str] = "logits, imbalance-aware"
+    source: ClassVar[str] = "Kim 2026"
+    needs: ClassVar[tuple[str, ...]] = ("logits",)
+    min_classes: ClassVar[int] = 3
+
+    @classmethod
+    def make(cls, facts: Facts, *, groups: Any = None, **options: Any) -> Self:
+        """Settle the groups."""
+        if groups is None:
+            groups = groups_by_count(facts.counts, facts.background)
+        _Groups().check("groups", groups)
+        return cls(_settled(groups, facts), **options)
+
+    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """One term."""
+        groups = [torch.tensor(group, device=student.logits.device) for group in self.groups]
+        options = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
+        return {"ltkd": ltkd(student.logits, teacher.logits, groups=groups, **options)}
+
+
+def _settled(groups: Any, facts: Facts) -> tuple[tuple[int, ...], ...]:
+    known = {name: index for index, name in enumerate(facts.classes)}
+    settled = tuple(tuple(known.get(each, each) for each in group) for group in groups)
+    if sorted((each for group in settled for each in group), key=str) != sorted(range(len(facts.counts)), key=str):
+        raise ValueError(f"groups must name each of the {len(facts.counts)} classes once, not {groups!r}")
+    if len(settled) < 2 or max(map(len, settled)) < 2:
+        raise ValueError("groups must be two or more, one of them of two classes or more: others carry no signal; use kd")
+    return settled
+
+
+@dataclass(frozen=True)
+class XERM(Checked):
+    """See ``xerm``."""
+
+    gamma: float = above_zero(2.0)
+    name: ClassVar[str] = "xerm"
+    family: ClassVar[str] = "logits, imbalance-aware"
+    source: ClassVar[str] = "Zhu et al. 2022"
+    needs: ClassVar[tuple[str, ...]] = ("logits", "prior", "labels")
+    own_loss: ClassVar[str] = "cross_entropy"
+
+    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """The risk on labels and the one on the balanced teacher."""
+        if teacher.log_prior is None:
+            raise ValueError("the prior of the teacher is not known")
+        return xerm(student.logits, teacher.logits, batch.labels, log_prior=teacher.log_prior, gamma=self.gamma)
+
+
+@dataclass(frozen=True, eq=False)
+class ReliableKD(Checked):
+    """``kd`` times the teacher's recall of the sample's class on patients that it has not seen."""
+
+    reliability: Tensor
+    temperature: float = above_zero(4.0)
+    name: ClassVar[str] = "reliable_kd"
+    family: ClassVar[str] = "logits, imbalance-aware"
+    source: ClassVar[str] = "here"
+    needs: ClassVar[tuple[str, ...]] = ("logits", "labels", "reliability")
+    zero_at_equal: ClassVar[bool] = True
+
+    @classmethod
+    def make(cls, facts: Facts, **options: Any) -> Self:
+        """Take the reliability that the study has found."""
+        return cls(known_reliability(facts), **options)
+
+    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """One term."""
+        rows = divergence(softened(teacher.logits, self.temperature), softened(student.logits, self.temperature))
+        return {"reliable_kd": (self.reliability[batch.labels] * rows).mean() * self.temperature**2}
+
+
+def shrunk_recall(predicted: Tensor, target: Tensor, *, classes: int, strength: float = 10.0) -> Tensor:
+    """Recall of each class, drawn towards the mean of all recalls as if by ``strength`` more samples: ``(K,)``.
+
+    Args:
+        predicted: ``(N,)`` class indices.
+        target: ``(N,)`` class indices; a class without samples gets the mean.
+        classes: K.
+        strength: samples of a class at which its own recall and the mean count alike.
+    """
+    samples = torch.bincount(target, minlength=classes).double()
+    hits = torch.bincount(target[predicted == target], minlength=classes).double()
+    mean = (hits / samples)[samples > 0].mean()
+    return (hits + strength * mean) / (samples + strength)
+
+
+def known_reliability(facts: Facts) -> Tensor:
+    """The teacher's recalls ``(K,)``.
+
+    Raises:
+        ValueError: nothing says them.
+    """
+    if facts.reliability is None:
+        raise ValueError(
+            f"it weighs classes by the recall of {facts.teacher} on unseen patients, but there are no such predictions; "
+            "use a teacher of this study with a validation part, or cross_fit"
+        )
+    return facts.reliability.to(facts.counts.device).float()

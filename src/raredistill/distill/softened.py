@@ -1,0 +1,22 @@
+"""What every distiller of logits starts from: softened log-probabilities and their divergence, in float32."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def softened(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities ``(N, K)`` at a temperature, in float32 whatever the precision of the logits."""
+    return F.log_softmax(logits.float() / temperature, dim=1)
+
+
+def divergence(teacher_log: Tensor, student_log: Tensor) -> Tensor:
+    """KL(teacher || student) of each row, ``(N,)`` in nats; no gradient reaches the teacher."""
+    # Both as logarithms, so that a probability that underflows gives 0 and not 0 * inf.
+    return F.kl_div(student_log, teacher_log.detach(), log_target=True, reduction="none").sum(dim=1)
+
+
+def mean_divergence(teacher_log: Tensor, student_log: Tensor) -> Tensor:
+    """KL(teacher || student), a mean over the rows."""
+    return divergence(teacher_log, student_log).mean()

@@ -1,0 +1,172 @@
+"""What the evidence says of the difference between two methods: chosen by how the patients were divided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from raredistill.errors import DataError
+from raredistill.evaluation.bootstrap import check_same, p_of_draws, paired_draws, parse_metric, tested_once
+from raredistill.evaluation.compare import bayesian_correlated_t, corrected_error, corrected_interval, corrected_resampled_t, detectable
+from raredistill.metrics import auprc, auroc, confusion_matrix, metrics_from_confusion
+from raredistill.predictions import Predictions
+
+Floats = NDArray[np.float64]
+
+ROPE = 0.01
+FEW_SPLITS = 3
+"""With two splits the corrected t-test has one degree of freedom and finds nothing."""
+FEW_PATIENTS = 20
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The difference of one metric, second method minus first, with the values that it can be tested by.
+
+    Attributes:
+        estimate: the difference.
+        values: ``(n,)`` differences by fold and repeat, averaged over seeds (``folds``); or bootstrap draws over patients.
+        basis: ``folds``: folds test patients of their own, so the corrected t-test holds and covers training; ``patients``: all runs
+            share a test set, so only a bootstrap over its patients is possible, and the variance of training is not covered.
+        train_size: patients in a training side, for ``folds``.
+        test_size: patients in a test side, for ``folds``.
+    """
+
+    estimate: float
+    values: Floats
+    basis: Literal["folds", "patients"]
+    train_size: float
+    test_size: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A difference with its 95 % interval, two-sided p, the smallest difference found with 80 % power, and Bayesian probabilities.
+
+    ``worse, equal, better`` are those of :func:`raredistill.evaluation.compare.bayesian_correlated_t`; NaN without folds.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    p: float
+    detectable: float
+    worse: float
+    equal: float
+    better: float
+    basis: str
+
+
+def differences(
+    control: Predictions, other: Predictions, metric: str, *, sizes: tuple[float, float] | None = None, resamples: int = 2000, seed: int = 0
+) -> Differences:
+    """Compare two sides on the same samples.
+
+    Args:
+        control: one part of one checkpoint.
+        other: predictions of the same samples in the same repeats.
+        metric: a name as in :func:`raredistill.evaluation.bootstrap.patient_bootstrap`.
+        sizes: patients in a training and in a test side; by default what :func:`side_sizes` finds in the control.
+        resamples: draws, where a bootstrap is the test.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: unknown metric or class.
+        DataError: the sides do not fit, or the metric has no value.
+    """
+    check_same(control, other)
+    if not in_folds(control):
+        estimate, draws = paired_draws(other, control, metric, resamples=resamples, seed=seed)
+        return Differences(_known(estimate, metric), draws, "patients", np.nan, np.nan)
+    pair = pd.concat({"control": split_values(control, metric), "other": split_values(other, metric)}, axis=1)
+    gained = (pair["other"] - pair["control"]).dropna().to_numpy(dtype=np.float64)
+    train, test = sizes or side_sizes(control)
+    return Differences(_known(float(gained.mean()) if len(gained) else np.nan, metric), gained, "folds", train, test)
+
+
+def _known(estimate: float, metric: str) -> float:
+    if np.isnan(estimate):
+        raise DataError(f"{metric} has no value on these predictions: its class has no samples here; choose another class or part")
+    return estimate
+
+
+def combine(parts: Sequence[Differences], weights: Sequence[float]) -> Differences:
+    """A weighted sum of differences over the same splits or the same draws, such as a slope over several pairs.
+
+    Raises:
+        DataError: the parts were not made on the same splits or draws.
+    """
+    if len({(len(part.values), part.basis) for part in parts}) != 1:
+        raise DataError("these comparisons were not made on the same splits; finish the runs of all folds")
+    values = np.sum([weight * part.values for weight, part in zip(weights, parts, strict=True)], axis=0)
+    estimate = float(sum(weight * part.estimate for weight, part in zip(weights, parts, strict=True)))
+    return Differences(estimate, values, parts[0].basis, parts[0].train_size, parts[0].test_size)
+
+
+def weigh(found: Differences, *, rope: float = ROPE) -> Evidence:
+    """Test a difference by what its basis allows.
+
+    Raises:
+        DataError: too few folds for a test.
+    """
+    if found.basis == "patients":
+        low, high = np.nanpercentile(found.values, (2.5, 97.5))
+        smallest = detectable(float(np.nanstd(found.values, ddof=1)))
+        return Evidence(found.estimate, float(low), float(high), p_of_draws(found.values), smallest, np.nan, np.nan, np.nan, "patients")
+    if len(found.values) < FEW_SPLITS:
+        raise DataError(
+            f"{len(found.values)} folds x repeats are too few for a test, which needs at least {FEW_SPLITS}; "
+            "the difference can be described, not tested: raise splits.folds or splits.repeats"
+        )
+    sizes = {"train_size": found.train_size, "test_size": found.test_size}
+    low, high = corrected_interval(found.values, **sizes)
+    smallest = detectable(corrected_error(found.values, **sizes), len(found.values) - 1)
+    _, p = corrected_resampled_t(found.values, **sizes)
+    return Evidence(found.estimate, low, high, p, smallest, *bayesian_correlated_t(found.values, **sizes, rope=rope), "folds")
+
+
+def in_folds(predictions: Predictions) -> bool:
+    """Whether there are several folds and each tests patients of its own (outer cross-validation)."""
+    return len(predictions.table[["repeat", "fold"]].drop_duplicates()) > 1 and tested_once(predictions)
+
+
+def split_values(predictions: Predictions, metric: str) -> pd.Series:
+    """A metric by repeat and fold, averaged over seeds first: seeds of one fold share everything, so they are no further splits."""
+    groups = predictions.table.groupby(["repeat", "fold", "seed"], sort=True).indices
+    by_run = pd.Series({key: metric_of(predictions.rows(np.asarray(rows)), metric) for key, rows in groups.items()})
+    return by_run.groupby(level=[0, 1]).mean()
+
+
+def metric_of(predictions: Predictions, metric: str) -> float:
+    """A named metric of all rows; NaN where its class is absent.
+
+    Raises:
+        ConfigError: unknown metric or class.
+        DataError: it needs probabilities and only hard labels are known.
+    """
+    name, place = parse_metric(metric, predictions.classes)
+    label, probability = predictions.labels(), predictions.probabilities()
+    if name in ("auprc", "auroc"):
+        if predictions.hard:
+            raise DataError(f"{metric} needs probabilities, and only hard labels are known; choose f1, recall, precision or macro_f1")
+        return (auprc if name == "auprc" else auroc)(label == place, probability[:, place])
+    value = metrics_from_confusion(confusion_matrix(label, probability.argmax(axis=1), len(predictions.classes)))[name]
+    return float(value if place < 0 else value[place])
+
+
+def side_sizes(predictions: Predictions) -> tuple[float, float]:
+    """Patients in a training and in a test side, means over folds, from a table of outer folds.
+
+    A fold trains on everyone whom the other folds of its repeat test, less its validation patients where the table names them.
+    """
+    table = predictions.table
+    everyone = table["patient"].nunique()
+    patients = table.groupby(["repeat", "fold", "split"])["patient"].nunique().unstack("split", fill_value=0)
+    test = float(patients["test"].mean())
+    validation = float(patients["validation"].mean()) if "validation" in patients else 0.0
+    return everyone - test - validation, test

@@ -1,0 +1,87 @@
+"""Teachers that learn beside their student: one-way, or each from all the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from raredistill.batches import Batch
+from raredistill.distill.contract import Method, Outputs
+from raredistill.losses import Loss
+from raredistill.models import Network
+from raredistill.training.objectives import Deferred, OnLabels
+
+
+@dataclass(frozen=True, eq=False)
+class Peer:
+    """A network that learns beside the student, what it sees of a batch, and its loss on labels."""
+
+    network: Network
+    channels: tuple[str, ...]
+    loss: Loss
+
+
+class Together:
+    """The student's terms and those of its peers, added up: one forward pass a peer and step, and every target detached.
+
+    Peers are trained by the student's optimiser, at its learning rate, and thrown away with it.
+
+    Args:
+        loss: the student's, on labels.
+        method: distiller of logits.
+        peers: at least one.
+        fabric: the device.
+        mutual: peers learn from the student and from each other, too.
+        ce_weight: of the losses on labels, of those who also learn from others.
+        kd_weight: of the method's terms, a mean over those who are learnt from.
+        deferred: class weights of the student's loss.
+
+    References:
+        Zhang et al., Deep Mutual Learning, CVPR 2018, eq. 6 to 9.
+    """
+
+    maps = False
+
+    def __init__(
+        self,
+        loss: Loss,
+        method: Method,
+        peers: Sequence[Peer],
+        fabric: Fabric,
+        *,
+        mutual: bool,
+        ce_weight: float,
+        kd_weight: float,
+        deferred: Deferred | None = None,
+    ) -> None:
+        self.losses = [OnLabels(loss, deferred), *(OnLabels(peer.loss) for peer in peers)]
+        self.method, self.peers, self.mutual = method, peers, mutual
+        self.ce_weight, self.kd_weight = ce_weight, kd_weight
+        self.trainable = nn.ModuleList(peer.network for peer in peers)
+        self._fabric = fabric
+        fabric.to_device(self.trainable.train())
+
+    def __call__(self, batch: Batch, student: Outputs) -> dict[str, Tensor]:
+        """Return the student's terms under their own names, the peers' with ``peer`` and a number before."""
+        outputs = [student, *(self._outputs(peer, batch) for peer in self.peers)]
+        fixed = [replace(each, logits=each.logits.detach(), features=None) for each in outputs]
+        terms = self._terms(0, batch, outputs, fixed)
+        for number in range(1, len(outputs)):
+            taught = (
+                self._terms(number, batch, outputs, fixed) if self.mutual else {"ce": self.losses[number](outputs[number].logits, batch)}
+            )
+            terms.update({f"peer{number}_{name}": term for name, term in taught.items()})
+        return terms
+
+    def _outputs(self, peer: Peer, batch: Batch) -> Outputs:
+        with self._fabric.autocast():
+            return Outputs(peer.network(batch.select(peer.channels)))
+
+    def _terms(self, learner: int, batch: Batch, outputs: Sequence[Outputs], fixed: Sequence[Outputs]) -> dict[str, Tensor]:
+        found = [self.method.terms(batch, outputs[learner], other) for number, other in enumerate(fixed) if number != learner]
+        taught = {name: self.kd_weight * torch.stack([each[name] for each in found]).mean() for name in found[0]}
+        return {"ce": self.ce_weight * self.losses[learner](outputs[learner].logits, batch), **taught}
