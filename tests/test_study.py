@@ -157,6 +157,8 @@ def test_a_failed_run_is_told_and_the_others_go_on(tiny_cohort, tmp_path):
     assert {record["name"]: record["status"] for record in records} == {"bad": "failed", "student": "failed", "good": "done"}
     assert "its teacher" in next(record for record in records if record["name"] == "student")["error"]
     assert json.loads((tmp_path / "study.json").read_text())["runs"] == records
+    # Nothing was kept that the failed run could go on with.
+    assert not list((tmp_path / "runs").glob("*.unfinished"))
 
 
 def test_an_external_teacher_that_saw_tested_patients_is_refused_before_training(finished, tiny_cohort):

@@ -35,7 +35,8 @@ class Promise:
         mean: one value a channel, for images in [0, 1].
         std: one value a channel, for images in [0, 1].
         prior: the class prior that the logits encode, in the order of ``classes``; None when it is unknown.
-        training_patients: everyone whose images gave gradients; None when nobody wrote them down.
+        training_patients: everyone whose images gave gradients, also to the weights that it started from and to a teacher from elsewhere;
+            None when nobody wrote them down.
         external: trained elsewhere, on patients that cannot be in the cohort (its user says so).
         split_hash: the split that it was trained on; empty when there was none.
     """

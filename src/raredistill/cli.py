@@ -238,11 +238,13 @@ def study(
 def _study(config_path: Path, out: Path, overrides: list[str]) -> None:
     from raredistill.config import load_config, make_study
     from raredistill.console import records, show_table
-    from raredistill.study.run import run_study
+    from raredistill.study.run import elsewhere, run_study
 
     config = load_config(config_path, overrides)
     made = make_study(config, _cohort(config, out), shlex.join(["raredistill", *sys.argv[1:]]))
     show_table(records(made.overview()), "slices (patients) of each class")
+    for run in elsewhere(made, out):
+        print(f"another process works at {run}: this one takes the other runs, and waits for it at the end", file=sys.stderr)
     with StudyProgress(made) as watcher:
         runs = run_study(made, out, watcher)
     _finish(out, runs)

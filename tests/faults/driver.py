@@ -206,8 +206,8 @@ def main(folder: Path) -> None:
     outcome["small_disk"] = small_disk(folder, folder / "disk")
     resume.SAVE_EVERY = 0.0
     outcome["crowded"] = crowded(folder, folder / "crowded")
-    outcome["killed"] = killed(train, folder, folder / "killed", kills=9, within=1.5)
-    outcome["killed_images"] = killed(images, folder, folder / "killed-images", kills=8, within=0.3)
+    outcome["killed"] = killed(train, folder, folder / "killed", kills=7, within=1.5)
+    outcome["killed_images"] = killed(images, folder, folder / "killed-images", kills=6, within=0.3)
     outcome["signalled"] = signalled(folder, folder / "signalled")
     outcome["killed_report"] = killed(report, folder, folder / "signalled", kills=1, within=2.0)
     (folder / "outcome.json").write_text(json.dumps(outcome, indent=1))

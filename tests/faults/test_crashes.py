@@ -16,14 +16,16 @@ import torch
 from driver import CONFIG
 
 from conftest import write_tiny
-from raredistill import predictions
+from raredistill import cli, predictions
 from raredistill.checkpoint import load
 from raredistill.config import StudyConfig, make_study
 from raredistill.errors import CheckpointError, DataError
 from raredistill.files import is_sealed, read_json, seal, write_json
 from raredistill.report import write_report
+from raredistill.report.results import read_results
+from raredistill.report.verdicts import cautions
 from raredistill.study import drafts
-from raredistill.study.run import run_study
+from raredistill.study.run import elsewhere, run_study
 from raredistill.training import loop, resume
 from test_study import Silent
 
@@ -274,7 +276,9 @@ def test_a_run_that_diverges_names_its_batch_and_its_last_good_checkpoint_and_th
     weights, promise = load(checkpoint)
     assert promise.model == "small_cnn"
     assert all(tensor.isfinite().all() for tensor in weights.values())
-    write_report(tmp_path / "s")
+    with pytest.raises(SystemExit) as stop:
+        cli._finish(tmp_path / "s", records)
+    assert stop.value.code == 1
     assert f"failed: {bad['id']}: {bad['error'][:40]}" in (tmp_path / "s" / "report" / "report.html").read_text()
 
 
@@ -291,19 +295,24 @@ def test_out_of_memory_is_written_down_in_the_run(tiny_cohort, tmp_path, monkeyp
     assert {record["status"] for record in records} == {"done"}
     assert {record["micro_batch"] for record in records} == {4}
     assert "micro-batches of 4" in records[0]["remarks"][0]
+    assert any("micro-batches of 4" in caution for caution in cautions(read_results(tmp_path / "s")))
     assert len(predictions.read(tmp_path / "s" / "runs" / records[0]["id"] / "predictions.parquet").table)
 
 
-def test_two_studies_in_one_folder_at_once_are_refused(tiny_cohort, tmp_path):
+def test_a_second_process_sees_what_the_first_works_at_and_another_study_is_refused(tiny_cohort, tmp_path):
+    mine = tiny_study(tiny_cohort)
+
     class Meeting(Silent):
-        """Another study comes to the same folder while a run of this one is at work."""
+        """Others come to the same folder while a run is at work."""
 
         def epoch_done(self, run, record):
+            assert elsewhere(mine, tmp_path / "s") == [run.id]
             other = tiny_study(tiny_cohort, runs=[{"name": "other", "model": "small_cnn"}])
             with pytest.raises(DataError, match="another study"):
                 run_study(other, tmp_path / "s", Silent())
 
-    run_study(tiny_study(tiny_cohort), tmp_path / "s", Meeting())
+    assert {record["status"] for record in run_study(mine, tmp_path / "s", Meeting())} == {"done"}
+    assert elsewhere(mine, tmp_path / "s") == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")

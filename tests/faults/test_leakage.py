@@ -81,12 +81,13 @@ def test_weights_that_have_seen_held_out_patients_are_refused_as_teacher_and_as_
     refused(tiny_cohort, "its knowledge would leak", **{use: {"weights": str(large[0])} if use == "teacher" else str(large[0])})
 
 
-def test_who_has_trained_the_start_counts_as_trained_on(tiny_cohort, large, tmp_path):
-    weights = resaved(large[0], tmp_path / "start.safetensors", training_patients=("someone else",))
-    records = run_study(study(tiny_cohort, [{"name": "s", "model": "small_cnn", "pretrained": str(weights)}]), tmp_path / "s", Silent())
+@pytest.mark.parametrize("use", ["teacher", "pretrained"])
+def test_who_has_trained_the_start_or_an_external_teacher_counts_as_trained_on(tiny_cohort, large, tmp_path, use):
+    weights = str(resaved(large[0], tmp_path / "start.safetensors", training_patients=("someone else",)))
+    run = {"name": "s", "model": "small_cnn", use: weights if use == "pretrained" else {"weights": weights}}
+    records = run_study(study(tiny_cohort, [run]), tmp_path / "s", Silent())
     promise = checkpoint.load(tmp_path / "s" / "runs" / records[0]["id"] / "best.safetensors")[1]
-    assert "someone else" in promise.training_patients
-    assert set(checkpoint.load(large[0])[1].training_patients) < set(promise.training_patients)
+    assert set(promise.training_patients) == {"someone else", *checkpoint.load(large[0])[1].training_patients}
 
 
 def named_cohort(root):

@@ -159,6 +159,7 @@ def cautions(results: Results) -> list[str]:
     unfinished = len(study["runs"]) - len(results.runs)
     if unfinished:
         said.append(f"This study is unfinished: {unfinished} of {len(study['runs'])} runs are missing or failed.")
+    said += [f"{run['id']}: {remark}." for run in results.runs for remark in run.get("remarks", ())]
     if generated(study):
         said.append("The cohort is generated (a phantom): its numbers say nothing about patients.")
     if study["cohort"]["patients"] == study["cohort"]["samples"]:

@@ -28,7 +28,7 @@ from raredistill.files import lock_if_free, write_text
 from raredistill.losses import carried_prior, class_weights, make_loss
 from raredistill.models import Network, facts
 from raredistill.study.board import Board
-from raredistill.study.drafts import check_origin, finish, open_draft, origin, read_finished, set_aside
+from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside
 from raredistill.study.plan import Entry, External, Run
 from raredistill.study.predict import plain_batches, prediction_table
 from raredistill.study.stages import second_stage
@@ -124,6 +124,7 @@ def _one(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping
     except Exception as error:
         # One run's failure must not take the others with it; the record and the log say what happened.
         write_text(failure, traceback.format_exc())
+        abandon(folder)
         return {**describe(run, cohort), "status": "failed", "error": str(error) or type(error).__name__}, False
     failure.unlink(missing_ok=True)
     return record, False

@@ -82,13 +82,22 @@ def run_study(study: Study, out: Path, watcher: Watcher) -> list[Record]:
     return execute(plan, study.cohort, out, watcher, on_record)
 
 
+def elsewhere(study: Study, out: Path) -> list[str]:
+    """Runs of a study at which another process works now: they are left to it, and waited for at the end."""
+    return [run.id for run in study.plan() if lock_of(out, run.id).exists() and _is_held(lock_of(out, run.id))]
+
+
 def _refuse_company(plan: Sequence[Run], out: Path) -> None:
     """Two processes may share one study, but not a folder for two studies: each would overwrite the other's description."""
     ours = {lock_of(out, run.id) for run in plan}
-    for lock in set((out / "runs").glob(".*.lock")) - ours:
-        with lock_if_free(lock) as free:
-            if not free:
-                raise DataError(f"another process works at another study in {out} ({lock.name}); name another folder, or wait for it")
+    for lock in sorted(set((out / "runs").glob(".*.lock")) - ours):
+        if _is_held(lock):
+            raise DataError(f"another process works at another study in {out} ({lock.name}); name another folder, or wait for it")
+
+
+def _is_held(lock: Path) -> bool:
+    with lock_if_free(lock) as free:
+        return not free
 
 
 def claim(out: Path) -> None:

@@ -155,17 +155,18 @@ def _held_out(cohort: Cohort, split: Split) -> set[str]:
 
 
 def patients_before(entry: Entry, cohort: Cohort, split: Split) -> set[str]:
-    """Patients that an entry's pre-trained weights have seen, as far as their file tells: a checkpoint does, plain weights do not.
+    """Patients whom an entry's pre-trained weights, or its teacher from elsewhere, have seen, as far as their files tell.
 
     Raises:
-        CheckpointError: some of them are held out, or a checkpoint does not tell.
+        CheckpointError: the weights have seen some who are held out, or are a checkpoint that does not tell.
     """
+    teacher = _external_promise(entry.teacher)[1].training_patients if isinstance(entry.teacher, External) else ()
     path = entry.pretrained
     if isinstance(path, bool) or not read_safetensors(path)[1].get("kind"):
-        return set()
+        return set(teacher or ())
     promise = load(path)[1]
     check_patients(promise, f"the pre-trained weights {path}", _held_out(cohort, split))
-    return set(promise.training_patients or ())
+    return {*(teacher or ()), *(promise.training_patients or ())}
 
 
 def teacher_files(run: Run, runs: Path) -> dict[str, Path]:

@@ -88,6 +88,11 @@ class Keeper:
         self._cost = self._saved - start
 
 
+def has_state(folder: Path) -> bool:
+    """Whether there is something to go on with."""
+    return any((folder / slot).exists() for slot in SLOTS)
+
+
 def clear_state(folder: Path) -> None:
     """Remove what only an unfinished run needs."""
     for slot in SLOTS:
