@@ -32,7 +32,7 @@ def shuffled_cohort(root, seed):
 
 def pixels_of(cohort, rows):
     batches = Batches(cohort, rows, channels=("flair",), batch_size=64, device=torch.device("cpu"), shuffle=False)
-    return np.concatenate([batch.images.flatten(1).numpy() for batch in batches])
+    return np.concatenate([batch.images.flatten(1).numpy() for batch in batches.epoch(0)])
 
 
 def nearest_neighbour(cohort, train, test):
