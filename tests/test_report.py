@@ -226,6 +226,13 @@ def test_an_unfinished_study_is_reported_and_marked(tmp_path):
     assert "unfinished: 6 of 9" in write_report(root).read_text()
 
 
+def test_a_study_without_a_finished_run_has_a_report_too(tmp_path):
+    page = write_report(write_study(tmp_path / "s", waiting=tuple(SKILL))).read_text()
+    assert "unfinished: 9 of 9" in page
+    assert "Nothing could be tested" in page
+    assert "cannot be tested: the study has no finished baseline" in page
+
+
 def test_no_study_is_told(tmp_path):
     with pytest.raises(DataError, match=r"study\.json"):
         write_report(tmp_path)

@@ -129,14 +129,14 @@ class _Patients:
 
 def _patients(predictions: Predictions) -> _Patients:
     table = predictions.table
-    if len(parts := set(zip(table["split"], table["checkpoint"], strict=True))) != 1:
-        raise DataError(f"the bootstrap needs one part of one checkpoint, the table has {sorted(parts) or 'no rows'}; use predictions.part")
+    if len(parts := table[["split", "checkpoint"]].drop_duplicates()) != 1:
+        there = sorted(map(tuple, parts.to_numpy())) or "no rows"
+        raise DataError(f"the bootstrap needs one part of one checkpoint, the table has {there}; use predictions.part")
     of_row, names = predictions.patients
-    carried = np.full(len(names), "", dtype=object)
-    # Written backwards, so that a patient's first row stays.
-    carried[of_row[::-1]] = table["patient_label"].to_numpy(dtype=object)[::-1]
-    stratum = np.where(carried != "", carried, np.array(predictions.classes, dtype=object)[_rarest(predictions, of_row, len(names))])
-    return _Patients(of_row, pd.factorize(stratum, sort=True)[0].astype(np.int64))
+    own = np.array(predictions.classes, dtype=object)[_rarest(predictions, of_row, len(names))]
+    first = np.unique(of_row, return_index=True)[1]
+    carried = table["patient_label"].iloc[first].to_numpy(dtype=object)
+    return _Patients(of_row, pd.factorize(np.where(carried != "", carried, own), sort=True)[0].astype(np.int64))
 
 
 def _rarest(predictions: Predictions, of_row: Integers, patients: int) -> Integers:

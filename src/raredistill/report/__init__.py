@@ -135,5 +135,5 @@ def _curves(made: dict[str, pd.DataFrame], rare: str, entries: list[str]) -> dic
         "roc": figures.lines(made["roc"], "false_positive_rate", "recall", entries, ("1 − specificity", f"sensitivity for {rare}")),
         "precision_recall": figures.lines(made["precision_recall"], "recall", "precision", entries, (f"recall of {rare}", "precision")),
         "decision": figures.lines(made["decision"], "threshold", "benefit", entries, act, reference="act_on_all"),
-        "reliability": figures.reliability({str(stage): each for stage, each in panels.items()}),
+        "reliability": figures.reliability({str(stage): each for stage, each in panels.items()}, entries),
     }

@@ -225,7 +225,8 @@ def inherited(results: Results, pairs: list[Pair]) -> pd.DataFrame:
         cells = results.cells(pair.entry) & results.cells(pair.control) & results.cells(pair.teacher)
         sides = [results.pooled(name, cells) for name in (pair.entry, pair.teacher, pair.control)] if cells else []
         if sides and not any(side is None for side in sides):
-            rows.append({"entry": pair.entry, "teacher": pair.teacher, **inheritance(*sides)})  # type: ignore[arg-type]
+            found = inheritance(*sides)  # type: ignore[arg-type]
+            rows.append({"entry": pair.entry, "teacher": pair.teacher, **found, "teacher_errors": int(found["teacher_errors"])})
     return pd.DataFrame(rows)
 
 

@@ -135,11 +135,10 @@ def lines(table: pd.DataFrame, x: str, y: str, entries: Sequence[str], texts: tu
     return figure
 
 
-def reliability(tables: dict[str, dict[str, pd.DataFrame]]) -> Figure | None:
+def reliability(tables: dict[str, dict[str, pd.DataFrame]], entries: Sequence[str]) -> Figure | None:
     """Reliability diagrams, a panel a stage, a line an entry: ``tables[stage][entry]`` has confidence and accuracy."""
     if not tables:
         return None
-    entries = list(dict.fromkeys(entry for each in tables.values() for entry in each))
     figure, axes = _figure(3.4 * len(tables), 3.8, len(tables))
     for axis, (stage, each) in zip(axes, tables.items(), strict=True):
         axis.plot([0, 1], [0, 1], ":", color="0.5")
