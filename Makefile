@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test lint bench
+.PHONY: help install demo test fuzz lint bench
 help:           ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -17,6 +17,9 @@ demo: install   ## the main job, end to end, on a generated cohort
 
 test: install   ## every test
 	$(BIN)/pytest
+
+fuzz: install   ## every reader with FUZZ_INPUTS (20,000) damaged files; hours on a slow machine
+	$(BIN)/pytest tests/fuzz -m fuzz
 
 lint: install   ## style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -198,6 +198,19 @@ def test_a_volume_without_contrast_or_brain():
         volumes.window(np.where(volume == 7, np.nan, 0.0))
 
 
+def test_a_stray_voxel_beyond_single_precision_is_white_and_the_rest_as_without_it():
+    volume = np.zeros((2, 30, 30), np.float32)
+    volume[:, 5:25, 5:25] = np.random.default_rng(0).uniform(1e-6, 2e-6, (2, 20, 20))
+    limits = volumes.window(volume)
+    plain, stray = np.zeros(volume.shape, np.uint8), np.zeros(volume.shape, np.uint8)
+    volumes.to_bytes(volume, limits.low, limits.high, plain)
+    volume[0, 7, 7] = 3e38
+    volumes.to_bytes(volume, limits.low, limits.high, stray)
+    assert stray[0, 7, 7] == 255
+    plain[0, 7, 7] = 255
+    np.testing.assert_array_equal(stray, plain)
+
+
 def test_the_commonest_value_need_not_be_the_corner():
     volume = np.full((3, 5, 5), 4.0)
     volume[:, 0, 0] = 2

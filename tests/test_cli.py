@@ -75,7 +75,7 @@ def test_the_main_job_from_images_to_report(images, config, tmp_path):
     other = next(path for path in (out / "runs").iterdir() if path.name.startswith("small") and "f0" in path.name)
     taught = next(path for path in (out / "runs").iterdir() if path.name.startswith("taught") and "f0" in path.name)
     compared = raredistill("compare", other, taught)
-    assert "95 % interval" in compared.stdout, compared.stderr
+    assert "after Holm over 1 comparison" in compared.stdout, compared.stderr
     inspected = raredistill("inspect", cohort)
     assert inspected.returncode == 0, inspected.stderr
     assert (cohort / "contact_sheet.png").exists()
@@ -91,6 +91,10 @@ def test_the_main_job_from_images_to_report(images, config, tmp_path):
         (["studdy"], "studdy"),
         (["report", "nowhere"], "nowhere"),
         (["evaluate", "nothing.parquet"], "nothing.parquet"),
+        (["verify", "arrays", "/dev/null"], "cannot be read as .npz"),
+        (["prepare", "image_folder", ".", "mode=[grey"], "mode=[grey: cannot be read as YAML"),
+        (["prepare", "table", "x.csv", "--workers", "0"], "--workers"),
+        (["phantom", "/dev/null/x"], "/dev/null/x cannot be written"),
     ],
 )
 def test_bad_input_is_one_message_and_code_2(arguments, said, tmp_path):
@@ -99,6 +103,26 @@ def test_bad_input_is_one_message_and_code_2(arguments, said, tmp_path):
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_generated_data_say_so_and_whole_names_are_shown(tmp_path):
+    made = raredistill("phantom", tmp_path / "p", "--patients", 2, "--size", 24, 24, 16, "--workers", 1)
+    assert made.returncode == 0, made.stderr
+    file = tmp_path / "p" / "BraTS20_Training_002" / "BraTS20_Training_002_flair.nii.gz"
+    file.rename(file.with_name("x_flair.nii.gz.bak"))
+    verified = raredistill("verify", "brats_nifti", tmp_path / "p", "--workers", 1)
+    assert verified.returncode == 2
+    assert "1 usable patients; 1 error, 0 warnings, 0 notes; generated data (phantom), not patients" in verified.stdout
+    assert "no flair file" in verified.stdout
+    assert "…" not in verified.stdout
+    assert "leave those patients out with prepare --leave-out-bad" in verified.stderr
+    prepared = raredistill(
+        "prepare", "brats_nifti", tmp_path / "p", "--out", tmp_path / "c", "--size", 16, "--leave-out-bad", "--workers", 1
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    assert "generated data (phantom), not patients" in prepared.stdout
+    assert "what the two label rules call the slices (used: default)" in prepared.stdout
+    assert "BraTS20_Training_002" in prepared.stdout
 
 
 def test_a_wrong_model_is_told_before_training(config, tmp_path):

@@ -1,6 +1,7 @@
 """Atomic writes, locks and folders: nothing is half-written."""
 
 import hashlib
+import os
 
 import pytest
 
@@ -21,6 +22,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert [child.name for child in tmp_path.iterdir()] == ["state.txt"]
+
+
+def test_what_a_killed_writer_left_is_swept_but_not_what_is_being_written(tmp_path):
+    old, young, other = (tmp_path / name for name in (".state[1].txt.11.tmp", ".state[1].txt.12.tmp", ".state.txt.13.tmp"))
+    for leftover in (old, young, other):
+        leftover.write_text("half")
+    for leftover in (old, other):
+        os.utime(leftover, (0, 0))
+    write_text(tmp_path / "state[1].txt", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([young.name, other.name, "state[1].txt"])
 
 
 def test_a_lock_that_another_holds_is_told_at_once(tmp_path):

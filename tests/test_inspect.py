@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -6,7 +7,7 @@ import pytest
 from PIL import Image
 
 from raredistill.cohort import store
-from raredistill.cohort.inspect import choose, contact_sheet, patient_table, summary
+from raredistill.cohort.inspect import choose, contact_sheet, patient_table, rule_table, summary
 from raredistill.errors import DataError
 
 CLASSES = ("healthy", "HGG", "LGG")
@@ -48,6 +49,14 @@ def test_the_patient_table_counts_each_patient(tmp_path):
     table = patient_table(make_cohort(tmp_path / "c"))
     assert table.loc["p2"].to_dict() == {"patient_label": "LGG", "healthy": 4, "HGG": 0, "LGG": 6}
     assert len(table) == 9
+
+
+def test_the_two_label_rules_stand_side_by_side():
+    tally = {"tumour": 7, "thesis tumour / default tumour": 7, "thesis healthy / default left out: little brain": 2}
+    cohort = SimpleNamespace(provenance={"tally": tally})
+    table = rule_table(cohort)
+    assert table.values.tolist() == [["healthy", "left out: little brain", 2], ["tumour", "tumour", 7]]
+    assert rule_table(SimpleNamespace(provenance={"tally": {"images": 3}})).empty
 
 
 def test_shown_samples_come_from_as_many_patients_as_there_are(tmp_path):

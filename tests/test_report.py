@@ -1,6 +1,8 @@
 """The report: verdicts that follow from the numbers, tables that equal scikit-learn, a page that a browser opens without a fault."""
 
 import csv
+import html
+import itertools
 import json
 import re
 import shutil
@@ -9,40 +11,43 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import f1_score
+from scipy import stats
+from scipy.special import softmax
+from sklearn.metrics import f1_score, log_loss, roc_curve
 
 from raredistill import predictions
 from raredistill.errors import DataError
 from raredistill.files import write_json
 from raredistill.report import summary_table, write_report
+from raredistill.report.pairs import make_pairs
 from raredistill.report.results import read_results
 from raredistill.report.tables import latex, safe
-from raredistill.report.verdicts import verdicts
+from raredistill.report.verdicts import notes_on_tests, verdicts
 
 CLASSES = ("healthy", "HGG", "LGG")
+FOLDS = 3
 SKILL = {"small": 0.8, "taught": 2.5, "odd": 0.8}
 
 
 def table(run, skill, fold, seed):
-    """Predictions of 20 patients with 4 slices each; skill is the height of the true class' logit."""
+    """Predictions of 20 test and 20 validation patients with 4 slices each; skill is the height of the true class' logit."""
     generator = np.random.default_rng([fold, seed, int(10 * skill)])
     rows = []
-    for checkpoint in ("best", "last"):
-        for patient in range(20):
-            grade = "LGG" if patient % 3 == 0 else "HGG"
-            for index in range(4):
-                label = "healthy" if index < 2 else grade
-                logits = generator.normal(size=3) + skill * (np.array(CLASSES) == label)
-                rows.append(
-                    (run, f"p{fold}-{patient}-{index}", f"p{fold}-{patient}", grade, "test", 0, fold, seed, checkpoint, label, logits)
-                )
+    for (part, group), checkpoint, patient, index in itertools.product(
+        (("test", fold), ("validation", (fold + 1) % FOLDS)), ("best", "last"), range(20), range(4)
+    ):
+        grade = "LGG" if patient % 3 == 0 else "HGG"
+        label = "healthy" if index < 2 else grade
+        logits = generator.normal(size=3) + skill * (np.array(CLASSES) == label)
+        name = f"p{group}-{patient}"
+        rows.append((run, f"{name}-{index}", name, grade, part, 0, fold, seed, checkpoint, label, logits))
     return pd.DataFrame(rows, columns=list(predictions.COLUMNS))
 
 
-def write_study(root, *, entries=tuple(SKILL), waiting=()):
+def write_study(root, *, entries=tuple(SKILL), waiting=(), folds=FOLDS, shared=False):
     runs = []
     for name in entries:
-        for fold in range(2):
+        for fold in range(folds):
             run = {
                 "id": f"{name}-f{fold}", "name": name, "kind": "baseline" if name == "small" else "distilled", "direction": "",
                 "model": "other" if name == "odd" else "small_cnn", "loss": "cross_entropy", "method": "kd", "teacher": "",
@@ -52,7 +57,7 @@ def write_study(root, *, entries=tuple(SKILL), waiting=()):
             }  # fmt: skip
             runs.append(run)
             if run["status"] == "done":
-                write_run(root / "runs" / run["id"], run, SKILL[name])
+                write_run(root / "runs" / run["id"], run, SKILL[name], shared=shared)
     counts = [{"class": name, "slices": 40, "patients": 20} for name in CLASSES]
     cohort = {
         "name": "=c<script>", "hash": "h" * 64, "classes": list(CLASSES), "background": "healthy", "channels": ["flair"], "samples": 160,
@@ -60,22 +65,27 @@ def write_study(root, *, entries=tuple(SKILL), waiting=()):
     }  # fmt: skip
     study = {
         "name": "s", "command": "raredistill study", "config": {"name": "s"},
-        "cohort": cohort, "protocol": "outer", "rare": "LGG",
+        "cohort": cohort, "protocol": "holdout" if shared else "outer", "rare": "LGG",
         "split_table": [{"repeat": 0, "fold": 0, "side": "train", "class": "LGG", "slices": 1, "patients": 1}], "splits": [],
         "versions": {},
         "machine": {}, "runs": runs,
     }  # fmt: skip
     write_json(root / "study.json", study)
+    names = [[f"p{group}-{n}" for n in range(20)] for group in range(FOLDS)]
+    for fold in range(folds):
+        sides = {"train": names[(fold + 2) % FOLDS], "validation": names[(fold + 1) % FOLDS], "test": names[fold]}
+        write_json(root / "splits" / f"r0f{fold}.json", {"patients": sides})
     return root
 
 
-def write_run(folder, run, skill):
+def write_run(folder, run, skill, *, shared):
     folder.mkdir(parents=True)
     write_json(folder / "run.json", run)
     f1 = dict.fromkeys(CLASSES, 0.5)
     part = {"loss": 1.0, "macro_f1": 0.5, "f1": f1}
     (folder / "epochs.jsonl").write_text("".join(json.dumps({"epoch": n, "train": part, "validation": part}) + "\n" for n in range(3)))
-    predictions.write(folder / "predictions.parquet", table(run["id"], skill, run["fold"], run["seed"]), CLASSES, "healthy")
+    made = table(run["id"], skill, 0, run["seed"]) if shared else table(run["id"], skill, run["fold"], run["seed"])
+    predictions.write(folder / "predictions.parquet", made.assign(fold=run["fold"]), CLASSES, "healthy")
 
 
 @pytest.fixture(scope="module")
@@ -86,27 +96,105 @@ def study(tmp_path_factory):
 
 
 def test_a_real_gain_is_shown_and_a_missing_control_is_said(study):
-    found = {record["entry"]: record for record in verdicts(read_results(study))}
+    found = judged(study)
     assert found["taught"]["verdict"] == "helps"
     assert found["taught"]["control"] == "small"
     assert found["taught"]["low"] > 0
-    assert found["odd"]["verdict"] == "no control"
-    assert "cannot be judged" in found["odd"]["sentence"]
+    assert found["odd"]["verdict"] == "cannot be tested"
+    assert "no finished baseline" in found["odd"]["sentence"]
+
+
+def judged(study):
+    results = read_results(study)
+    return {record["entry"]: record for record in verdicts(make_pairs(results), "LGG")}
+
+
+def test_the_verdict_is_the_corrected_t_test_of_the_f1_of_folds(study):
+    gains = []
+    for fold in range(FOLDS):
+        scores = []
+        for name in ("taught", "small"):
+            rows = table("x", SKILL[name], fold, 0).query("checkpoint == 'best' and split == 'test'")
+            guess = np.array(CLASSES)[np.stack(rows["logits"]).argmax(1)]
+            scores.append(f1_score(rows["label"], guess, labels=["LGG"], average="macro"))
+        gains.append(scores[0] - scores[1])
+    # Of 60 patients a fold tests 20 and validates on 20, so it trains on 20; the fixture writes the same into splits/.
+    t = np.mean(gains) / np.sqrt(np.var(gains, ddof=1) * (1 / FOLDS + 20 / 20))
+    record = judged(study)["taught"]
+    assert record["p"] == pytest.approx(2 * stats.t.sf(t, FOLDS - 1), rel=1e-4)
+    assert record["p_holm"] == record["p"]
+    assert f"LGG F1 {np.mean(gains):+.3f} [" in record["sentence"]
+    assert "after Holm over 1 comparison: helps" in record["sentence"]
+    assert any("Bayesian correlated t-test" in note for note in record["notes"])
+
+
+def test_a_shared_test_set_says_that_training_is_not_covered(tmp_path):
+    root = write_study(tmp_path / "s", entries=("small", "taught"), shared=True)
+    record = judged(root)["taught"]
+    assert record["verdict"] == "helps"
+    assert "helps on this test set" in record["sentence"]
+    assert "the variance of training is not covered" in record["basis"]
+    assert any("variance of training is not covered" in note for note in notes_on_tests(read_results(root)))
+
+
+def test_two_folds_are_described_and_not_tested(tmp_path):
+    root = write_study(tmp_path / "s", entries=("small", "taught"), folds=2)
+    record = judged(root)["taught"]
+    assert record["verdict"] == "cannot be tested"
+    assert "too few for a test" in record["sentence"]
+
+
+def test_controls_are_present_or_missing_with_a_reason(study):
+    found = pd.read_csv(study / "report" / "tables" / "controls.csv").query("entry == 'taught'").set_index("control")
+    assert found["present"].to_dict() == {
+        "same loss without a teacher": "yes", "post-hoc adjustment of the control": "missing", "the teacher itself": "missing",
+        "self-distillation": "missing", "equal training budget": "missing",
+    }  # fmt: skip
+    assert "prior" in found.loc["post-hoc adjustment of the control", "what"]
+
+
+def test_a_moved_threshold_is_told_from_a_gain(tmp_path, monkeypatch):
+    monkeypatch.setitem(SKILL, "taught", SKILL["small"])
+    root = write_study(tmp_path / "s", entries=("small", "taught"), shared=True)
+    for fold in range(FOLDS):
+        moved = table(f"taught-f{fold}", SKILL["small"], 0, 0).assign(fold=fold)
+        moved["logits"] = [row + np.array([0, 0, 1.5]) for row in moved["logits"]]
+        predictions.write(root / "runs" / f"taught-f{fold}" / "predictions.parquet", moved, CLASSES, "healthy")
+    assert any("Only recall moved, AUPRC did not" in note for note in judged(root)["taught"]["notes"])
+
+
+def test_calibration_is_fitted_on_validation_and_measured_on_test(study):
+    found = pd.read_csv(study / "report" / "tables" / "calibration.csv").set_index(["entry", "stage"])
+    label, before, after = [], [], []
+    for fold in range(FOLDS):
+        both = table("x", SKILL["taught"], fold, 0).query("checkpoint == 'best'")
+        logits, truth = np.stack(both["logits"]).astype(np.float32), both["label"].map(CLASSES.index).to_numpy()
+        test = (both["split"] == "test").to_numpy()
+        grid = np.exp(np.linspace(-2, 2, 161))
+        losses = [log_loss(truth[~test], softmax(logits[~test] / t, axis=1)) for t in grid]
+        label.append(truth[test])
+        before.append(softmax(logits[test], axis=1))
+        after.append(softmax(logits[test] / grid[int(np.argmin(losses))], axis=1))
+    one_hot = np.eye(3)[np.concatenate(label)]
+    for stage, parts in (("raw", before), ("temperature", after)):
+        expected = ((np.concatenate(parts) - one_hot) ** 2).sum(axis=1).mean()
+        assert found.loc[("taught", stage), "brier"] == pytest.approx(expected, abs=2e-3)
+    row = found.loc[("taught", "raw")]
+    assert row["brier"] == pytest.approx(row.brier_reliability - row.brier_resolution + row.brier_uncertainty + row.brier_within)
 
 
 def test_two_equal_sides_are_not_shown(tmp_path, monkeypatch):
     monkeypatch.setitem(SKILL, "taught", SKILL["small"])
-    root = write_study(tmp_path / "s", entries=("small", "taught"))
-    (record,) = verdicts(read_results(root))
+    record = judged(write_study(tmp_path / "s", entries=("small", "taught")))["taught"]
     assert record["verdict"] == "not shown"
-    assert record["rare_f1"] == pytest.approx(0)
+    assert record["difference"] == pytest.approx(0)
 
 
 def test_scores_equal_scikit_learn(study):
     found = summary_table(study).set_index("entry")
     expected = []
-    for fold in range(2):
-        rows = table("x", SKILL["small"], fold, 0).query("checkpoint == 'best'")
+    for fold in range(FOLDS):
+        rows = table("x", SKILL["small"], fold, 0).query("checkpoint == 'best' and split == 'test'")
         predicted = np.array(CLASSES)[np.stack(rows["logits"]).astype(np.float32).argmax(1)]
         expected.append(f1_score(rows["label"], predicted, labels=["LGG"], average="macro"))
     assert found.loc["small", "LGG f1"] == pytest.approx(np.mean(expected), abs=1e-6)
@@ -135,7 +223,14 @@ def test_the_page_is_one_file_that_escapes_and_warns(study):
 
 def test_an_unfinished_study_is_reported_and_marked(tmp_path):
     root = write_study(tmp_path / "s", waiting=("taught", "odd"))
-    assert "unfinished: 4 of 6" in write_report(root).read_text()
+    assert "unfinished: 6 of 9" in write_report(root).read_text()
+
+
+def test_a_study_without_a_finished_run_has_a_report_too(tmp_path):
+    page = write_report(write_study(tmp_path / "s", waiting=tuple(SKILL))).read_text()
+    assert "unfinished: 9 of 9" in page
+    assert "Nothing could be tested" in page
+    assert "cannot be tested: the study has no finished baseline" in page
 
 
 def test_no_study_is_told(tmp_path):
@@ -150,39 +245,62 @@ def test_formulas_and_latex_signs_are_quoted(tmp_path):
     assert r"a\_b" in latex(made)
 
 
+def test_every_figure_names_the_table_it_is_drawn_from(study):
+    page = (study / "report" / "report.html").read_text()
+    sources = set(re.findall(r"tables/(\w+)\.csv", page))
+    assert {"comparisons", "roc", "precision_recall", "reliability", "decision", "epochs", "confusions", "gains"} <= sources
+    assert sources <= {path.stem for path in (study / "report" / "tables").glob("*.csv")}
+    assert page.count("<figure>") == page.count("numbers in tables/")
+    assert page.count('role="img" aria-label="') == page.count("<figure>")
+
+
+def test_curves_are_those_of_scikit_learn(study):
+    found = pd.read_csv(study / "report" / "tables" / "roc.csv").query("entry == 'small'")
+    rows = pd.concat([table("x", SKILL["small"], fold, 0) for fold in range(FOLDS)]).query("checkpoint == 'best' and split == 'test'")
+    score = softmax(np.stack(rows["logits"]).astype(np.float32).astype(float), axis=1)[:, 2]
+    false, true, _ = roc_curve(rows["label"] == "LGG", score, drop_intermediate=False)
+    points = set(zip(false.round(9), true.round(9), strict=True))
+    assert set(zip(found["false_positive_rate"].round(9), found["recall"].round(9), strict=True)) <= points
+
+
+PROBE = """<script>
+const frame = document.querySelector("iframe");
+frame.addEventListener("load", () => {
+  const page = frame.contentDocument, view = frame.contentWindow;
+  page.querySelector("#answer th button").click();
+  const sorted = page.querySelector("#answer th").getAttribute("aria-sort");
+  const column = [...page.querySelector("#answer tbody").rows].map((row) => row.cells[0].textContent);
+  const ordered = column.join() === [...column].sort().join();
+  const box = page.querySelector('input[data-entry="1"]'); box.click();
+  const marks = [...page.querySelectorAll('[data-shown="1"]')];
+  const gone = marks.length > 10 && marks.every((mark) => view.getComputedStyle(mark).display === "none");
+  box.click();
+  const back = marks.every((mark) => view.getComputedStyle(mark).display !== "none");
+  const fits = page.documentElement.scrollWidth <= 380;
+  const requests = view.performance.getEntriesByType("resource").length;
+  const doubled = [...page.querySelectorAll("[id]")].length - new Set([...page.querySelectorAll("[id]")].map((part) => part.id)).size;
+  document.title = ["probe", sorted, ordered, gone, back, fits, requests, page.querySelectorAll("section").length, doubled].join(" ");
+});
+</script>"""
+
+
 def test_chromium_opens_the_page(study, tmp_path):
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("no chromium on this machine")
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-    ]
-    page = study / "report" / "report.html"
-    # A script of the test's own reports what it finds through the title, which the dumped page then shows.
-    probe = """<script>
-    document.querySelector('#answer th button').click();
-    const sorted = document.querySelector('#answer th').getAttribute('aria-sort');
-    const box = document.querySelector('input[data-entry="0"]'); box.click();
-    const hidden = document.querySelector('[data-shown="0"]').hidden;
-    const fits = document.documentElement.scrollWidth <= window.innerWidth;
-    document.title = ['probe', sorted, hidden, fits, document.querySelectorAll('section').length].join(' ');
-    </script>"""
+    page = (study / "report" / "report.html").read_text()
+    # A frame as narrow as a phone; the script around it reports what it finds through its own title, which the dumped page shows.
     probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text().replace("</body>", probe + "</body>"))
-    command = [
-        browser,
-        *flags,
-        f"--user-data-dir={tmp_path}/profile",
-        "--window-size=500,900",
-        "--enable-logging=stderr",
-        "--dump-dom",
-        probed.as_uri(),
-    ]
+    frame = f'<iframe width="380" height="800" srcdoc="{html.escape(page)}"></iframe>'
+    probed.write_text(f"<!doctype html><title>waiting</title>{frame}{PROBE}")
+    switches = (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", f"user-data-dir={tmp_path}/profile", "window-size=500,900", "enable-logging=stderr",
+        "virtual-time-budget=20000", "dump-dom",
+    )  # fmt: skip
+    command = [browser, *(f"--{switch}" for switch in switches), probed.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert "<title>probe ascending true true 7</title>" in done.stdout
+    title = re.search("<title>(.*?)</title>", done.stdout)
+    assert title is not None, done.stderr[-2000:]
+    assert title.group(1) == "probe ascending true true true true 0 13 0"
     assert "CONSOLE" not in done.stderr

@@ -1,8 +1,13 @@
 import json
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raredistill.cohort import store
 from raredistill.cohort.store import Cohort
@@ -106,6 +111,51 @@ def test_damage_is_noticed_on_loading(tmp_path):
     table.to_csv(root / "samples.parquet")
     with pytest.raises(DataError, match="was changed after"):
         Cohort.load(root)
+
+
+def test_a_flipped_bit_in_the_pixels_is_noticed(tmp_path):
+    root = tmp_path / "c"
+    _save(root).check_pixels()
+    file = root / "pixels" / "t1.u8"
+    raw = bytearray(file.read_bytes())
+    raw[60] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(DataError, match=r"t1\.u8 was changed"):
+        Cohort.load(root).check_pixels()
+
+
+@pytest.mark.parametrize("key", ["classes", "channels", "size", "pixels", "samples"])
+def test_a_description_that_was_changed_or_lacks_something_is_refused(tmp_path, key):
+    root = tmp_path / "c"
+    _save(root)
+    whole = json.loads((root / "cohort.json").read_text())
+    for changed in ({**whole, key: list(whole[key])[::-1]}, {name: value for name, value in whole.items() if name != key}):
+        (root / "cohort.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match="was changed after"):
+            Cohort.load(root)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.text(min_size=1), st.sampled_from(CLASSES), st.integers(-1, 154)), min_size=1, max_size=12),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 2**32),
+)
+def test_whatever_is_saved_comes_back_in_order_and_is_counted_right(rows, height, width, seed):
+    table = pd.DataFrame(rows, columns=["patient", "label", "slice"])
+    table = table.assign(sample=[f"s{i}" for i in range(len(rows))], patient_label="", source=table["patient"], split="")
+    pixels = np.random.default_rng(seed).integers(0, 256, (len(rows), height, width), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        cut = seed % len(rows)
+        _save(Path(folder) / "c", samples=table, pixels={"x": [pixels[:cut], pixels[cut:]]}, size=(height, width))
+        cohort = Cohort.load(Path(folder) / "c")
+        np.testing.assert_array_equal(cohort.pixels("x"), pixels)
+        cohort.check_pixels()
+    assert cohort.samples["patient"].tolist() == [patient for patient, _, _ in rows]
+    slices, patients = Counter(label for _, label, _ in rows), {name: {p for p, label, _ in rows if label == name} for name in CLASSES}
+    assert cohort.counts()["slices"].tolist() == [slices[name] for name in CLASSES]
+    assert cohort.counts()["patients"].tolist() == [len(patients[name]) for name in CLASSES]
 
 
 def test_a_folder_that_is_no_cohort_says_so(tmp_path):

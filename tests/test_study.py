@@ -114,6 +114,17 @@ def test_a_students_checkpoint_holds_no_teacher_and_carries_its_promise(finished
     assert promise.training_patients
 
 
+def test_tensorboard_reads_the_curves_that_the_log_holds(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = finished[0] / "runs" / finished[1][0]["id"]
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for line in (folder / "epochs.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert events.Scalars("loss/train/all")[record["epoch"]].value == pytest.approx(record["train"]["loss"])
+        assert events.Scalars("f1/validation/HGG")[record["epoch"]].value == pytest.approx(record["validation"]["f1"]["HGG"])
+
+
 def test_directions_are_by_size(finished):
     by_name = {record["name"]: record for record in finished[1]}
     assert by_name["again"]["direction"] == "self"
@@ -146,6 +157,8 @@ def test_a_failed_run_is_told_and_the_others_go_on(tiny_cohort, tmp_path):
     assert {record["name"]: record["status"] for record in records} == {"bad": "failed", "student": "failed", "good": "done"}
     assert "its teacher" in next(record for record in records if record["name"] == "student")["error"]
     assert json.loads((tmp_path / "study.json").read_text())["runs"] == records
+    # Nothing was kept that the failed run could go on with.
+    assert not list((tmp_path / "runs").glob("*.unfinished"))
 
 
 def test_an_external_teacher_that_saw_tested_patients_is_refused_before_training(finished, tiny_cohort):

@@ -35,7 +35,8 @@ class Promise:
         mean: one value a channel, for images in [0, 1].
         std: one value a channel, for images in [0, 1].
         prior: the class prior that the logits encode, in the order of ``classes``; None when it is unknown.
-        training_patients: everyone whose images gave gradients; None when nobody wrote them down.
+        training_patients: everyone whose images gave gradients, also to the weights that it started from and to a teacher from elsewhere;
+            None when nobody wrote them down.
         external: trained elsewhere, on patients that cannot be in the cohort (its user says so).
         split_hash: the split that it was trained on; empty when there was none.
     """
@@ -86,6 +87,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], Promise]:
     except (TypeError, CheckpointError) as error:
         wanted = ", ".join(field.name for field in fields(Promise))
         raise CheckpointError(f"{path}: its promise is not one of this version ({error}); it needs {wanted}") from None
+
+
+def content_hash(path: Path) -> str:
+    """The hash of what a checkpoint says, the same for every file that says it (the order of safetensors' metadata is not fixed).
+
+    Raises:
+        CheckpointError: as :func:`load`.
+    """
+    return read_safetensors(path)[1].get("sha256", "")
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], info: Any) -> None:

@@ -42,9 +42,8 @@ def main() -> None:
     """Run the command line: 0 done; 1 finished, but runs failed; 2 bad input; 130 and 143 interrupted and resumable."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
-        # Newer typers turn Ctrl-C into a code that they return.
-        if app(standalone_mode=False) == INTERRUPTED:
-            raise KeyboardInterrupt
+        if app(standalone_mode=False) == INTERRUPTED:  # what typer makes of Ctrl-C
+            _stop(f"interrupted; {_go_on()}", INTERRUPTED)
     except RareDistillError as error:
         _stop(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
@@ -239,11 +238,13 @@ def study(
 def _study(config_path: Path, out: Path, overrides: list[str]) -> None:
     from raredistill.config import load_config, make_study
     from raredistill.console import records, show_table
-    from raredistill.study.run import run_study
+    from raredistill.study.run import elsewhere, run_study
 
     config = load_config(config_path, overrides)
     made = make_study(config, _cohort(config, out), shlex.join(["raredistill", *sys.argv[1:]]))
     show_table(records(made.overview()), "slices (patients) of each class")
+    for run in elsewhere(made, out):
+        print(f"another process works at {run}: this one takes the other runs, and waits for it at the end", file=sys.stderr)
     with StudyProgress(made) as watcher:
         runs = run_study(made, out, watcher)
     _finish(out, runs)
@@ -339,13 +340,26 @@ def predict(
 
 
 @app.command()
-def evaluate(predictions: Annotated[Path, typer.Argument(help="a predictions table (Parquet or CSV), also one made elsewhere")]) -> None:
+def evaluate(
+    predictions: Annotated[
+        Path, typer.Argument(help="a predictions table (Parquet or CSV), also one made elsewhere, or a CSV of confusion matrices")
+    ],
+    rule: Annotated[Literal["mean", "max", "top5"], typer.Option(help="how slices make a patient")] = "mean",
+    background: Annotated[str | None, typer.Option(help="class that no patient carries, in files made elsewhere, such as healthy")] = None,
+) -> None:
     """Print metrics by slice and by patient for the test part of a predictions table."""
-    from raredistill.console import show_table
+    from raredistill.console import records, show_table
     from raredistill.evaluation.levels import metrics_rows
+    from raredistill.evaluation.published import is_published, published_tables
     from raredistill.predictions import read
 
-    for level, rows in metrics_rows(read(predictions)).items():
+    if is_published(predictions):
+        tables, sentences = published_tables(predictions)
+        for name, table in tables.items():
+            show_table(records(table), name)
+        print("\n".join(sentences))
+        return
+    for level, rows in metrics_rows(read(predictions, background=background), rule=rule).items():
         show_table(rows, level)
 
 
@@ -366,19 +380,29 @@ def _report(study: Path) -> None:
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(help="a run's folder or a predictions file: the control")],
-    second: Annotated[Path, typer.Argument(help="the one compared with it, on the same samples")],
-    metric: Annotated[str, typer.Option(help="macro_f1, or for one class f1:LGG, recall:LGG, auprc:LGG ...")] = "macro_f1",
+    sides: Annotated[
+        list[Path],
+        typer.Argument(
+            help="control and other: two studies, runs or prediction files; several pairs, one a data set", metavar="A B [A B]..."
+        ),
+    ],
+    metric: Annotated[str | None, typer.Option(help="one metric only: macro_f1, f1:LGG, recall:LGG, auprc:LGG ...")] = None,
+    background: Annotated[str | None, typer.Option(help="class that no patient carries, in files made elsewhere, such as healthy")] = None,
 ) -> None:
-    """Compare two sets of test predictions: the difference (second minus first) with its interval over patients."""
-    from raredistill.evaluation.bootstrap import paired_patient_bootstrap
-    from raredistill.predictions import read
+    """Compare two sets of test predictions: differences (second minus first), intervals, and what can be said."""
+    from raredistill.console import records, show_table
+    from raredistill.report.versus import over_datasets, versus
 
-    sides = [read(path / "predictions.parquet" if path.is_dir() else path).part("test", "best") for path in (first, second)]
-    difference, low, high, p = paired_patient_bootstrap(sides[1], sides[0], metric)
-    print(
-        f"{metric}: {second} - {first} = {difference:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}], p = {p:.3f} (bootstrap over patients)"
-    )
+    if len(sides) % 2:
+        raise RareDistillError(f"{len(sides)} sides cannot be paired; name a control and another side for each comparison")
+    gains = []
+    for first, second in zip(sides[::2], sides[1::2], strict=True):
+        found = versus(first, second, metric=metric, background=background)
+        show_table(records(found.rows), f"{second} minus {first}")
+        print("\n".join(found.sentences))
+        gains.append(found.gain)
+    if len(gains) > 1:
+        print(over_datasets(gains))
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from raredistill.models import facts, widths
 from raredistill.splits import make_splits
 from raredistill.study.plan import Entry, External
 from raredistill.study.run import Study
-from raredistill.study.teachers import check_external, network_of
+from raredistill.study.teachers import check_external, network_of, patients_before
 from raredistill.training.settings import Settings
 
 
@@ -217,6 +217,8 @@ def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
         _check(entry, entries, cohort)
         if isinstance(entry.teacher, External):
             check_external(entry.teacher, cohort, splits)
+        for split in splits:
+            patients_before(entry, cohort, split)
     plain = config.model_dump(mode="json")
     return Study(config.name, cohort, splits, entries, config.seeds, config.splits.protocol, plain, command)
 

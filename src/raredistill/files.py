@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +20,9 @@ from raredistill.errors import ConfigError, DataError
 MOST_VALUES = 100_000
 """Values that a YAML file may hold."""
 
+FORGOTTEN = 3600.0
+"""Seconds after which an unfinished file that nobody has touched is nobody's."""
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -27,6 +32,7 @@ def atomic(path: Path) -> Iterator[Path]:
         OSError: the disk is full or the folder cannot be written; what stood at ``path`` is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -34,6 +40,14 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of ``path`` left; one that is at work, here or on another machine, has touched its file lately."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > FORGOTTEN:
+                leftover.unlink()
 
 
 def _sync(path: Path) -> None:

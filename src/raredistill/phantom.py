@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,6 +24,7 @@ from scipy.spatial.transform import Rotation
 
 from raredistill import files
 from raredistill.errors import ConfigError
+from raredistill.processes import end_with_parent
 
 Layout = Literal["nifti", "hdf5", "both"]
 
@@ -154,13 +156,18 @@ def _results(jobs: list[tuple[Any, ...]], workers: int) -> Iterator[dict[str, An
     if workers == 1:
         yield from (_write_patient(*job) for job in jobs)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"), initializer=_start_worker) as pool:
         futures = [pool.submit(_write_patient, *job) for job in jobs]
         try:
             yield from (future.result() for future in as_completed(futures))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # interruption is the parent's, which cancels what waits
+    end_with_parent()
 
 
 # The atlas

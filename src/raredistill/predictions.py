@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -64,7 +64,17 @@ class Predictions:
 
     def labels(self) -> NDArray[np.int64]:
         """Class indices ``(N,)``."""
+        return self._labels
+
+    @cached_property
+    def _labels(self) -> NDArray[np.int64]:
         return pd.Index(self.classes).get_indexer(pd.Index(self.table["label"])).astype(np.int64)
+
+    @cached_property
+    def patients(self) -> tuple[NDArray[np.int64], list[str]]:
+        """Index of each row's patient ``(N,)``, and the patients' names in order."""
+        codes, names = pd.factorize(self.table["patient"], sort=True)
+        return codes.astype(np.int64), [str(name) for name in names]
 
     def part(self, split: str, checkpoint: str = "best") -> Predictions:
         """Keep one part's rows of one checkpoint, such as the test part of the best.
@@ -72,17 +82,31 @@ class Predictions:
         Raises:
             DataError: there are none.
         """
-        kept = self.table[(self.table["split"] == split) & (self.table["checkpoint"] == checkpoint)]
-        if kept.empty:
+        kept = ((self.table["split"] == split) & (self.table["checkpoint"] == checkpoint)).to_numpy()
+        if not kept.any():
             there = sorted({f"{part} of {which}" for part, which in zip(self.table["split"], self.table["checkpoint"], strict=True)})
             raise DataError(
                 f"no predictions of the {split} part by the checkpoint {checkpoint!r}; the table has {', '.join(there) or 'no rows'}"
             )
-        return Predictions(kept.reset_index(drop=True), self.classes, self.background, self.hard)
+        return self.rows(np.flatnonzero(kept))
+
+    def checkpoint(self, name: str) -> Predictions:
+        """Keep all parts of one checkpoint."""
+        return self.rows(np.flatnonzero(self.table["checkpoint"] == name))
 
     def rows(self, places: NDArray[np.int64]) -> Predictions:
         """Keep the rows at these places, in this order."""
-        return Predictions(self.table.iloc[places].reset_index(drop=True), self.classes, self.background, self.hard)
+        kept = replace(self, table=self.table.iloc[places].reset_index(drop=True))
+        # What was computed from the logits column is not computed again: it is a column of arrays, which is slow to gather.
+        kept.__dict__["_logits"] = self._logits[places]
+        return kept
+
+
+def concatenate(parts: Sequence[Predictions]) -> Predictions:
+    """Rows of several tables of the same classes, one after another."""
+    whole = replace(parts[0], table=pd.concat([part.table for part in parts], ignore_index=True))
+    whole.__dict__["_logits"] = np.concatenate([part.logits() for part in parts])
+    return whole
 
 
 def write(path: Path, table: pd.DataFrame, classes: Sequence[str], background: str | None = None) -> None:

@@ -291,16 +291,21 @@ def load_split(path: Path, cohort: Cohort) -> Split:
     Raises:
         SplitError: it belongs to another cohort, lacks its patients, was changed, or shares a patient.
     """
-    raw: dict[str, Any] = read_json(path)
-    if missing := {"cohort", "repeat", "fold", "hash", "patients", "rows"} - set(raw):
+    raw: Any = read_json(path)
+    known = set(raw) if isinstance(raw, dict) else set()
+    if missing := {"cohort", "repeat", "fold", "hash", "patients", "rows"} - known:
         raise SplitError(f"{path}: not a split: {', '.join(sorted(missing))} missing")
     if raw["cohort"] != cohort.hash:
         raise SplitError(f"{path}: made for another cohort than {cohort.root}; make the splits again")
-    rows = {side: np.array(raw["rows"][side], dtype=np.int64) for side in SIDES}
-    patients = {side: tuple(raw["patients"][side]) for side in SIDES}
+    try:
+        rows = {side: np.array(raw["rows"][side], dtype=np.int64).reshape(-1) for side in SIDES}
+        patients = {side: tuple(map(str, raw["patients"][side])) for side in SIDES}
+        names = {side: set(cohort.samples["patient"].to_numpy()[rows[side]]) for side in SIDES}
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
+        raise SplitError(f"{path}: a side lacks its patients or its rows, or holds something else; make the splits again") from None
     split = Split(raw["repeat"], raw["fold"], rows["train"], rows["validation"], rows["test"], patients)
     for side in SIDES:
-        if not set(cohort.samples["patient"].to_numpy()[rows[side]]) <= set(patients[side]):
+        if not names[side] <= set(patients[side]):
             raise SplitError(f"{path}: the {side} rows hold patients that its list does not name; make the splits again")
     if split.hash != raw["hash"]:
         raise SplitError(f"{path}: its content does not match its hash; make the splits again")

@@ -20,6 +20,8 @@ FORMAT = 1
 COLUMNS = ("sample", "patient", "patient_label", "label", "slice", "source", "split")
 DESCRIPTION = "cohort.json"
 SAMPLES = "samples.parquet"
+CONTENT = ("classes", "channels", "size", "pixels", "samples")
+"""Entries of the description that the cohort's hash covers."""
 WORK = ".parts"
 """Folder inside an unfinished cohort: its presence says that the folder is ours to go on with."""
 
@@ -244,6 +246,11 @@ def _description(root: Path) -> dict[str, Any]:
     description = files.read_json(root / DESCRIPTION)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise DataError(f"{root / DESCRIPTION} is of an unknown format; prepare the cohort again with this version")
+    if description.get("hash") != files.fingerprint({key: description.get(key) for key in CONTENT}):
+        raise DataError(
+            f"{root / DESCRIPTION}: its content does not match its hash, so it was changed after the cohort was made; "
+            "prepare the cohort again"
+        )
     return description
 
 

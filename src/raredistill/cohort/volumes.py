@@ -18,6 +18,8 @@ LOW, HIGH = 0.01, 0.99
 """Quantiles of the brain's values that become 0 and 255."""
 EXACT = 2**20
 """Voxels around the brain up to which its quantiles are exact; of more, every second row and column is looked at."""
+FARTHEST = 1e30
+"""Greatest value, and one over the smallest range, that single precision can scale."""
 LANES = 4
 """PyTorch's fast path for bytes resizes up to four interleaved channels at about the cost of one."""
 
@@ -68,6 +70,8 @@ def window(volume: np.ndarray, background: np.ndarray | float | None = None) -> 
         raise DataError(f"holds nothing above its background of {levels[0]:g}: it is constant, or bright and dark are exchanged")
     depth, rows, columns = _extent(brain > 0), _extent(touched.any(axis=1)), _extent(touched.any(axis=0))
     low, high = _range(volume[depth, rows, columns], levels[depth])
+    if max(abs(low), abs(high)) > FARTHEST or high - low < 1 / FARTHEST:
+        raise DataError(f"holds values from {low:g} to {high:g}, which no scanner gives")
     return Window(low, high, brain, different > 0, (depth, rows, columns))
 
 
@@ -129,7 +133,8 @@ def to_bytes(volume: np.ndarray, low: float, high: float, out: np.ndarray) -> No
     scale = 255 / (high - low)
     slope, intercept = precision(scale), precision(0.5 - low * scale)
     for plane, target in zip(volume, out, strict=True):
-        np.multiply(plane, slope, out=buffer)
+        with np.errstate(over="ignore"):  # a stray voxel may overflow to infinity, which saturates as it should
+            np.multiply(plane, slope, out=buffer)
         np.add(buffer, intercept, out=buffer)
         np.clip(buffer, 0, 255, out=buffer)
         target[...] = buffer

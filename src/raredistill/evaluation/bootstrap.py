@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -80,6 +81,7 @@ def paired_patient_bootstrap(
         ConfigError: unknown metric or class.
         DataError: as :func:`patient_bootstrap`, or classes, samples or labels differ.
     """
+    check_same(a, b)
     difference, draws = paired_draws(a, b, metric, resamples=resamples, seed=seed)
     low, high = _interval(draws, difference, metric, _TAILS)
     return difference, low, high, p_of_draws(draws)
@@ -88,13 +90,14 @@ def paired_patient_bootstrap(
 def paired_draws(a: Predictions, b: Predictions, metric: Metric, *, resamples: int = 2000, seed: int = 0) -> tuple[float, Floats]:
     """The difference a - b and its bootstrap draws ``(R,)``; the same seed draws the same patients for any two sides of a study.
 
+    The two sides must have passed :func:`check_same`.
+
     Raises:
         ConfigError: unknown metric or class.
-        DataError: as :func:`paired_patient_bootstrap`.
+        DataError: the metric needs probabilities and only hard labels are known.
     """
     patients = _patients(a)
     left, right = _over_runs(a, metric, patients), _over_runs(b, metric, _patients(b))
-    check_same(a, b)
     draws = np.concatenate([left(weights) - right(weights) for weights in _draws(patients, resamples, seed)])
     return float((left(_once(patients)) - right(_once(patients)))[0]), draws
 
@@ -126,27 +129,47 @@ class _Patients:
 
 def _patients(predictions: Predictions) -> _Patients:
     table = predictions.table
-    if len(parts := set(zip(table["split"], table["checkpoint"], strict=True))) != 1:
-        raise DataError(f"the bootstrap needs one part of one checkpoint, the table has {sorted(parts) or 'no rows'}; use predictions.part")
-    of_row, names = pd.factorize(table["patient"], sort=True)
-    order = table["label"].value_counts().rank(method="first")
-    rarest = table["label"].map(order).groupby(of_row).min().map({rank: name for name, rank in order.items()})
-    carried = table["patient_label"].groupby(of_row).first()
-    stratum = carried.where(carried != "", rarest)
-    return _Patients(of_row.astype(np.int64), pd.factorize(stratum, sort=True)[0][: len(names)].astype(np.int64))
+    if len(parts := table[["split", "checkpoint"]].drop_duplicates()) != 1:
+        there = sorted(map(tuple, parts.to_numpy())) or "no rows"
+        raise DataError(f"the bootstrap needs one part of one checkpoint, the table has {there}; use predictions.part")
+    of_row, names = predictions.patients
+    own = np.array(predictions.classes, dtype=object)[_rarest(predictions, of_row, len(names))]
+    first = np.unique(of_row, return_index=True)[1]
+    carried = table["patient_label"].iloc[first].to_numpy(dtype=object)
+    return _Patients(of_row, pd.factorize(np.where(carried != "", carried, own), sort=True)[0].astype(np.int64))
+
+
+def _rarest(predictions: Predictions, of_row: Integers, patients: int) -> Integers:
+    """Each patient's own label that is rarest in the table."""
+    labels = predictions.labels()
+    counts = np.bincount(labels, minlength=len(predictions.classes))
+    by_count = np.argsort(counts, kind="stable")
+    rank_of = np.empty_like(by_count)
+    rank_of[by_count] = np.arange(len(by_count))
+    lowest = np.full(patients, len(by_count) - 1)
+    np.minimum.at(lowest, of_row, rank_of[labels])
+    return np.asarray(by_count[lowest])
 
 
 def _draws(patients: _Patients, resamples: int, seed: int) -> Iterator[Integers]:
     """How often each patient was drawn, ``(block, P)``; blocks bound the memory."""
     if resamples < 1:
         raise ConfigError(f"resamples must be at least 1, not {resamples}")
-    generator = np.random.default_rng(seed)
-    members = [np.flatnonzero(patients.strata == stratum) for stratum in np.unique(patients.strata)]
+    weights = _weights(patients.strata.tobytes(), resamples, seed)
     for start in range(0, resamples, _BLOCK):
-        weights = np.empty((min(_BLOCK, resamples - start), len(patients.strata)), dtype=np.int64)
-        for columns in members:
-            weights[:, columns] = generator.multinomial(len(columns), np.full(len(columns), 1 / len(columns)), size=len(weights))
-        yield weights
+        yield weights[start : start + _BLOCK].astype(np.int64)
+
+
+@lru_cache(maxsize=4)
+def _weights(strata: bytes, resamples: int, seed: int) -> NDArray[np.int32]:
+    # Kept, because every metric and every pair of a study draws the same patients.
+    generator, classes = np.random.default_rng(seed), np.frombuffer(strata, dtype=np.int64)
+    weights = np.empty((resamples, len(classes)), dtype=np.int32)
+    for stratum in np.unique(classes):
+        columns = np.flatnonzero(classes == stratum)
+        weights[:, columns] = generator.multinomial(len(columns), np.full(len(columns), 1 / len(columns)), size=resamples)
+    weights.flags.writeable = False
+    return weights
 
 
 def _once(patients: _Patients) -> Integers:

@@ -1,24 +1,136 @@
-"""Whether probabilities mean what they say, and the temperature that makes them."""
+"""Whether probabilities mean what they say, and the temperature and the prior that make them."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 
 from raredistill.errors import DataError
 from raredistill.metrics import checked, ece, reliability
 
-__all__ = ["ece", "fit_temperature", "reliability_table"]
+__all__ = [
+    "brier_decomposition", "calibration_metrics", "class_ece", "ece", "equal_mass_ece", "fit_temperature", "reliability_table",
+    "restore_prior", "scaled",
+]  # fmt: skip
 
+Floats = NDArray[np.float64]
+BINS = 15
 _RANGE = (0.01, 100.0)
 
 
-def reliability_table(label: ArrayLike, probability: ArrayLike, bins: int = 15) -> pd.DataFrame:
+def calibration_metrics(label: ArrayLike, probability: ArrayLike) -> dict[str, Any]:
+    """Everything that is reported of calibration.
+
+    Args:
+        label: ``(N,)`` class indices.
+        probability: ``(N, K)``.
+
+    Returns:
+        ``ece`` and ``ece_equal_mass`` of the top class, ``ece_by_class`` ``(K,)``, and the parts of :func:`brier_decomposition`.
+
+    Raises:
+        DataError: as :func:`raredistill.metrics.checked`.
+    """
+    return {
+        "ece": ece(label, probability, BINS), "ece_equal_mass": equal_mass_ece(label, probability),
+        "ece_by_class": class_ece(label, probability), **brier_decomposition(label, probability),
+    }  # fmt: skip
+
+
+def equal_mass_ece(label: ArrayLike, probability: ArrayLike, bins: int = BINS) -> float:
+    """Calibration error of the top class over bins with equally many samples each (Nixon et al. 2019).
+
+    Args:
+        label: ``(N,)`` class indices.
+        probability: ``(N, K)``.
+        bins: their number; sizes differ by one at most.
+
+    Returns:
+        Between 0 and 1; NaN without samples.
+
+    Raises:
+        DataError: as :func:`raredistill.metrics.checked`.
+    """
+    truth, scores = checked(label, probability)
+    top, right = scores.max(axis=1), scores.argmax(axis=1) == truth
+    parts = [part for part in np.array_split(np.argsort(top, kind="stable"), bins) if len(part)]
+    if not parts:
+        return float("nan")
+    return float(sum(abs(float(right[part].mean() - top[part].mean())) * len(part) for part in parts) / len(truth))
+
+
+def class_ece(label: ArrayLike, probability: ArrayLike, bins: int = BINS) -> Floats:
+    """Calibration error of each class's own probability over bins of equal width (Kull et al. 2019).
+
+    Args:
+        label: ``(N,)`` class indices.
+        probability: ``(N, K)``.
+        bins: of equal width.
+
+    Returns:
+        ``(K,)``; NaN for a class without samples.
+
+    Raises:
+        DataError: as :func:`raredistill.metrics.checked`.
+    """
+    truth, scores = checked(label, probability)
+    found = np.full(scores.shape[1], np.nan)
+    for k in range(scores.shape[1]):
+        if (truth == k).any():
+            count, forecast, seen = _binned(truth == k, scores[:, k], bins)
+            found[k] = float((count * np.abs(forecast - seen)).sum() / len(truth))
+    return found
+
+
+def brier_decomposition(label: ArrayLike, probability: ArrayLike, bins: int = BINS) -> dict[str, float]:
+    """Murphy's parts of the Brier score (1973), each class against the rest and summed over classes.
+
+    Args:
+        label: ``(N,)`` class indices.
+        probability: ``(N, K)``.
+        bins: of equal width, over which forecasts are gathered.
+
+    Returns:
+        ``brier`` = ``brier_reliability`` - ``brier_resolution`` + ``brier_uncertainty`` + ``brier_within``; the last is what forecasts of
+        one bin differ by (Stephenson et al. 2008). NaN without samples.
+
+    Raises:
+        DataError: as :func:`raredistill.metrics.checked`.
+    """
+    truth, scores = checked(label, probability)
+    if not len(truth):
+        return dict.fromkeys(("brier", "brier_reliability", "brier_resolution", "brier_uncertainty", "brier_within"), float("nan"))
+    parts = np.sum([_murphy(truth == k, scores[:, k], bins) for k in range(scores.shape[1])], axis=0)
+    whole = float(((scores - (truth[:, None] == np.arange(scores.shape[1]))) ** 2).sum(axis=1).mean())
+    reliability_part, resolution, uncertainty = (float(part) for part in parts)
+    return {
+        "brier": whole, "brier_reliability": reliability_part, "brier_resolution": resolution, "brier_uncertainty": uncertainty,
+        "brier_within": whole - (reliability_part - resolution + uncertainty),
+    }  # fmt: skip
+
+
+def _murphy(positive: NDArray[np.bool_], score: Floats, bins: int) -> Floats:
+    count, forecast, seen = _binned(positive, score, bins)
+    share, base = count / count.sum(), float(positive.mean())
+    return np.array([(share * (forecast - seen) ** 2).sum(), (share * (seen - base) ** 2).sum(), base * (1 - base)])
+
+
+def _binned(positive: NDArray[np.bool_], score: Floats, bins: int) -> tuple[Floats, Floats, Floats]:
+    """Count, mean forecast and share of positives of each filled bin."""
+    place = np.clip(np.digitize(score, np.linspace(0, 1, bins + 1), right=True) - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins).astype(np.float64)
+    sums = [np.bincount(place, weights=each, minlength=bins) for each in (score, positive.astype(np.float64))]
+    filled = count > 0
+    return count[filled], sums[0][filled] / count[filled], sums[1][filled] / count[filled]
+
+
+def reliability_table(label: ArrayLike, probability: ArrayLike, bins: int = BINS) -> pd.DataFrame:
     """The reliability diagram as a table: one row a bin of the top class' probability.
 
     Args:
@@ -56,9 +168,35 @@ def fit_temperature(label: ArrayLike, logits: ArrayLike) -> float:
         raise DataError("a temperature cannot be fitted without samples; give validation predictions")
 
     def loss(log_temperature: float) -> float:
-        scaled = scores / math.exp(log_temperature)
-        return float((logsumexp(scaled, axis=1) - scaled[np.arange(len(truth)), truth]).mean())
+        scaled_scores = scores / math.exp(log_temperature)
+        return float((logsumexp(scaled_scores, axis=1) - scaled_scores[np.arange(len(truth)), truth]).mean())
 
     # The loss is convex in 1/T, hence has one minimum in log T.
     found = minimize_scalar(loss, bounds=(math.log(_RANGE[0]), math.log(_RANGE[1])), method="bounded", options={"xatol": 1e-7})
     return math.exp(float(found.x))
+
+
+def scaled(logits: ArrayLike, temperature: float) -> Floats:
+    """Probabilities ``(N, K)`` of ``logits (N, K)`` at a temperature."""
+    return np.asarray(softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1))
+
+
+def restore_prior(probability: ArrayLike, carried: ArrayLike, wanted: ArrayLike) -> Floats:
+    """Bring posteriors from the class prior that they carry to that of deployment (Saerens et al. 2002, eq. 2.4).
+
+    Args:
+        probability: ``(N, K)``.
+        carried: ``(K,)`` prior that training gave them, such as the uniform one of balanced sampling; all above 0.
+        wanted: ``(K,)`` prior of deployment.
+
+    Returns:
+        ``(N, K)``, rows adding up to 1.
+
+    Raises:
+        DataError: the priors do not have K values, or a carried one is 0.
+    """
+    scores, old, new = (np.asarray(each, dtype=np.float64) for each in (probability, carried, wanted))
+    if old.shape != scores.shape[1:] or new.shape != old.shape or not (old > 0).all():
+        raise DataError(f"priors {old.tolist()} and {new.tolist()} do not fit {scores.shape[1]} classes; give one value above 0 a class")
+    weighted = scores * (new / old)
+    return np.asarray(weighted / weighted.sum(axis=1, keepdims=True))

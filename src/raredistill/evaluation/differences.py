@@ -80,6 +80,13 @@ def differences(
         DataError: the sides do not fit, or the metric has no value.
     """
     check_same(control, other)
+    return difference_of(control, other, metric, sizes=sizes, resamples=resamples, seed=seed)
+
+
+def difference_of(
+    control: Predictions, other: Predictions, metric: str, *, sizes: tuple[float, float] | None = None, resamples: int = 2000, seed: int = 0
+) -> Differences:
+    """The same as :func:`differences`, for sides that have passed :func:`raredistill.evaluation.bootstrap.check_same` already."""
     if not in_folds(control):
         estimate, draws = paired_draws(other, control, metric, resamples=resamples, seed=seed)
         return Differences(_known(estimate, metric), draws, "patients", np.nan, np.nan)
@@ -138,7 +145,7 @@ def in_folds(predictions: Predictions) -> bool:
 def split_values(predictions: Predictions, metric: str) -> pd.Series:
     """A metric by repeat and fold, averaged over seeds first: seeds of one fold share everything, so they are no further splits."""
     groups = predictions.table.groupby(["repeat", "fold", "seed"], sort=True).indices
-    by_run = pd.Series({key: metric_of(predictions.rows(np.asarray(rows)), metric) for key, rows in groups.items()})
+    by_run = pd.Series({key: _metric_of(predictions, metric, np.asarray(rows)) for key, rows in groups.items()})
     return by_run.groupby(level=[0, 1]).mean()
 
 
@@ -149,8 +156,12 @@ def metric_of(predictions: Predictions, metric: str) -> float:
         ConfigError: unknown metric or class.
         DataError: it needs probabilities and only hard labels are known.
     """
+    return _metric_of(predictions, metric, np.arange(len(predictions.table)))
+
+
+def _metric_of(predictions: Predictions, metric: str, rows: NDArray[np.int64]) -> float:
     name, place = parse_metric(metric, predictions.classes)
-    label, probability = predictions.labels(), predictions.probabilities()
+    label, probability = predictions.labels()[rows], predictions.probabilities()[rows]
     if name in ("auprc", "auroc"):
         if predictions.hard:
             raise DataError(f"{metric} needs probabilities, and only hard labels are known; choose f1, recall, precision or macro_f1")

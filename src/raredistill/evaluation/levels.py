@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -11,10 +11,16 @@ from numpy.typing import NDArray
 
 from raredistill.errors import DataError
 from raredistill.metrics import classification_metrics, confusion_matrix
-from raredistill.predictions import Predictions
+from raredistill.predictions import COLUMNS, Predictions
 
 _ROW_METRICS = ("precision", "recall", "f1", "auroc", "auprc")
 _OVERALL = ("macro_f1", "balanced_accuracy", "g_mean", "mcc")
+
+
+Rule = Literal["mean", "max", "top5"]
+RULES: tuple[Rule, ...] = ("mean", "max", "top5")
+_TOP = 5
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -43,73 +49,135 @@ def select(predictions: Predictions, split: str = "test", checkpoint: str = "bes
     return predictions.part(split, checkpoint)
 
 
-def patient_predictions(predictions: Predictions) -> PatientPredictions:
+def patient_predictions(predictions: Predictions, rule: Rule = "mean") -> PatientPredictions:
     """Put a patient's slices together over the classes that a patient can carry.
 
-    A slice's probabilities are averaged over seeds and repeats, then those of the patient's slices, without the background class; the mean
-    is brought back to a sum of 1. A slice that looks like background so weighs little. Patients that carry no class are left out.
+    A slice's probabilities are averaged over seeds and repeats, then the rule makes one number a class of the patient's slices, without the
+    background class; these are brought back to a sum of 1. Patients that carry no class are left out.
 
     Args:
         predictions: one part of one checkpoint.
+        rule: ``mean`` (a slice that looks like background weighs little), ``max``, or ``top5``, the mean of a class's five highest.
 
     Raises:
         DataError: no patient has a class.
     """
     classes = tuple(name for name in predictions.classes if name != predictions.background)
     kept = [predictions.classes.index(name) for name in classes]
-    table = predictions.table
-    keys = [table[column].to_numpy() for column in ("patient", "patient_label", "sample")]
-    slices = pd.DataFrame(predictions.probabilities()[:, kept]).groupby(keys).mean()
-    means = slices.groupby(level=[0, 1]).mean()
-    label = pd.Index(classes).get_indexer(means.index.get_level_values(1))
+    of_row, names = predictions.patients
+    of_slice, means = _slice_means(of_row, predictions.table["sample"], predictions.probabilities()[:, kept])
+    first = np.unique(of_row, return_index=True)[1]
+    label = pd.Index(classes).get_indexer(pd.Index(predictions.table["patient_label"].iloc[first]))
     if not (carries := label >= 0).any():
         raise DataError("no patient carries a class; fill the column patient_label to evaluate by patient")
     # Probabilities that all underflowed to 0 become equal ones instead of 0/0.
-    probability = np.clip(means.to_numpy()[carries], np.finfo(np.float64).tiny, None)
-    names = [str(name) for name in means.index.get_level_values(0)[carries]]
-    return PatientPredictions(names, label[carries].astype(np.int64), probability / probability.sum(axis=1, keepdims=True), classes)
+    probability = np.clip(_put_together(of_slice, means, rule)[carries], np.finfo(np.float64).tiny, None)
+    patients = [name for name, there in zip(names, carries, strict=True) if there]
+    return PatientPredictions(patients, label[carries].astype(np.int64), probability / probability.sum(axis=1, keepdims=True), classes)
 
 
-def evaluate(predictions: Predictions, checkpoint: str = "best", split: str = "test") -> dict[str, Any]:
+def _slice_means(of_row: NDArray[np.int64], sample: pd.Series[Any], probability: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """Patient ``(S,)`` and mean probability ``(S, Kp)`` of each slice over the runs that predict it, patient by patient."""
+    names = pd.factorize(sample)[0].astype(np.int64)
+    number = int(names.max()) + 1
+    slices, of_slice = np.unique(of_row * number + names, return_inverse=True)
+    count = np.bincount(of_slice)
+    means = np.stack([np.bincount(of_slice, weights=column) / count for column in probability.T], axis=1)
+    return slices // number, means
+
+
+def _put_together(of_slice: NDArray[np.int64], means: Floats, rule: Rule) -> Floats:
+    """``(P, Kp)`` from slices ``(S, Kp)``, which come patient by patient."""
+    starts = np.flatnonzero(np.diff(of_slice, prepend=-1))
+    number = np.diff(np.append(starts, len(of_slice)))
+    if rule == "max":
+        return np.asarray(np.maximum.reduceat(means, starts, axis=0))
+    if rule == "mean":
+        return np.asarray(np.add.reduceat(means, starts, axis=0) / number[:, None])
+    highest = np.arange(len(of_slice)) - np.repeat(starts, number) < _TOP
+    columns = [np.where(highest, column[np.lexsort((-column, of_slice))], 0.0) for column in means.T]
+    sums = np.stack([np.add.reduceat(column, starts) for column in columns], axis=1)
+    return np.asarray(sums / np.minimum(number, _TOP)[:, None])
+
+
+def has_patients(predictions: Predictions) -> bool:
+    """Whether there is a patient level that differs from the slices'."""
+    return _no_patient_level(predictions) is None
+
+
+def by_patient(predictions: Predictions, rule: Rule = "mean") -> Predictions:
+    """The patient level as a table of its own, one row a patient and run, so that everything that reads predictions works on it.
+
+    Args:
+        predictions: one part of one checkpoint.
+        rule: as :func:`patient_predictions`.
+
+    Raises:
+        DataError: no patient has a class.
+    """
+    rows = []
+    for places in predictions.table.groupby(["repeat", "fold", "seed"], sort=True).indices.values():
+        found = patient_predictions(predictions.rows(np.asarray(places)), rule)
+        head = predictions.table.iloc[places[0]]
+        fixed = {column: head[column] for column in ("run", "split", "repeat", "fold", "seed", "checkpoint")}
+        for patient, label, probability in zip(found.patient, found.label, found.probability, strict=True):
+            name = found.classes[label]
+            rows.append(
+                {**fixed, "sample": patient, "patient": patient, "patient_label": name, "label": name, "logits": np.log(probability)}
+            )
+    classes = tuple(name for name in predictions.classes if name != predictions.background)
+    return Predictions(pd.DataFrame(rows, columns=list(COLUMNS)), classes, None, predictions.hard)
+
+
+def evaluate(predictions: Predictions, checkpoint: str = "best", split: str = "test", rule: Rule = "mean") -> dict[str, Any]:
     """Metrics and confusion matrices by slice and by patient.
 
     Args:
         predictions: a whole table; rows of several runs are pooled by slice and averaged by patient.
         checkpoint: ``best`` or ``last``.
         split: ``test`` or ``validation``.
+        rule: how slices make a patient; see :func:`patient_predictions`.
 
     Returns:
-        ``classes``; ``slice``: ``metrics`` (see :func:`raredistill.metrics.classification_metrics`), ``confusion`` ``(K, K)``, ``samples``;
-        ``patient``: the same with its own ``classes``, or None and then ``patient_reason``.
+        ``classes``; ``slice``: ``metrics`` (see :func:`raredistill.metrics.classification_metrics`), ``confusion`` ``(K, K)``, ``samples``,
+        ``reasons`` (why a metric has no value, one sentence each); ``patient``: the same with its own ``classes``, or None and then
+        ``patient_reason``.
 
     Raises:
         DataError: no rows of that part and checkpoint.
     """
-    return _both_levels(select(predictions, split, checkpoint))
+    return _both_levels(select(predictions, split, checkpoint), rule)
 
 
-def metrics_rows(predictions: Predictions, checkpoint: str = "best", split: str = "test") -> dict[str, list[dict[str, Any]]]:
+def metrics_rows(
+    predictions: Predictions, checkpoint: str = "best", split: str = "test", rule: Rule = "mean"
+) -> dict[str, list[dict[str, Any]]]:
     """The metrics as rows to print.
 
     Args:
         predictions: a whole table.
         checkpoint: ``best`` or ``last``.
         split: ``test`` or ``validation``.
+        rule: how slices make a patient.
 
     Returns:
         ``by slice`` and, where there is one, ``by patient``: a row a class (class, precision, recall, f1, auroc, auprc) and their mean,
-        ``macro``; ``overall``: a row a level (level, macro_f1, balanced_accuracy, g_mean, mcc).
+        ``macro``; ``overall``: a row a level (level, macro_f1, balanced_accuracy, g_mean, mcc); ``without a value``: a row a reason, where
+        a metric has none.
 
     Raises:
         DataError: no rows of that part and checkpoint.
     """
-    result = evaluate(predictions, checkpoint, split)
+    result = evaluate(predictions, checkpoint, split, rule)
     levels = {"slice": (result["slice"]["metrics"], result["classes"])}
     if result["patient"]:
         levels["patient"] = (result["patient"]["metrics"], result["patient"]["classes"])
     rows = {f"by {level}": _class_rows(metrics, classes) for level, (metrics, classes) in levels.items()}
     overall = [{"level": level, **{name: metrics[name] for name in _OVERALL}} for level, (metrics, _) in levels.items()]
-    return {**rows, "overall": overall}
+    reasons = [{"level": level, "reason": reason} for level in levels for reason in result[level]["reasons"]]
+    if not result["patient"]:
+        reasons.append({"level": "patient", "reason": result["patient_reason"]})
+    return {**rows, "overall": overall, **({"without a value": reasons} if reasons else {})}
 
 
 def _class_rows(metrics: dict[str, Any], classes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -122,18 +190,34 @@ def _mean_of_present(values: NDArray[np.float64]) -> float:
     return float(present.mean()) if len(present) else float("nan")
 
 
-def _both_levels(predictions: Predictions) -> dict[str, Any]:
-    by_slice = _level(predictions.labels(), predictions.probabilities())
+def _both_levels(predictions: Predictions, rule: Rule) -> dict[str, Any]:
+    by_slice = _level(predictions.labels(), predictions.probabilities(), predictions.classes, predictions.hard)
     result: dict[str, Any] = {"classes": predictions.classes, "slice": by_slice, "patient": None}
     if reason := _no_patient_level(predictions):
         return {**result, "patient_reason": reason}
-    patients = patient_predictions(predictions)
-    return {**result, "patient": {**_level(patients.label, patients.probability), "classes": patients.classes}}
+    patients = patient_predictions(predictions, rule)
+    level = _level(patients.label, patients.probability, patients.classes, predictions.hard)
+    return {**result, "patient": {**level, "classes": patients.classes}}
 
 
-def _level(label: NDArray[np.int64], probability: NDArray[np.float64]) -> dict[str, Any]:
-    confusion = confusion_matrix(label, probability.argmax(axis=1), probability.shape[1])
-    return {"metrics": classification_metrics(label, probability), "confusion": confusion, "samples": len(label)}
+def _level(label: NDArray[np.int64], probability: NDArray[np.float64], classes: tuple[str, ...], hard: bool) -> dict[str, Any]:
+    confusion = confusion_matrix(label, probability.argmax(axis=1), len(classes))
+    metrics = classification_metrics(label, probability)
+    if hard:
+        metrics |= {name: np.full_like(metrics[name], np.nan) for name in ("auroc", "auprc")} | dict.fromkeys(
+            ("ece", "brier"), float("nan")
+        )
+    return {"metrics": metrics, "confusion": confusion, "samples": len(label), "reasons": _reasons(label, classes, hard)}
+
+
+def _reasons(label: NDArray[np.int64], classes: tuple[str, ...], hard: bool) -> list[str]:
+    counts = np.bincount(label, minlength=len(classes))
+    absent = [f"all metrics of {name}: it has no sample here" for name, count in zip(classes, counts, strict=True) if count == 0]
+    alone = [
+        f"auroc and specificity of {name}: nothing else is here" for name, count in zip(classes, counts, strict=True) if count == len(label)
+    ]
+    known = ["auroc, auprc, ece, brier: only hard labels are known"] if hard else []
+    return [*absent, *(alone if len(label) else []), *known]
 
 
 def _no_patient_level(predictions: Predictions) -> str | None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from raredistill.files import write_text
-from raredistill.report import figures, tables
+from raredistill.report import analyses, figures, tables
+from raredistill.report.controls import controls, missing
 from raredistill.report.html import Page, render
+from raredistill.report.pairs import Pair, comparisons, fold_differences, make_pairs
 from raredistill.report.results import Results, read_results
-from raredistill.report.verdicts import cautions, verdicts
+from raredistill.report.verdicts import cautions, notes_on_tests, rare_power, size_verdict, verdicts
 
-STEPS = 4
+STEPS = 5
+VERDICT_COLUMNS = (
+    "entry", "control", "teacher", "relation", "difference", "low", "high", "p", "p_holm", "detectable", "worse", "equal", "better",
+    "verdict", "basis",
+)  # fmt: skip
 
 
 def write_report(study: Path, *, progress: Callable[[int, int], None] | None = None) -> Path:
@@ -32,16 +39,18 @@ def write_report(study: Path, *, progress: Callable[[int, int], None] | None = N
     """
     tell = progress or (lambda done, total: None)
     results = read_results(study)
-    judged = verdicts(results)
     tell(1, STEPS)
-    made = _tables(results, judged)
-    tables.write_tables(made, study / "report" / "tables")
+    pairs = make_pairs(results)
+    answer = _answer(results, pairs)
     tell(2, STEPS)
-    drawn = _figures(results, judged, made)
-    figures.write_figures(drawn, study / "report" / "figures")
+    made = _tables(results, pairs, answer)
+    answer["missing"] = missing(made["controls"])
+    tables.write_tables(made, study / "report" / "tables")
     tell(3, STEPS)
+    drawn = figures.write_figures(_figures(results, made), study / "report" / "figures")
+    tell(4, STEPS)
     page = study / "report" / "report.html"
-    write_text(page, render(Page(results, judged, cautions(results), made, drawn)))
+    write_text(page, render(Page(results, answer, made, drawn)))
     tell(STEPS, STEPS)
     return page
 
@@ -52,30 +61,79 @@ def summary_table(study: Path) -> pd.DataFrame:
     return tables.summary(results, *tables.run_metrics(results))
 
 
-def _tables(results: Results, judged: list[dict[str, object]]) -> dict[str, pd.DataFrame]:
-    overall, by_class = tables.run_metrics(results)
-    shown = ["entry", "control", "teacher", "direction", "rare_f1", "low", "high", "p", "p_holm", "rare_recall", "macro_f1", "verdict"]
+def _answer(results: Results, pairs: list[Pair]) -> dict[str, Any]:
     return {
-        "summary": tables.summary(results, overall, by_class),
-        "verdicts": pd.DataFrame(judged, columns=shown),
+        "verdicts": verdicts(pairs, results.study["rare"]), "size": size_verdict(results, pairs), "power": rare_power(results, pairs),
+        "cautions": cautions(results), "tests": notes_on_tests(results),
+    }  # fmt: skip
+
+
+def _tables(results: Results, pairs: list[Pair], answer: dict[str, Any]) -> dict[str, pd.DataFrame]:
+    overall, by_class = tables.run_metrics(results)
+    stages, fitted = analyses.calibrated_entries(results)
+    summary, rare = tables.summary(results, overall, by_class), results.study["rare"]
+    made = {
+        "summary": summary,
+        "verdicts": pd.DataFrame(answer["verdicts"], columns=list(VERDICT_COLUMNS)),
+        "controls": controls(results, pairs),
+        "comparisons": comparisons(pairs),
+        "fold_differences": fold_differences(pairs),
+        "footnotes": analyses.footnotes(pairs, rare),
+        "inherited": analyses.inherited(results, pairs),
         "cohort": pd.DataFrame(results.study["cohort"]["counts"]),
         "splits": pd.DataFrame(results.study["split_table"]),
+        "intervals": analyses.intervals(results),
         "overall": tables.mean_and_spread(overall, ["entry", "checkpoint", "level"], tables.OVERALL),
         "by_class": tables.mean_and_spread(by_class, ["entry", "checkpoint", "level", "class"], tables.BY_CLASS),
+        "patient_rules": analyses.patient_rules(results),
+        "sizes": analyses.sizes(results, summary),
+        "gains": analyses.gains(pairs, rare),
+        "confusions": tables.confusion_rows(results),
+        "calibration": analyses.calibration(results, stages),
+        "temperatures": fitted,
+        "reliability": analyses.reliability(stages),
+        "operating_points": analyses.operating_points(results),
+        "decision": analyses.decision_curves(results),
+        "roc": analyses.roc_curves(results),
+        "precision_recall": analyses.precision_recall_curves(results),
+        "hardest_patients": analyses.hardest_patients(results),
+        "hardest_slices": analyses.hardest_slices(results),
+        "epochs": tables.epoch_rows(results),
         "runs": by_class,
     }
+    return {name: table for name, table in made.items() if len(table.columns)}
 
 
-def _figures(results: Results, judged: list[dict[str, object]], made: dict[str, pd.DataFrame]) -> dict[str, Figure]:
-    rare, classes = results.study["rare"], results.study["cohort"]["classes"]
+def _figures(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Figure]:
+    rare, classes, entries = results.study["rare"], results.study["cohort"]["classes"], results.entries
     drawn = {
-        "forest": figures.forest(judged, rare),
-        "size": figures.size_against_score(made["summary"], rare),
-        "classes": figures.class_scores(made["runs"], results.entries, classes),
+        "forest": figures.forest(made["comparisons"], rare, entries),
+        "disparity": figures.disparity(made["comparisons"], classes),
+        "size": figures.size_against_score(made["sizes"], rare, entries),
+        "gain_ratio": figures.gain_against_ratio(made["gains"], rare, entries),
+        "classes": figures.class_scores(made["runs"], entries, classes),
+        **_curves(made, rare, entries),
     }
-    matrices = tables.confusions(results)
-    for number, entry in enumerate(results.entries):
+    matrices = tables.confusions(made.get("confusions", pd.DataFrame()), classes)
+    for number, entry in enumerate(entries):
         drawn[f"curves-{number}"] = figures.curves(results, entry)
         if entry in matrices:
             drawn[f"confusion-{number}"] = figures.confusion(matrices[entry], classes)
     return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _curves(made: dict[str, pd.DataFrame], rare: str, entries: list[str]) -> dict[str, Figure | None]:
+    if "roc" not in made:
+        return {}
+    binned = made["reliability"]
+    panels = {
+        stage: {str(entry): part for entry, part in rows.groupby("entry", sort=False)}
+        for stage, rows in binned.groupby("stage", sort=False)
+    }
+    act = ("probability at which one acts", "net benefit")
+    return {
+        "roc": figures.lines(made["roc"], "false_positive_rate", "recall", entries, ("1 − specificity", f"sensitivity for {rare}")),
+        "precision_recall": figures.lines(made["precision_recall"], "recall", "precision", entries, (f"recall of {rare}", "precision")),
+        "decision": figures.lines(made["decision"], "threshold", "benefit", entries, act, reference="act_on_all"),
+        "reliability": figures.reliability({str(stage): each for stage, each in panels.items()}, entries),
+    }

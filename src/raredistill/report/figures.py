@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from raredistill.files import atomic
+from raredistill.files import atomic, write_text
 from raredistill.report.results import Results
 
 # Okabe and Ito's palette, without its yellow, which is too pale for lines.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 
+# Tol's bright palette, so that no class is taken for an entry.
+CLASS_PALETTE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE", "#777777")
+
 
 def colours(names: Sequence[str]) -> dict[str, str]:
     """One colour a name, in order, repeated when names outnumber the palette."""
     return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
+
+
+def class_colours(classes: Sequence[str]) -> dict[str, str]:
+    """One colour a class, from another palette than the entries'."""
+    return {name: CLASS_PALETTE[index % len(CLASS_PALETTE)] for index, name in enumerate(classes)}
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
@@ -33,34 +43,123 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]
     return figure, axes
 
 
-def forest(verdicts: list[dict[str, Any]], rare: str) -> Figure | None:
-    """Differences in the rare class's F1 with their intervals, a row an entry."""
-    shown = [record for record in verdicts if record["p"] is not None]
-    if not shown:
+def forest(compared: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure | None:
+    """Differences in the rare class's F1 with their 95 % intervals, a row a pair."""
+    shown = compared[compared["metric"] == f"f1:{rare}"].iloc[::-1].reset_index(drop=True)
+    if shown.empty:
         return None
     figure, (axis,) = _figure(7, 1.2 + 0.45 * len(shown))
-    for row, record in enumerate(reversed(shown)):
-        axis.plot([record["low"], record["high"]], [row, row], color=PALETTE[0], linewidth=2)
-        axis.plot(record["rare_f1"], row, "o", color=PALETTE[0])
+    tints = colours(entries)
+    for row, record in shown.iterrows():
+        (line,) = axis.plot([record["low"], record["high"]], [row, row], color=tints[record["entry"]], linewidth=2)
+        (dot,) = axis.plot(record["difference"], row, "o", color=tints[record["entry"]])
+        _switched([line, dot], entries, record["entry"])
     axis.axvline(0, color="0.5", linewidth=1)
-    axis.set_yticks(range(len(shown)), [f"{record['entry']} − {record['control']}" for record in reversed(shown)])
+    axis.set_yticks(range(len(shown)), [f"{record['entry']} − {record['control']}" for _, record in shown.iterrows()])
     axis.set_ylim(-0.6, len(shown) - 0.4)
-    axis.set_xlabel(f"difference in {rare} F1 (95 % interval over patients)")
+    axis.set_xlabel(f"difference in {rare} F1 (95 % interval)")
     return figure
 
 
-def size_against_score(summary: pd.DataFrame, rare: str) -> Figure | None:
-    """Parameters against the rare class's F1, a point an entry."""
-    known = summary.dropna(subset=[f"{rare} f1"])
+def size_against_score(sizes: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure | None:
+    """Parameters and FLOPs against the rare class's F1, a point an entry; the Pareto front is ringed."""
+    known = sizes.dropna(subset=[f"{rare} f1"])
     if known.empty:
         return None
-    figure, (axis,) = _figure(6, 3.6)
-    for entry, colour in colours(list(summary["entry"])).items():
-        row = known[known["entry"] == entry]
-        axis.plot(row["parameters"] / 1e6, row[f"{rare} f1"], "o", color=colour, label=entry)
-    axis.set(xscale="log", xlabel="parameters (millions)", ylabel=f"{rare} F1, mean over runs")
-    axis.legend(frameon=False, fontsize=8)
+    figure, axes = _figure(9, 3.8, 2)
+    for axis, column, name, unit in ((axes[0], "parameters", "parameters (millions)", 1e6), (axes[1], "flops", "FLOPs (millions)", 1e6)):
+        for _, row in known.iterrows():
+            (dot,) = axis.plot(row[column] / unit, row[f"{rare} f1"], "o", color=colours(entries)[row["entry"]], label=row["entry"])
+            ring = (
+                axis.plot(row[column] / unit, row[f"{rare} f1"], "o", ms=12, mfc="none", color="0.4")
+                if row["pareto_front"] == "yes"
+                else []
+            )
+            _switched([dot, *ring], entries, row["entry"])
+        axis.set(xscale="log", xlabel=name, ylabel=f"{rare} F1, mean over runs")
+    _legend(figure, axes[0])
     return figure
+
+
+def gain_against_ratio(gains: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure | None:
+    """The gain of every pair against the size of its teacher over its student's."""
+    known = gains.dropna(subset=["size_ratio"])
+    if known.empty:
+        return None
+    figure, (axis,) = _figure(7, 3.8)
+    for _, row in known.iterrows():
+        tint = colours(entries)[row["entry"]]
+        (line,) = axis.plot([row["size_ratio"]] * 2, [row["low"], row["high"]], color=tint, linewidth=1.5)
+        (dot,) = axis.plot(row["size_ratio"], row["gain"], "o", color=tint, label=f"{row['teacher']} → {row['entry']}")
+        _switched([line, dot], entries, row["entry"])
+    axis.axhline(0, color="0.5", linewidth=1)
+    axis.axvline(1, color="0.5", linewidth=1, linestyle=":")
+    axis.set(xscale="log", xlabel="parameters of teacher / student", ylabel=f"gain in {rare} F1 (95 % interval)")
+    _legend(figure, axis)
+    return figure
+
+
+def disparity(compared: pd.DataFrame, classes: Sequence[str]) -> Figure | None:
+    """Which classes gained F1 and which lost, a group of bars a pair."""
+    pairs = list(dict.fromkeys(compared["entry"]))
+    if not pairs:
+        return None
+    figure, (axis,) = _figure(max(6, 1.4 * len(pairs)), 3.4)
+    width = 0.8 / len(classes)
+    for index, (name, tint) in enumerate(class_colours(classes).items()):
+        rows = compared[compared["metric"] == f"f1:{name}"].set_index("entry")["difference"].reindex(pairs)
+        axis.bar(np.arange(len(pairs)) + (index - (len(classes) - 1) / 2) * width, rows.to_numpy(), width * 0.9, color=tint, label=name)
+    axis.axhline(0, color="0.5", linewidth=1)
+    axis.set_xticks(range(len(pairs)), pairs, rotation=20, ha="right")
+    axis.set_ylabel("change in F1 against the control")
+    _legend(figure, axis)
+    return figure
+
+
+def lines(table: pd.DataFrame, x: str, y: str, entries: Sequence[str], texts: tuple[str, str], *, reference: str = "") -> Figure | None:
+    """One line an entry: ``x`` against ``y``, with axis labels, and a column drawn grey as the reference that all share."""
+    if table.empty:
+        return None
+    figure, (axis,) = _figure(6, 4)
+    for entry, tint in colours(entries).items():
+        rows = table[table["entry"] == entry]
+        if len(rows):
+            (line,) = axis.plot(rows[x], rows[y], color=tint, label=entry, linewidth=1.6)
+            _switched([line], entries, entry)
+    if reference:
+        first = table[table["entry"] == table["entry"].iloc[0]]
+        axis.plot(first[x], first[reference], "--", color="0.5", linewidth=1, label=reference.replace("_", " "))
+        axis.set_ylim(min(-0.02, float(table[y].min())), max(float(table[y].max()), float(first[reference].max())) * 1.1)
+    axis.set(xlabel=texts[0], ylabel=texts[1])
+    _legend(figure, axis)
+    return figure
+
+
+def reliability(tables: dict[str, dict[str, pd.DataFrame]], entries: Sequence[str]) -> Figure | None:
+    """Reliability diagrams, a panel a stage, a line an entry: ``tables[stage][entry]`` has confidence and accuracy."""
+    if not tables:
+        return None
+    figure, axes = _figure(3.4 * len(tables), 3.8, len(tables))
+    for axis, (stage, each) in zip(axes, tables.items(), strict=True):
+        axis.plot([0, 1], [0, 1], ":", color="0.5")
+        for entry, table in each.items():
+            rows = table.dropna()
+            (line,) = axis.plot(rows["confidence"], rows["accuracy"], "o-", ms=3, color=colours(entries)[entry], label=entry)
+            _switched([line], entries, entry)
+        axis.set(title=stage, xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    _legend(figure, axes[0])
+    return figure
+
+
+def _switched(artists: Sequence[Any], entries: Sequence[str], entry: str) -> None:
+    # The page's legend finds the marks of an entry by this name.
+    for artist in artists:
+        artist.set_gid(f"entry-{list(entries).index(entry)}")
+
+
+def _legend(figure: Figure, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=min(3, len(labels)), loc="outside upper center")
 
 
 def class_scores(by_class: pd.DataFrame, entries: Sequence[str], classes: Sequence[str]) -> Figure | None:
@@ -70,17 +169,16 @@ def class_scores(by_class: pd.DataFrame, entries: Sequence[str], classes: Sequen
         return None
     figure, (axis,) = _figure(max(6, 1.2 * len(classes) * max(1, len(entries) / 4)), 3.6)
     width = 0.8 / max(len(entries), 1)
-    for position, (entry, colour) in enumerate(colours(entries).items()):
+    for position, (entry, tint) in enumerate(colours(entries).items()):
         for index, label in enumerate(classes):
             scores = chosen[(chosen["entry"] == entry) & (chosen["class"] == label)]["f1"].to_numpy()
             place = index + (position - (len(entries) - 1) / 2) * width
-            axis.bar(
-                place, np.nanmean(scores) if len(scores) else 0, width * 0.9, color=colour, alpha=0.5, label=entry if index == 0 else None
-            )
-            axis.plot(np.full(len(scores), place), scores, ".", color=colour)
+            height = np.nanmean(scores) if len(scores) and not np.isnan(scores).all() else 0
+            (bar,) = axis.bar(place, height, width * 0.9, color=tint, alpha=0.5, label="" if index else entry)
+            _switched([bar, *axis.plot(np.full(len(scores), place), scores, ".", color=tint)], entries, entry)
     axis.set_xticks(range(len(classes)), classes)
     axis.set(ylabel="F1 on test, by slice", ylim=(0, 1))
-    axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    _legend(figure, axis)
     return figure
 
 
@@ -100,7 +198,7 @@ def curves(results: Results, entry: str) -> Figure | None:
                 label=part,
             )
             axis.set(xlabel="epoch", ylabel=key.replace("_", " ").replace("f1", "F1"))
-        for name, colour in colours(classes).items():
+        for name, colour in class_colours(classes).items():
             line = _mean_curve(histories, lambda row, name=name, part=part: row[part]["f1"][name] if part in row else None)
             axes[2].plot(*line, style, color=colour, label=name if part == "train" else None)
     axes[2].set(xlabel="epoch", ylabel="F1", ylim=(0, 1))
@@ -125,38 +223,54 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     side = 1.6 + 0.7 * len(classes)
     figure, axes = _figure(2 * side, side, 2)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    places = np.arange(len(classes)) + 0.5
     for axis, texts, title in (
         (axes[0], matrix.astype(int).astype(str), "slices"),
         (axes[1], np.char.mod("%.2f", share), "share of the true class"),
     ):
-        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        axis.set(xlabel="predicted", ylabel="true", title=title)
-        axis.set_xticks(range(len(classes)), classes, rotation=30, ha="right")
-        axis.set_yticks(range(len(classes)), classes)
-        if len(classes) <= 12:
-            for row, column in np.ndindex(*matrix.shape):
-                axis.text(
-                    column,
-                    row,
-                    texts[row, column],
-                    ha="center",
-                    va="center",
-                    color="white" if share[row, column] > 0.55 else "black",
-                    fontsize=8,
-                )
+        # Cells as vectors: an image would blur in print.
+        axis.pcolormesh(share, cmap="Blues", vmin=0, vmax=1, edgecolors="white")
+        axis.invert_yaxis()
+        axis.set(xlabel="predicted", ylabel="true", title=title, aspect="equal")
+        axis.set_xticks(places, classes, rotation=30, ha="right")
+        axis.set_yticks(places, classes)
+        for row, column in np.ndindex(*matrix.shape) if len(classes) <= 12 else ():
+            tint = "white" if share[row, column] > 0.55 else "black"
+            axis.text(places[column], places[row], texts[row, column], ha="center", va="center", color=tint, fontsize=8)
     return figure
 
 
-def svg(figure: Figure) -> str:
-    """The figure as SVG markup for a page, without an XML head."""
+def settled(figure: Figure) -> Figure:
+    """The figure with its layout computed once, so that each way of writing it need not do so again."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as SVG markup, without an XML head, with identifiers unlike those of other figures."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
-def write_figures(figures: dict[str, Figure], folder: Path) -> None:
-    """Write each figure as SVG (for papers) and PNG (for slides)."""
+def for_page(markup: str, name: str) -> str:
+    """SVG markup for a page with other figures: identifiers of its own, and an entry's marks ready to be switched off."""
+    marked = re.sub(r'<g id="[^"]*"', "<g", re.sub(r'<g id="entry-(\d+)"', r'<g data-shown="\1"', markup))
+    return re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", marked)
+
+
+def write_figures(figures: dict[str, Figure], folder: Path) -> dict[str, str]:
+    """Write each figure as SVG (for papers) and PNG (for slides).
+
+    Returns:
+        SVG markup by name.
+    """
+    markup = {}
     for name, figure in figures.items():
-        for suffix in ("svg", "png"):
-            with atomic(folder / f"{name}.{suffix}") as temporary:
-                figure.savefig(temporary, format=suffix, dpi=200)
+        markup[name] = svg(settled(figure), name)
+        write_text(folder / f"{name}.svg", f'<?xml version="1.0" encoding="utf-8"?>\n{markup[name]}')
+        with atomic(folder / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+    return markup

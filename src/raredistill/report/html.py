@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -10,21 +11,19 @@ import jinja2
 import pandas as pd
 import yaml
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from raredistill.report.figures import svg
+from raredistill.report.figures import colours, for_page
 from raredistill.report.results import Results
 
 
 @dataclass(frozen=True)
 class Page:
-    """What the template shows."""
+    """What the template shows; ``figures`` are SVG markup by name."""
 
     results: Results
-    verdicts: list[dict[str, Any]]
-    cautions: list[str]
+    answer: dict[str, Any]
     tables: dict[str, pd.DataFrame]
-    figures: dict[str, Figure]
+    figures: dict[str, str]
 
 
 def render(page: Page) -> str:
@@ -33,16 +32,21 @@ def render(page: Page) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = _cell
     template = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
-    study = page.results.study
+    study, entries = page.results.study, page.results.entries
     return template.render(
-        study=study, verdicts=page.verdicts, cautions=page.cautions, tables=page.tables, entries=page.results.entries,
-        figures={name: Markup(svg(figure)) for name, figure in page.figures.items()},
+        study=study, answer=page.answer, tables=page.tables, entries=entries, colours=list(colours(entries).values()),
+        figures={name: Markup(for_page(markup, name)) for name, markup in page.figures.items()},
         config=yaml.safe_dump(study["config"], sort_keys=False, allow_unicode=True),
-        provenance=yaml.safe_dump({key: study[key] for key in ("command", "versions", "machine", "splits")}, sort_keys=False),
-        source=_source(study["cohort"]["provenance"]),
+        provenance=yaml.safe_dump(_provenance(study), sort_keys=False), source=_source(study["cohort"]["provenance"]),
         failed=[run for run in study["runs"] if run["status"] == "failed"], done=len(page.results.runs),
         style=Markup((folder / "style.css").read_text(encoding="utf-8")), script=Markup((folder / "script.js").read_text(encoding="utf-8")),
     )  # fmt: skip
+
+
+def _provenance(study: dict[str, Any]) -> dict[str, Any]:
+    known = {key: study[key] for key in ("command", "versions", "machine")}
+    seeds = sorted({run["seed"] for run in study["runs"]})
+    return {**known, "cohort_hash": study["cohort"]["hash"], "seeds": seeds, "splits": study["splits"]}
 
 
 def _source(provenance: dict[str, Any]) -> str:
@@ -51,4 +55,6 @@ def _source(provenance: dict[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float) and math.isnan(value):
+        return "undefined"
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)

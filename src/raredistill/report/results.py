@@ -5,23 +5,32 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import pandas as pd
+from safetensors import safe_open
 
 from raredistill import predictions
 from raredistill.errors import DataError
 from raredistill.files import read_json
 from raredistill.predictions import Predictions
 
+Cell = tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class Results:
-    """What a report is made of: ``study`` is study.json, ``tables`` and ``epochs`` are by run id, finished runs only."""
+    """What a report is made of: ``study`` is study.json, ``tables`` and ``epochs`` are by run id, finished runs only.
+
+    ``sizes`` are patients in a training and in a test side, means over splits; None where the splits are not kept. ``priors`` are the class
+    priors that runs' logits carry, by run id, where they are known.
+    """
 
     study: dict[str, Any]
     tables: dict[str, Predictions]
     epochs: dict[str, list[dict[str, Any]]]
+    sizes: tuple[float, float] | None
+    priors: dict[str, tuple[float, ...]]
 
     @property
     def runs(self) -> list[dict[str, Any]]:
@@ -37,17 +46,24 @@ class Results:
         """Finished runs of one entry."""
         return [run for run in self.runs if run["name"] == entry]
 
-    def pooled(self, entry: str, cells: set[tuple[int, int, int]] | None = None) -> Predictions | None:
-        """Test predictions (best checkpoint) of an entry over the given (repeat, fold, seed) cells, all by default; None without any."""
-        chosen = [self.tables[run["id"]] for run in self.of(entry) if cells is None or cell(run) in cells]
-        if not chosen:
+    def first(self, entry: str) -> dict[str, Any]:
+        """The record of an entry's first run, finished or not: what holds for all of them."""
+        return next(run for run in self.study["runs"] if run["name"] == entry)
+
+    def pooled(self, entry: str, cells: set[Cell] | None = None, split: str = "test") -> Predictions | None:
+        """Predictions (best checkpoint) of an entry over the given (repeat, fold, seed) cells, all by default; None without any."""
+        tables = [self.tables[run["id"]] for run in self.of(entry) if cells is None or cell(run) in cells]
+        parts = [table.part(split) for table in tables if (table.table["split"] == split).any()]
+        if not parts:
             return None
-        parts = [each.part("test", "best") for each in chosen]
-        table = pd.concat([part.table for part in parts], ignore_index=True)
-        return Predictions(table, parts[0].classes, parts[0].background)
+        return predictions.concatenate(parts)
+
+    def cells(self, entry: str) -> set[Cell]:
+        """The (repeat, fold, seed) of an entry's finished runs."""
+        return {cell(run) for run in self.of(entry)}
 
 
-def cell(run: dict[str, Any]) -> tuple[int, int, int]:
+def cell(run: dict[str, Any]) -> Cell:
     """The (repeat, fold, seed) that a run shares with the runs it may be compared with."""
     return run["repeat"], run["fold"], run["seed"]
 
@@ -63,10 +79,28 @@ def read_results(study: Path) -> Results:
     description = read_json(study / "study.json")
     # Their test sides are training patients of the study's folds: teachers are means, not results.
     description["runs"] = [run for run in description["runs"] if run["kind"] != "cross-fitted teacher"]
-    tables, epochs = {}, {}
+    tables, epochs, priors = {}, {}, {}
     for run in description["runs"]:
         folder = study / "runs" / run["id"]
         if run["status"] == "done" and folder.is_dir():
             tables[run["id"]] = predictions.read(folder / "predictions.parquet")
             epochs[run["id"]] = [json.loads(line) for line in (folder / "epochs.jsonl").read_text(encoding="utf-8").splitlines()]
-    return Results(description, tables, epochs)
+            if prior := _carried_prior(folder / "best.safetensors"):
+                priors[run["id"]] = prior
+    return Results(description, tables, epochs, _sizes(study / "splits"), priors)
+
+
+def _carried_prior(weights: Path) -> tuple[float, ...] | None:
+    # Its head only: reading all weights would take longer than the statistics.
+    if not weights.is_file():
+        return None
+    with safe_open(weights, framework="numpy") as handle:
+        prior = json.loads((handle.metadata() or {}).get("record", "{}")).get("prior")
+    return tuple(prior) if prior else None
+
+
+def _sizes(folder: Path) -> tuple[float, float] | None:
+    sides = [read_json(path)["patients"] for path in sorted(folder.glob("*.json"))]
+    if not sides:
+        return None
+    return mean(len(side["train"]) for side in sides), mean(len(side["test"]) for side in sides)

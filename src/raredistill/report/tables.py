@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pandas as pd
 
 from raredistill.evaluation.levels import evaluate
 from raredistill.files import write_text
+from raredistill.metrics import confusion_matrix
 from raredistill.report.results import Results
 
 OVERALL = ("macro_f1", "balanced_accuracy", "g_mean", "mcc", "accuracy")
@@ -65,7 +67,7 @@ def summary(results: Results, overall: pd.DataFrame, by_class: pd.DataFrame) -> 
     for entry in results.entries:
         own = by_class.query("entry == @entry and checkpoint == 'best' and level == 'slice' and `class` == @rare")
         whole = overall.query("entry == @entry and checkpoint == 'best' and level == 'slice'")
-        size = next((run["parameters"] for run in results.study["runs"] if run["name"] == entry), 0)
+        size = results.first(entry)["parameters"]
         rare_part = {f"{rare} {key}": _mean(own[key]) for key in ("f1", "recall", "auprc")}
         rows.append(
             {"entry": entry, "runs": len(whole), "parameters": size, **rare_part, **{key: _mean(whole[key]) for key in OVERALL[:2]}}
@@ -77,14 +79,37 @@ def _mean(values: pd.Series) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def confusions(results: Results) -> dict[str, np.ndarray]:
-    """Entry -> ``(K, K)`` counts over all its test parts (rows: true class), best checkpoint, by slice."""
-    found = {}
-    for entry in results.entries:
-        matrices = [np.asarray(evaluate(results.tables[run["id"]])["slice"]["confusion"]) for run in results.of(entry)]
-        if matrices:
-            found[entry] = np.sum(matrices, axis=0)
-    return found
+def confusions(rows: pd.DataFrame, classes: Sequence[str]) -> dict[str, np.ndarray]:
+    """Entry -> ``(K, K)`` counts over all its test parts (rows: true class), from :func:`confusion_rows`."""
+    if rows.empty:
+        return {}
+    found = rows.groupby("entry", sort=False)
+    return {str(entry): own.groupby("true")[list(classes)].sum().reindex(list(classes)).to_numpy() for entry, own in found}
+
+
+def confusion_rows(results: Results) -> pd.DataFrame:
+    """Confusion matrices as rows, a row a run and true class: slices predicted as each class."""
+    rows = []
+    for run in results.runs:
+        part = results.tables[run["id"]].part("test")
+        matrix = confusion_matrix(part.labels(), part.probabilities().argmax(axis=1), len(part.classes))
+        for name, counts in zip(part.classes, matrix, strict=True):
+            where = {"entry": run["name"], "repeat": run["repeat"], "fold": run["fold"], "seed": run["seed"], "true": name}
+            rows.append({**where, **dict(zip(part.classes, map(int, counts), strict=True))})
+    return pd.DataFrame(rows)
+
+
+def epoch_rows(results: Results) -> pd.DataFrame:
+    """Loss and scores by epoch, a row a run, epoch and part: the source of the curves."""
+    rows = []
+    for run in results.runs:
+        for epoch, record in enumerate(results.epochs[run["id"]], start=1):
+            for part in ("train", "validation"):
+                if part in record:
+                    scores = {f"f1_{name}": value for name, value in record[part]["f1"].items()}
+                    where = {"entry": run["name"], "repeat": run["repeat"], "fold": run["fold"], "seed": run["seed"], "epoch": epoch}
+                    rows.append({**where, "part": part, "loss": record[part]["loss"], "macro_f1": record[part]["macro_f1"], **scores})
+    return pd.DataFrame(rows)
 
 
 def write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:

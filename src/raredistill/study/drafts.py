@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import raredistill
+from raredistill.checkpoint import content_hash
 from raredistill.errors import CheckpointError, DataError
 from raredistill.files import is_sealed, read_json, seal, sha256, write_json
-from raredistill.training.resume import clear_state
+from raredistill.training.resume import clear_state, has_state
 
 UNFINISHED, DAMAGED = ".unfinished", ".damaged"
 ORIGIN, RECORD = "origin.json", "run.json"
@@ -27,7 +28,7 @@ ASIDE = ("cli.py", "config.py", "console.py", "demo.yaml", "phantom.py", "cohort
 
 def origin(device: str, teachers: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     """What a run's numbers depend on beside what names it: versions, device, the files of the program, and its teachers' weights."""
-    files = {f"teacher {name}": sha256(file) for name, file in teachers.items() if file.is_file()}
+    files = {f"teacher {name}": content_hash(file) for name, file in teachers.items() if file.is_file()}
     return {"versions": {**versions(), "device": device}, "code": code(), "files": files}
 
 
@@ -107,6 +108,12 @@ def finish(folder: Path, record: dict[str, Any]) -> None:
     write_json(draft / RECORD, seal({**record, "files": {name: sha256(draft / name) for name in RESULTS}}))
     os.replace(draft, folder)
     clear_state(folder)
+
+
+def abandon(folder: Path) -> None:
+    """Remove the draft of a run that failed before anything was kept, such as one whose teacher was refused."""
+    if not has_state(unfinished(folder)) and not (unfinished(folder) / RESULTS[0]).exists():
+        shutil.rmtree(unfinished(folder), ignore_errors=True)
 
 
 def read_finished(folder: Path) -> dict[str, Any]:

@@ -27,11 +27,12 @@ from raredistill.errors import DataError
 from raredistill.files import lock_if_free, write_text
 from raredistill.losses import carried_prior, class_weights, make_loss
 from raredistill.models import Network, facts
-from raredistill.study.drafts import check_origin, finish, open_draft, origin, read_finished, set_aside
+from raredistill.study.board import Board
+from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside
 from raredistill.study.plan import Entry, External, Run
 from raredistill.study.predict import plain_batches, prediction_table
 from raredistill.study.stages import second_stage
-from raredistill.study.teachers import network_of, peers_of, teach, teacher_channels, teacher_files, teacher_name
+from raredistill.study.teachers import network_of, patients_before, peers_of, teach, teacher_channels, teacher_files, teacher_name
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import DivergedError, Fitted, fit, predict_logits
 from raredistill.training.objectives import Deferred, Distilled, Objective, Supervised
@@ -123,6 +124,7 @@ def _one(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping
     except Exception as error:
         # One run's failure must not take the others with it; the record and the log say what happened.
         write_text(failure, traceback.format_exc())
+        abandon(folder)
         return {**describe(run, cohort), "status": "failed", "error": str(error) or type(error).__name__}, False
     failure.unlink(missing_ok=True)
     return record, False
@@ -172,6 +174,7 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: li
     now = origin(fabric.device.type, teacher_files(run, folder.parent))
     draft = open_draft(folder, now)
     torch.manual_seed(fold_seed(run))
+    patients_before(run.entry, cohort, run.split)  # refused here where they leak
     network = network_of(run.entry, cohort)
     keeper = Keeper(draft)
     try:
@@ -185,10 +188,21 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: li
     seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
     record = {
         **describe(run, cohort), "status": "done", "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch,
-        "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch, "remarks": [*remarks, *keeper.remarks], "made_with": now, **stage,
+        "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch, "remarks": [*remarks, *keeper.remarks, *_halved(run, fitted)],
+        "made_with": now, **stage,
     }  # fmt: skip
     finish(folder, record)
     return record
+
+
+def _halved(run: Run, fitted: Fitted) -> list[str]:
+    if not fitted.micro_batch:
+        return []
+    size = run.entry.settings.batch_size
+    return [
+        f"the device's memory did not hold {size} samples: steps of {size} were made of micro-batches of {fitted.micro_batch}, "
+        "from which batch statistics and terms that compare samples then come"
+    ]
 
 
 def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draft: Path) -> str:
@@ -207,14 +221,12 @@ def fold_seed(run: Run) -> int:
 
 
 def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path, watcher: Watcher, keeper: Keeper) -> Fitted:
-    from torch.utils.tensorboard import SummaryWriter
-
-    with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, SummaryWriter(str(draft / "tensorboard")) as board:
+    with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, Board(draft / "tensorboard") as board:
 
         def on_epoch(record: Record) -> None:
             log.write(json.dumps(record) + "\n")
             log.flush()
-            _to_tensorboard(board, record)
+            board.add(record["epoch"], _scalars(record))
             watcher.epoch_done(run, record)
 
         channels, train, validation = _batches(run, cohort, fabric)
@@ -224,13 +236,13 @@ def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path
         )  # fmt: skip
 
 
-def _to_tensorboard(board: Any, record: Record) -> None:
+def _scalars(record: Record) -> dict[str, float]:
+    found = {}
     for part in ("train", "validation"):
         for key, value in record.get(part, {}).items():
             values = value if isinstance(value, dict) else {"all": value}
-            for name, number in values.items():
-                if number is not None:
-                    board.add_scalar(f"{key}/{part}/{name}", number, record["epoch"])
+            found.update({f"{key}/{part}/{name}": number for name, number in values.items() if number is not None})
+    return found
 
 
 def _batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...], Batches, Batches | None]:
@@ -276,11 +288,11 @@ def _save_checkpoints(run: Run, cohort: Cohort, network: Network, fitted: Fitted
 
 def _promise(run: Run, cohort: Cohort, network: Network) -> Promise:
     entry = run.entry
-    patients = cohort.samples["patient"].to_numpy()[run.split.train]
+    patients = {*cohort.samples["patient"].to_numpy()[run.split.train], *patients_before(entry, cohort, run.split)}
     return Promise(
         model=entry.model, head=entry.head, dropout=entry.dropout, classes=cohort.classes, channels=entry.channels,
         image_size=cohort.size[0], mean=tuple(network.mean), std=tuple(network.std), prior=_prior(run, cohort),
-        training_patients=tuple(sorted(set(patients))), external=False, split_hash=run.split.hash,
+        training_patients=tuple(sorted(patients)), external=False, split_hash=run.split.hash,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from raredistill.splits import Split
 from raredistill.training.settings import Settings
 
 Divide = Callable[[Split, int], list[Split]]
+LONGEST_NAME = 80
+FOLDER_NAME = re.compile(rf"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{{0,{LONGEST_NAME - 1}}}")
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ class _Cell:
 def _name(entry: Entry, split: Split, seed: int, teachers: Sequence[Run], peers: Sequence[Entry], cohort_hash: str) -> str:
     determines: dict[str, Any] = {
         "entry": _settings_of(entry),
-        "teacher": [teacher.id.rsplit("-", 1)[1] for teacher in teachers] or _file_of(entry.teacher if not peers else None),
+        "teacher": [teacher.id.rsplit("-", 1)[1] for teacher in teachers] or _external(entry.teacher if not peers else None),
         "peers": [{**_settings_of(peer), "pretrained": _file_of(peer.pretrained)} for peer in peers],
         "pretrained": _file_of(entry.pretrained),
         "cohort": cohort_hash,
@@ -198,13 +201,17 @@ def _settings_of(entry: Entry) -> dict[str, Any]:
     return {key: value for key, value in asdict(entry).items() if key not in ("name", "teacher")}
 
 
+def _external(teacher: Any) -> Any:
+    """All that is said of a teacher from elsewhere: a corrected list of patients is another run, and is looked at."""
+    return {key: _file_of(value) for key, value in asdict(teacher).items()} if isinstance(teacher, External) else str(teacher)
+
+
 def _file_of(value: Any) -> str:
-    path = value.weights if isinstance(value, External) else value
-    if not isinstance(path, Path):
-        return str(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such weights file; check the path in the configuration")
-    return sha256(path)
+    if not isinstance(value, Path):
+        return str(value)
+    if not value.is_file():
+        raise ConfigError(f"{value}: no such file; check the path in the configuration")
+    return sha256(value)
 
 
 def _plain(value: Any) -> Any:
@@ -217,6 +224,10 @@ def _plain(value: Any) -> Any:
 
 def _in_order(entries: Sequence[Entry]) -> list[Entry]:
     names = [entry.name for entry in entries]
+    if unfit := [name for name in names if not FOLDER_NAME.fullmatch(name)]:
+        raise ConfigError(
+            f"the run {unfit[0]!r:.80} names a folder: up to {LONGEST_NAME} characters, no slash or control character, no dot at the start"
+        )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two runs are called {twice[0]}; every run of a study needs its own name")
     order: list[Entry] = []

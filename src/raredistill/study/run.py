@@ -19,7 +19,6 @@ from raredistill.files import claim_folder, lock_if_free, locked, read_json, wri
 from raredistill.splits import Split, cross_fit, save_split, split_table
 from raredistill.study.execute import Record, Watcher, describe, execute, lock_of, refuse_changed
 from raredistill.study.plan import Entry, Run, make_plan
-from raredistill.study.teachers import teacher_channels
 
 DESCRIPTION = "study.json"
 MARKER = ".study"
@@ -69,7 +68,7 @@ def run_study(study: Study, out: Path, watcher: Watcher) -> list[Record]:
     plan = study.plan()
     refuse_changed(plan, out)
     _refuse_company(plan, out)
-    study.cohort.check_pixels({channel for run in plan for channel in (*run.entry.channels, *teacher_channels(run))})
+    study.cohort.check_pixels()
     records = {run.id: describe(run, study.cohort) for run in plan}
     write = _writer(study, out)
     write(records)
@@ -83,13 +82,22 @@ def run_study(study: Study, out: Path, watcher: Watcher) -> list[Record]:
     return execute(plan, study.cohort, out, watcher, on_record)
 
 
+def elsewhere(study: Study, out: Path) -> list[str]:
+    """Runs of a study at which another process works now: they are left to it, and waited for at the end."""
+    return [run.id for run in study.plan() if lock_of(out, run.id).exists() and _is_held(lock_of(out, run.id))]
+
+
 def _refuse_company(plan: Sequence[Run], out: Path) -> None:
     """Two processes may share one study, but not a folder for two studies: each would overwrite the other's description."""
     ours = {lock_of(out, run.id) for run in plan}
-    for lock in set((out / "runs").glob(".*.lock")) - ours:
-        with lock_if_free(lock) as free:
-            if not free:
-                raise DataError(f"another process works at another study in {out} ({lock.name}); name another folder, or wait for it")
+    for lock in sorted(set((out / "runs").glob(".*.lock")) - ours):
+        if _is_held(lock):
+            raise DataError(f"another process works at another study in {out} ({lock.name}); name another folder, or wait for it")
+
+
+def _is_held(lock: Path) -> bool:
+    with lock_if_free(lock) as free:
+        return not free
 
 
 def claim(out: Path) -> None:

@@ -14,20 +14,20 @@ from torch import Tensor
 
 from raredistill import predictions
 from raredistill.batches import Batch
-from raredistill.checkpoint import Promise
+from raredistill.checkpoint import Promise, load, read_safetensors
 from raredistill.cohort.store import Cohort
 from raredistill.distill.consistent import corrects
 from raredistill.distill.contract import Facts, Outputs, Shape
 from raredistill.distill.imbalance import shrunk_recall
 from raredistill.distill.registry import method_class
-from raredistill.errors import CheckpointError
+from raredistill.errors import CheckpointError, ConfigError
 from raredistill.losses import estimate_prior, make_loss
 from raredistill.models import Network, create, restore
 from raredistill.sampling import POWERS
 from raredistill.splits import Split
 from raredistill.study.plan import Entry, External, Run
 from raredistill.training.online import Peer
-from raredistill.training.teacher import CrossFitted, Ensemble, Teacher, check_teacher
+from raredistill.training.teacher import CrossFitted, Ensemble, Teacher, check_patients, check_teacher
 
 Taught = Callable[[Batch], Outputs]
 
@@ -141,13 +141,32 @@ def check_external(teacher: External, cohort: Cohort, splits: Sequence[Split]) -
 
 
 def _check(promise: Promise, name: str, cohort: Cohort, split: Split) -> None:
-    held_out = set(cohort.samples["patient"].to_numpy()[np.concatenate([split.validation, split.test])])
-    check_teacher(promise, name=name, classes=cohort.classes, channels=cohort.channels, held_out=held_out)
+    check_teacher(promise, name=name, classes=cohort.classes, channels=cohort.channels, held_out=_held_out(cohort, split))
     if promise.image_size != cohort.size[0]:
         raise CheckpointError(
             f"teacher {name} was trained on {promise.image_size} pixels, {cohort.root} has {cohort.size[0]}: "
             f"prepare the cohort with --size {promise.image_size}"
         )
+
+
+def _held_out(cohort: Cohort, split: Split) -> set[str]:
+    """Nothing that a run learns from may have seen these patients."""
+    return set(cohort.samples["patient"].to_numpy()[np.concatenate([split.validation, split.test])])
+
+
+def patients_before(entry: Entry, cohort: Cohort, split: Split) -> set[str]:
+    """Patients whom an entry's pre-trained weights, or its teacher from elsewhere, have seen, as far as their files tell.
+
+    Raises:
+        CheckpointError: the weights have seen some who are held out, or are a checkpoint that does not tell.
+    """
+    teacher = _external_promise(entry.teacher)[1].training_patients if isinstance(entry.teacher, External) else ()
+    path = entry.pretrained
+    if isinstance(path, bool) or not read_safetensors(path)[1].get("kind"):
+        return set(teacher or ())
+    promise = load(path)[1]
+    check_patients(promise, f"the pre-trained weights {path}", _held_out(cohort, split))
+    return {*(teacher or ()), *(promise.training_patients or ())}
 
 
 def teacher_files(run: Run, runs: Path) -> dict[str, Path]:
@@ -212,6 +231,15 @@ def _external_promise(teacher: External) -> tuple[Network, Promise]:
 def _with_patients(promise: Promise, teacher: External) -> Promise:
     if teacher.training_patients is None:
         return replace(promise, external=teacher.external)
-    return replace(
-        promise, training_patients=tuple(teacher.training_patients.read_text(encoding="utf-8").split()), external=teacher.external
-    )
+    return replace(promise, training_patients=_lines(teacher.training_patients), external=teacher.external)
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    try:
+        # A line is a patient, whose name may hold spaces.
+        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as a list of patients ({error})") from None
+    if not lines:
+        raise ConfigError(f"{path}: names no patient; write one a line")
+    return lines

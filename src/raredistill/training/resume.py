@@ -19,7 +19,8 @@ from raredistill import checkpoint
 from raredistill.errors import CheckpointError
 
 SAVE_EVERY = 60.0
-"""Seconds of training that a crash can cost."""
+"""Seconds of training that a crash can cost, where writing a state takes at most ``AFFORDED`` seconds; else more in proportion."""
+AFFORDED = 1.0
 SLOTS = ("state-a.safetensors", "state-b.safetensors")
 
 
@@ -46,7 +47,7 @@ class Keeper:
         self.folder = folder
         self.remarks: list[str] = []
         self._number = 0
-        self._saved = time.monotonic()
+        self._saved, self._cost = time.monotonic(), 0.0
 
     def load(self) -> State | None:
         """The newest state that is whole; none when the training has to start from its seed. Damaged files are told in ``remarks``."""
@@ -68,7 +69,7 @@ class Keeper:
 
     def due(self) -> bool:
         """Whether so much time has gone by since the last save that another is worth it."""
-        return time.monotonic() - self._saved >= SAVE_EVERY
+        return time.monotonic() - self._saved >= SAVE_EVERY * max(1.0, self._cost / AFFORDED)
 
     def save(self, state: State) -> None:
         """Write a state over the older of the two files.
@@ -79,10 +80,17 @@ class Keeper:
         if not self.folder.is_dir():
             # Writing would make the folder anew, perhaps on a disk that only took the place of the one that went away.
             raise FileNotFoundError(errno.ENOENT, "the folder of the run has vanished", str(self.folder))
+        start = time.monotonic()
         facts = {**state.facts, "number": self._number}
         checkpoint.save_state(self.folder / SLOTS[self._number % len(SLOTS)], state.tensors, facts)
         self._number += 1
         self._saved = time.monotonic()
+        self._cost = self._saved - start
+
+
+def has_state(folder: Path) -> bool:
+    """Whether there is something to go on with."""
+    return any((folder / slot).exists() for slot in SLOTS)
 
 
 def clear_state(folder: Path) -> None:
@@ -117,7 +125,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str,
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """Where torch's generators stand that dropout draws from; order, views and mixing are functions of (seed, epoch, sample) instead."""
     state = {"cpu": torch.get_rng_state()}
-    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
 
 
 def load_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
@@ -125,6 +137,8 @@ def load_random_state(state: Mapping[str, Tensor], device: torch.device) -> None
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps":
+        torch.mps.set_rng_state(state["mps"])
 
 
 @contextmanager

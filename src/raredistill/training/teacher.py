@@ -128,14 +128,21 @@ def check_teacher(promise: Promise, *, name: str, classes: Sequence[str], channe
         )
     if absent := [channel for channel in promise.channels if channel not in channels]:
         raise CheckpointError(f"teacher {name} needs the channels {absent}, this cohort has {list(channels)}")
-    if promise.training_patients is None:
+    check_patients(promise, f"teacher {name}", held_out)
+
+
+def check_patients(promise: Promise, name: str, held_out: Collection[str]) -> None:
+    """Refuse weights that have seen patients who are held out, or that do not say whom they have seen.
+
+    Raises:
+        CheckpointError: names one of them.
+    """
+    if not promise.training_patients:
         if not promise.external:
-            raise CheckpointError(
-                f"teacher {name} does not say which patients it was trained on; give training_patients, or external: true"
-            )
+            raise CheckpointError(f"{name} does not say which patients it was trained on; give training_patients, or external: true")
         return
     if seen := sorted(set(promise.training_patients) & set(held_out)):
         raise CheckpointError(
-            f"teacher {name} was trained on {len(seen)} validation or test patients of this split (such as {seen[0]}): "
+            f"{name} was trained on {len(seen)} validation or test patients of this split (such as {seen[0]}): "
             "its knowledge would leak; train it on this study's folds"
         )

@@ -8,7 +8,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,8 +24,8 @@ _PARTS = (("train", "train"), ("val", "validation"), ("test", "test"))
 _LAYOUTS = ("{}_images", "{}_labels"), ("x_{}", "y_{}")
 # What zipfile and numpy are known to raise on damaged files; a password and an unknown compression are RuntimeErrors.
 _UNREADABLE = (
-    OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error,
-    lzma.LZMAError, struct.error, tokenize.TokenError,
+    OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, SyntaxError, SystemError, RuntimeError, MemoryError,
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError,
 )  # fmt: skip
 _LARGEST_SAMPLE = 2**26
 _LARGEST_LABELS = 2**28
@@ -147,15 +147,16 @@ class Arrays:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
-    try:
-        archive = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; name an .npz file") from None
-    except _UNREADABLE as error:
-        raise DataError(f"{path}: cannot be read as .npz ({error}); fetch or export it again") from None
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise DataError(f"{path}: is a single array; save images and labels together with numpy.savez")
-    with archive:
+    with ExitStack() as open_files:
+        try:
+            handle = open_files.enter_context(path.open("rb"))  # numpy would leave it open when the archive is damaged
+            archive = np.load(handle, allow_pickle=False)
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; name an .npz file") from None
+        except _UNREADABLE as error:
+            raise DataError(f"{path}: cannot be read as .npz ({error}); fetch or export it again") from None
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"{path}: is a single array; save images and labels together with numpy.savez")
         yield archive
 
 
@@ -185,7 +186,9 @@ def _small(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
         if np.prod(shape, dtype=np.float64) * dtype.itemsize > _LARGEST_LABELS:
             raise DataError(f"{path}: {name} of shape {shape} claims more than {_LARGEST_LABELS} bytes; export it again")
     try:
-        return np.asarray(archive[name])
+        values = np.asarray(archive[name])
+        values.tolist()  # text may hold code points that do not exist, which is told only here
+        return values
     except _UNREADABLE as error:
         raise DataError(f"{path}: {name} cannot be read ({error}); save it as numbers or plain strings") from None
 

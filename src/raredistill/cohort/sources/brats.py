@@ -124,12 +124,17 @@ def read_bytes(file: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it cannot be read, or a download left something else in its place.
     """
     try:
-        return file.read_bytes()
+        raw = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); check the file and its rights") from None
+    if raw.startswith(b"version https://git-lfs"):
+        raise DataError(f"{file}: is a Git-LFS pointer and not yet the file; fetch it with `git lfs pull`")
+    if raw[:256].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise DataError(f"{file}: is a web page, perhaps of a failed download; fetch the file again")
+    return raw
 
 
 def to_slices(

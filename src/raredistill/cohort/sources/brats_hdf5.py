@@ -194,7 +194,7 @@ def decode(raw: bytes, file: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with h5py.File(h5py.h5f.open_file_image(raw)) as handle:
             image, mask = _dataset(handle, "image", len(brats.CHANNELS), file), _dataset(handle, "mask", len(LABELS), file)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise DataError(f"{file}: cannot be decoded as HDF5 ({error}); replace it by the original") from None
     if image.shape[:2] != mask.shape[:2]:
         raise DataError(f"{file}: image {image.shape} and mask {mask.shape} disagree in shape; replace it by the original")

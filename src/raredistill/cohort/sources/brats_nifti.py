@@ -27,6 +27,8 @@ ROLES = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "segm": "seg"}
 LARGEST = 2**29
 """Voxels of the largest volume that is read: a header that promises more is damaged or hostile."""
 HEADER = 352
+FARTHEST = 1e9
+"""Millimetres; an affine with more than that is no place."""
 FAR = 0.5
 """Millimetres between the corners of two modalities from which on they are not on one grid."""
 
@@ -53,7 +55,7 @@ class BratsNifti:
 
     Args:
         path: the folder that holds the cases.
-        grades: a CSV ``patient,grade`` (or BraTS' own table); by default ``name_mapping.csv`` in ``path``.
+        grades: a CSV ``patient,grade`` (or BraTS' own table); by default ``name_mapping.csv`` in ``path`` or beside the cases.
         rule: ``default`` or ``thesis``; see ``cohort.labels.LabelRule``.
         min_tumour_voxels: tumour voxels (at native resolution) that make a slice a tumour slice under the default rule.
         min_brain_share: share of the patient's widest brain slice under which the default rule leaves a slice out.
@@ -80,8 +82,8 @@ class BratsNifti:
         self.channels = brats.choose_channels(channels)
         self._path = Path(path)
         self._rule = LabelRule(rule, min_tumour_voxels, min_brain_share)
-        self._grades = brats.read_grades(self._path, grades)
         self._cases = _find_cases(self._path)
+        self._grades = brats.read_grades(_table_folder(self._path, self._cases), grades)
         self._often = Counter(case.patient for case in self._cases)
 
     def units(self) -> list[Unit]:
@@ -149,6 +151,12 @@ def _find_cases(path: Path) -> list[_Case]:
             folders.setdefault(file.parent, {}).setdefault(ROLES.get(role, role), []).append(file)
     cases = [_Case(folder.name, folder, {role: _own(found, folder) for role, found in files.items()}) for folder, files in folders.items()]
     return sorted(cases, key=lambda case: (case.patient, case.folder))
+
+
+def _table_folder(path: Path, cases: list[_Case]) -> Path:
+    """Where the table of grades lies: archives keep it beside the cases, a folder or two below their root."""
+    places = dict.fromkeys((path, *(case.folder.parent for case in cases)))
+    return next((folder for folder in places if (folder / brats.MAPPING).is_file()), path)
 
 
 def _own(files: list[Path], folder: Path) -> tuple[Path, ...]:
@@ -228,7 +236,7 @@ def decode(raw: bytes, file: Path) -> tuple[np.ndarray, np.ndarray]:
     voxels = int(np.prod(shape, dtype=np.float64))
     if len(shape) != 3 or not 0 < voxels <= LARGEST:
         raise DataError(f"{file}: its shape is {shape}; a volume has three axes and at most {LARGEST} voxels")
-    kind, offset = header.get_data_dtype(), int(header["vox_offset"]) or HEADER
+    kind, offset = _voxel_type(header, file), int(np.nan_to_num(header["vox_offset"], nan=-1)) or HEADER
     if kind.kind not in "iuf" or not stream.position <= offset <= stream.position + 2**24:
         raise DataError(f"{file}: voxels of type {kind} at byte {offset}; convert the file to a plain NIfTI of numbers")
     stream.take(offset - stream.position)
@@ -286,6 +294,15 @@ class _Stream:
                 raise DataError(f"{self._file}: its gzip data are cut short; replace it by the original")
 
 
+def _voxel_type(header: Any, file: Path) -> np.dtype[Any]:
+    code = int(header["datatype"])
+    try:
+        kind: np.dtype[Any] = header.get_data_dtype()
+    except KeyError:
+        raise DataError(f"{file}: voxels of the unknown type {code}; replace it by the original") from None
+    return kind
+
+
 def _scaled(data: np.ndarray, header: Any, file: Path) -> np.ndarray:
     values: np.ndarray = data.astype(data.dtype.newbyteorder("="), copy=False)
     try:
@@ -304,15 +321,15 @@ def _affine(header: Any, file: Path) -> np.ndarray:
             affine = np.asarray(header.get_best_affine(), dtype=np.float64)
         except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
             raise DataError(f"{file}: its place in space cannot be understood ({error}); replace it by the original") from None
-    if not np.isfinite(affine).all():
-        raise DataError(f"{file}: its affine holds values that are not finite; replace it by the original")
+    if not (np.abs(affine) < FARTHEST).all():
+        raise DataError(f"{file}: its affine leads out of any scanner (values that are not finite, or huge); replace it by the original")
     return affine
 
 
 def _labels(mask: np.ndarray, file: Path) -> np.ndarray:
     if mask.dtype.kind != "f":
         return mask
-    if not np.array_equal(np.rint(mask), mask):
+    if not np.isfinite(mask).all() or not np.array_equal(np.rint(mask), mask):
         raise DataError(f"{file}: the segmentation holds fractions or no numbers; resample it with nearest neighbours")
     low, high = float(mask.min()), float(mask.max())
     if not -(2**15) <= low <= high < 2**15:

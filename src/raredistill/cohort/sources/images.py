@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ CHANNELS: dict[str, tuple[str, ...]] = {"grey": ("grey",), "rgb": ("red", "green
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _GREY_MODES = ("1", "L", "LA", "I", "F")
 _PROBED = 256
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, LookupError, TypeError, OverflowError)
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, LookupError, TypeError, OverflowError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,16 @@ class Decoder:
         Raises:
             DataError: the file is missing, damaged, of several pages, too large, or needs a window.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            try:
-                with Image.open(file, formats=_FORMATS) as image:
-                    _refuse_pages(image, file)
-                    return self._bytes(ImageOps.exif_transpose(image), size, str(file))
-            except FileNotFoundError:
-                raise DataError(f"{file}: no such file; restore it or take it out of the source") from None
-            except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-                raise DataError(f"{file}: too many pixels to be opened safely ({error}); save it smaller") from None
-            except _UNREADABLE as error:
-                raise DataError(f"{file}: cannot be read as PNG, JPEG or TIFF ({error}); replace the file or take it out") from None
+        try:
+            with _opened(file) as image:
+                _refuse_pages(image, file)
+                return self._bytes(ImageOps.exif_transpose(image), size, str(file))
+        except FileNotFoundError:
+            raise DataError(f"{file}: no such file; restore it or take it out of the source") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise DataError(f"{file}: too many pixels to be opened safely ({error}); save it smaller") from None
+        except _UNREADABLE as error:
+            raise DataError(f"{file}: cannot be read as PNG, JPEG or TIFF ({error}); replace the file or take it out") from None
 
     def convert(self, pixels: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
         """Turn one ``(h, w)`` or ``(h, w, 3)`` array into ``(C, height, width)`` uint8; ``name`` is for messages.
@@ -100,6 +99,18 @@ class Decoder:
             return np.repeat(planes, 3, axis=0)
         luma = np.tensordot(np.array([0.299, 0.587, 0.114]), planes, axes=1)
         return np.asarray(np.rint(luma)[None], dtype=np.uint8)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """Open an image; what Pillow warns of is an error where it concerns the pixels: their number, and the directory of a TIFF."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file, formats=_FORMATS) as image:
+            yield image
+            if told and image.format == "TIFF":
+                raise ValueError(str(told[0].message))
 
 
 def _resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -148,12 +159,11 @@ def probe_mode(files: Sequence[Path]) -> Literal["grey", "rgb"]:
 def _header(file: Path) -> tuple[str, str]:
     """The image mode, or "" and what is wrong with the file."""
     try:
-        with warnings.catch_warnings(), Image.open(file, formats=_FORMATS) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with _opened(file) as image:
             return image.mode, ""
     except FileNotFoundError:
         return "", "no such file"
-    except (*_UNREADABLE, Image.DecompressionBombError) as error:
+    except (*_UNREADABLE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return "", f"cannot be opened as PNG, JPEG or TIFF ({error})"
 
 

@@ -72,7 +72,8 @@ class Table(ImageFiles):
         chosen["repeated"] = chosen["image"].duplicated()
         samples = [sample for line, row in enumerate(chosen.to_dict("records"), start=2) if (sample := self._sample(row, line))]
         if not samples:
-            raise DataError(f"{self._path}: no row has an image and a label; the first problem: {self._problems[0].what}")
+            first = f"; the first problem: a row {self._problems[0].what}" if self._problems else ""
+            raise DataError(f"{self._path}: no row has an image and a label{first}")
         return samples
 
     def _sample(self, row: dict[Hashable, Any], line: int) -> ImageSample | None:

@@ -15,5 +15,7 @@ document.querySelectorAll("table.sortable").forEach((table) => {
   }));
 });
 document.querySelectorAll("input[data-entry]").forEach((box) => box.addEventListener("change", () => {
-  document.querySelectorAll(`[data-shown="${box.dataset.entry}"]`).forEach((part) => { part.hidden = !box.checked; });
+  // Marks in figures are SVG, which has no property of that name: the attribute works for both.
+  document.querySelectorAll(`[data-shown="${box.dataset.entry}"]`).forEach((part) => part.toggleAttribute("hidden", !box.checked));
 }));
+window.addEventListener("beforeprint", () => document.querySelectorAll("main details").forEach((part) => { part.open = true; }));

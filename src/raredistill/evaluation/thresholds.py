@@ -1,0 +1,77 @@
+"""Where to put the threshold of one class, what it costs, and when a classifier is worth using at all."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from raredistill.errors import ConfigError, DataError
+
+Floats = NDArray[np.float64]
+
+
+def operating_point(positive: ArrayLike, score: ArrayLike, sensitivity: float) -> float:
+    """The highest threshold that reaches the wanted sensitivity; choose it on validation, never on test.
+
+    Args:
+        positive: ``(N,)`` whether a sample is of the class.
+        score: ``(N,)``, higher for positives.
+        sensitivity: wanted, above 0 and at most 1.
+
+    Returns:
+        A score; samples at or above it are called positive.
+
+    Raises:
+        ConfigError: the sensitivity is out of range.
+        DataError: no positives.
+    """
+    if not 0 < sensitivity <= 1:
+        raise ConfigError(f"a wanted sensitivity lies above 0 and at most at 1, not at {sensitivity}")
+    scores = np.sort(np.asarray(score, dtype=np.float64)[np.asarray(positive, dtype=bool)])[::-1]
+    if not len(scores):
+        raise DataError("an operating point needs samples of the class; its validation part has none")
+    return float(scores[math.ceil(round(sensitivity * len(scores), 9)) - 1])
+
+
+def at_threshold(positive: ArrayLike, score: ArrayLike, threshold: float) -> dict[str, float]:
+    """What a threshold gives.
+
+    Args:
+        positive: ``(N,)`` whether a sample is of the class.
+        score: ``(N,)``.
+        threshold: samples at or above it are called positive.
+
+    Returns:
+        ``sensitivity, specificity, precision`` and ``flagged`` (the share called positive); NaN where undefined.
+    """
+    truth, called = np.asarray(positive, dtype=bool), np.asarray(score, dtype=np.float64) >= threshold
+    return {
+        "sensitivity": _mean(called[truth]), "specificity": _mean(~called[~truth]), "precision": _mean(truth[called]),
+        "flagged": _mean(called),
+    }  # fmt: skip
+
+
+def decision_curve(positive: ArrayLike, score: ArrayLike, thresholds: ArrayLike) -> pd.DataFrame:
+    """Net benefit (Vickers and Elkin 2006): true positives minus false ones at the odds that a threshold implies, a sample.
+
+    Args:
+        positive: ``(N,)`` whether a sample is of the class.
+        score: ``(N,)`` its probability.
+        thresholds: ``(T,)`` probabilities, each below 1, at which one would act.
+
+    Returns:
+        Columns ``threshold``, ``benefit`` and ``act_on_all``, the benefit of calling everyone positive; calling nobody has 0.
+    """
+    truth, scores, at = np.asarray(positive, dtype=bool), np.asarray(score, dtype=np.float64), np.asarray(thresholds, dtype=np.float64)
+    odds, number = at / (1 - at), max(len(truth), 1)
+    true = np.array([(truth & (scores >= each)).sum() for each in at]) / number
+    false = np.array([(~truth & (scores >= each)).sum() for each in at]) / number
+    everyone = truth.sum() / number - (~truth).sum() / number * odds
+    return pd.DataFrame({"threshold": at, "benefit": true - false * odds, "act_on_all": everyone})
+
+
+def _mean(values: NDArray[np.bool_]) -> float:
+    return float(values.mean()) if len(values) else float("nan")

@@ -1,0 +1,289 @@
+"""What lies beneath the verdicts: one data frame a question, each the source of a table or a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from raredistill.errors import RareDistillError
+from raredistill.evaluation.agreement import inheritance
+from raredistill.evaluation.bootstrap import patient_bootstrap
+from raredistill.evaluation.calibration import calibration_metrics, fit_temperature, reliability_table, restore_prior, scaled
+from raredistill.evaluation.compare import delong, mcnemar
+from raredistill.evaluation.levels import RULES, by_patient, has_patients, patient_predictions
+from raredistill.evaluation.thresholds import at_threshold, decision_curve, operating_point
+from raredistill.metrics import classification_metrics
+from raredistill.predictions import Predictions
+from raredistill.report.pairs import Pair
+from raredistill.report.results import Results, cell
+
+WANTED = (0.8, 0.9, 0.95)
+"""Sensitivities that operating points are chosen for."""
+PARTS = ("ece", "ece_equal_mass", "brier", "brier_reliability", "brier_resolution", "brier_uncertainty", "brier_within")
+HARDEST = 20
+POINTS = 200
+
+
+def intervals(results: Results) -> pd.DataFrame:
+    """Scores of every entry with percentile and BCa intervals over patients, by level."""
+    rare = results.study["rare"]
+    rows = []
+    for entry, level, table in _levels(results):
+        for metric in (f"f1:{rare}", f"recall:{rare}", f"auprc:{rare}", "macro_f1"):
+            if rare in table.classes:
+                rows.append({"entry": entry, "level": level, "metric": metric, **_interval(table, metric)})
+    return pd.DataFrame(rows)
+
+
+def _levels(results: Results) -> Iterator[tuple[str, str, Predictions]]:
+    for entry in results.entries:
+        pooled = results.pooled(entry)
+        if pooled is None:
+            continue
+        yield entry, "slice", pooled
+        if has_patients(pooled):
+            yield entry, "patient", by_patient(pooled)
+
+
+def _interval(table: Predictions, metric: str) -> dict[str, float]:
+    try:
+        estimate, low, high = patient_bootstrap(table, metric)
+        _, bca_low, bca_high = patient_bootstrap(table, metric, interval="bca")
+    except RareDistillError:
+        return dict.fromkeys(("estimate", "low", "high", "bca_low", "bca_high"), float("nan"))
+    return {"estimate": estimate, "low": low, "high": high, "bca_low": bca_low, "bca_high": bca_high}
+
+
+Stages = dict[str, dict[str, tuple[Any, Any]]]
+"""Labels ``(N,)`` and probabilities ``(N, K)`` of test parts, by entry and stage."""
+
+
+def calibration(results: Results, stages: Stages) -> pd.DataFrame:
+    """Calibration of every entry: raw, with a temperature fitted on validation, and with the deployment prior restored."""
+    rare = results.study["cohort"]["classes"].index(results.study["rare"])
+    rows = []
+    for entry, each in stages.items():
+        for stage, (label, probability) in each.items():
+            found = calibration_metrics(label, probability)
+            by_class = {f"ece_{results.study['rare']}": float(found["ece_by_class"][rare])}
+            rows.append({"entry": entry, "stage": stage, **{key: float(found[key]) for key in PARTS}, **by_class})
+    return pd.DataFrame(rows)
+
+
+def reliability(stages: Stages) -> pd.DataFrame:
+    """Reliability diagrams as rows: a row an entry, stage and bin."""
+    parts = [reliability_table(*sides).assign(entry=entry, stage=stage) for entry, each in stages.items() for stage, sides in each.items()]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def calibrated_entries(results: Results) -> tuple[Stages, pd.DataFrame]:
+    """Every entry's probabilities by stage, and the temperature fitted on each run's validation part."""
+    fitted = temperatures(results)
+    return {entry: calibrated(results, entry, fitted) for entry in results.entries if results.of(entry)}, fitted
+
+
+def calibrated(results: Results, entry: str, fitted: pd.DataFrame) -> dict[str, tuple[Any, Any]]:
+    """Labels ``(N,)`` and probabilities ``(N, K)`` of an entry's test parts, by stage; a stage without a validation part is left out.
+
+    The deployment prior is the class share of a run's validation part; it can be restored where the carried prior is known.
+    """
+    found: dict[str, list[tuple[Any, Any]]] = {}
+    known = {tuple(row[:4]): float(row[4]) for row in fitted.itertuples(index=False)}
+    for run in results.of(entry):
+        temperature = known.get((entry, *cell(run)))
+        test = results.tables[run["id"]].part("test")
+        for stage, probability in _stages(results, run, test, temperature).items():
+            found.setdefault(stage, []).append((test.labels(), probability))
+    return {stage: (np.concatenate([a for a, _ in parts]), np.concatenate([b for _, b in parts])) for stage, parts in found.items()}
+
+
+def _stages(results: Results, run: dict[str, Any], test: Predictions, temperature: float | None) -> dict[str, Any]:
+    stages = {"raw": test.probabilities()}
+    if temperature is None:
+        return stages
+    stages["temperature"] = scaled(test.logits(), temperature)
+    if run["id"] in results.priors:
+        labels = results.tables[run["id"]].part("validation").labels()
+        share = np.bincount(labels, minlength=len(test.classes)) / len(labels)
+        stages["prior restored"] = restore_prior(test.probabilities(), results.priors[run["id"]], share)
+    return stages
+
+
+def temperatures(results: Results) -> pd.DataFrame:
+    """The fitted temperature of every run that has a validation part."""
+    rows = []
+    for run in results.runs:
+        table = results.tables[run["id"]]
+        if (table.table["split"] == "validation").any():
+            part = table.part("validation")
+            rows.append((run["name"], run["repeat"], run["fold"], run["seed"], fit_temperature(part.labels(), part.logits())))
+    return pd.DataFrame(rows, columns=["entry", "repeat", "fold", "seed", "temperature"])
+
+
+def operating_points(results: Results) -> pd.DataFrame:
+    """The rare class's threshold chosen on validation for a wanted sensitivity, and what it gives on test; means over runs, by slice."""
+    rows = []
+    for run in results.runs:
+        table, rare = results.tables[run["id"]], results.study["rare"]
+        if not (table.table["split"] == "validation").any():
+            continue
+        (chosen, scores), (truth, tested) = (_rare(table.part(part), rare) for part in ("validation", "test"))
+        for wanted in WANTED if chosen.any() else ():
+            threshold = operating_point(chosen, scores, wanted)
+            rows.append(
+                {"entry": run["name"], "wanted_sensitivity": wanted, "threshold": threshold, **at_threshold(truth, tested, threshold)}
+            )
+    if not rows:
+        return pd.DataFrame(columns=["entry", "wanted_sensitivity", "threshold", "sensitivity", "specificity", "precision", "flagged"])
+    return pd.DataFrame(rows).groupby(["entry", "wanted_sensitivity"], sort=False).mean().reset_index()
+
+
+def _rare(predictions: Predictions, rare: str) -> tuple[Any, Any]:
+    place = predictions.classes.index(rare)
+    return predictions.labels() == place, predictions.probabilities()[:, place]
+
+
+def _by_entry(results: Results, make: Callable[[Any, Any], pd.DataFrame]) -> pd.DataFrame:
+    """Rows that ``make`` gives of the rare class's truth and probability over each entry's pooled test parts."""
+    tables = []
+    for entry in results.entries:
+        pooled = results.pooled(entry)
+        if pooled is not None:
+            table = make(*_rare(pooled, results.study["rare"]))
+            table.insert(0, "entry", entry)
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def decision_curves(results: Results) -> pd.DataFrame:
+    """Net benefit of acting on the rare class, by slice."""
+    return _by_entry(results, lambda truth, score: decision_curve(truth, score, np.linspace(0.02, 0.9, 45)))
+
+
+def roc_curves(results: Results) -> pd.DataFrame:
+    """ROC of the rare class over the pooled test parts, thinned to ``POINTS`` points an entry."""
+    return _by_entry(results, lambda truth, score: _curve(truth, score)[["threshold", "false_positive_rate", "recall"]])
+
+
+def precision_recall_curves(results: Results) -> pd.DataFrame:
+    """Precision against recall of the rare class over the pooled test parts, thinned to ``POINTS`` points an entry."""
+    return _by_entry(results, lambda truth, score: _curve(truth, score)[["threshold", "recall", "precision"]])
+
+
+def _curve(truth: Any, score: Any) -> pd.DataFrame:
+    order = np.argsort(-score, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
+    hits = np.cumsum(truth[order])[last]
+    false = last + 1 - hits
+    columns = {
+        "threshold": score[order][last], "recall": hits / max(int(truth.sum()), 1), "precision": hits / (last + 1),
+        "false_positive_rate": false / max(int((~truth).sum()), 1),
+    }  # fmt: skip
+    kept = np.unique(np.linspace(0, len(last) - 1, min(len(last), POINTS)).astype(int))
+    return pd.DataFrame(columns).iloc[kept].reset_index(drop=True)
+
+
+def patient_rules(results: Results) -> pd.DataFrame:
+    """Patient-level scores by each rule that makes a patient of slices; means over runs."""
+    rare, rows = results.study["rare"], []
+    for run in results.runs:
+        part = results.tables[run["id"]].part("test")
+        for rule in RULES if has_patients(part) else ():
+            found = patient_predictions(part, rule)
+            place, metrics = found.classes.index(rare), classification_metrics(found.label, found.probability)
+            of_rare = {f"{rare} {key}": float(metrics[key][place]) for key in ("f1", "recall", "specificity", "auroc", "auprc")}
+            rows.append({"entry": run["name"], "rule": rule, **of_rare, "macro_f1": metrics["macro_f1"]})
+    return pd.DataFrame(rows).groupby(["entry", "rule"], sort=False).mean().reset_index() if rows else pd.DataFrame()
+
+
+def footnotes(pairs: list[Pair], rare: str) -> pd.DataFrame:
+    """DeLong's test on patients' scores and McNemar's on patients called rightly, a row a pair."""
+    rows = []
+    for pair in pairs:
+        if pair.sides is None or not has_patients(pair.sides[0]):
+            continue
+        control, other = (patient_predictions(side) for side in pair.sides)
+        place = control.classes.index(rare)
+        try:
+            areas = delong(control.label == place, other.probability[:, place], control.probability[:, place])
+        except RareDistillError:
+            areas = (float("nan"),) * 4
+        only, only_control, p = mcnemar(*(side.probability.argmax(axis=1) == side.label for side in (other, control)))
+        numbers = {"auroc": areas[0], "control_auroc": areas[1], "delong_p": areas[3]}
+        right = {"right_by_entry_only": only, "right_by_control_only": only_control, "mcnemar_p": p}
+        rows.append({"entry": pair.entry, "control": pair.control, "patients": len(control.label), **numbers, **right})
+    return pd.DataFrame(rows)
+
+
+def inherited(results: Results, pairs: list[Pair]) -> pd.DataFrame:
+    """Agreement of every student with its teacher, and the share of the teacher's errors that it repeats, beside its control's."""
+    rows = []
+    for pair in pairs:
+        cells = results.cells(pair.entry) & results.cells(pair.control) & results.cells(pair.teacher)
+        sides = [results.pooled(name, cells) for name in (pair.entry, pair.teacher, pair.control)] if cells else []
+        if sides and not any(side is None for side in sides):
+            found = inheritance(*sides)  # type: ignore[arg-type]
+            rows.append({"entry": pair.entry, "teacher": pair.teacher, **found, "teacher_errors": int(found["teacher_errors"])})
+    return pd.DataFrame(rows)
+
+
+def hardest_patients(results: Results) -> pd.DataFrame:
+    """Patients of the rare class that entries find hardest: the probability that each gives to the rare class, and their mean."""
+    columns = {}
+    for entry in results.entries:
+        pooled = results.pooled(entry)
+        if pooled is None or not has_patients(pooled):
+            continue
+        found = patient_predictions(pooled)
+        place = found.classes.index(results.study["rare"])
+        scores = pd.Series(found.probability[:, place], index=pd.Index(found.patient, name="patient"))
+        columns[entry] = scores[found.label == place]
+    return _hardest(columns)
+
+
+def hardest_slices(results: Results) -> pd.DataFrame:
+    """Slices of the rare class that entries find hardest, by the probability of the rare class, averaged over seeds and repeats."""
+    columns = {}
+    for entry in results.entries:
+        pooled = results.pooled(entry)
+        if pooled is not None:
+            truth, score = _rare(pooled, results.study["rare"])
+            rows = pooled.table.loc[truth, ["patient", "sample"]].assign(score=score[truth])
+            columns[entry] = rows.groupby(["patient", "sample"])["score"].mean()
+    return _hardest(columns)
+
+
+def _hardest(columns: dict[str, pd.Series]) -> pd.DataFrame:
+    if not columns:
+        return pd.DataFrame()
+    table = pd.DataFrame(columns)
+    table["mean"] = table.mean(axis=1)
+    return table.sort_values("mean").head(HARDEST).reset_index()
+
+
+def sizes(results: Results, summary: pd.DataFrame) -> pd.DataFrame:
+    """Parameters, FLOPs and bytes against scores; an entry is on the Pareto front when no smaller one has a better rare-class F1."""
+    rare = f"{results.study['rare']} f1"
+    facts = pd.DataFrame([{key: results.first(entry)[key] for key in ("model", "flops", "bytes")} for entry in results.entries])
+    table = pd.concat([summary[["entry", "parameters"]], facts, summary[[rare, "macro_f1"]]], axis=1)
+    better = [
+        bool(((table["parameters"] <= size) & (table[rare] > score)).any())
+        for size, score in zip(table["parameters"], table[rare], strict=True)
+    ]
+    front = ["yes" if not worse and not np.isnan(score) else "no" for worse, score in zip(better, table[rare], strict=True)]
+    return table.assign(pareto_front=front)
+
+
+def gains(pairs: list[Pair], rare: str) -> pd.DataFrame:
+    """The rare class's gain of every pair against the size of its teacher."""
+    rows = []
+    for pair in pairs:
+        if found := pair.differences.get(f"f1:{rare}"):
+            tested = pair.evidence.get(f"f1:{rare}")
+            limits = {key: getattr(tested, key, float("nan")) for key in ("low", "high")}
+            where = {"entry": pair.entry, "teacher": pair.teacher, "relation": pair.relation, "size_ratio": pair.ratio}
+            rows.append({**where, "gain": found.estimate, **limits})
+    return pd.DataFrame(rows, columns=["entry", "teacher", "relation", "size_ratio", "gain", "low", "high"])
