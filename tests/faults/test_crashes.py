@@ -154,6 +154,38 @@ def begun(tiny_cohort, tmp_path, monkeypatch):
     return tmp_path / "s"
 
 
+EVERYTHING = [
+    {"name": "large", "model": "cifar_resnet8", "training": {"mixing": "mixup", "sam_rho": 0.05, "stage": "crt", "stage_epochs": 2}},
+    {"name": "peers", "model": "small_cnn", "dropout": 0.3, "teacher": "large", "online": "mutual"},
+    {"name": "hints", "model": "cifar_resnet8", "dropout": 0.3, "teacher": "large", "method": "fitnet"},
+]
+
+
+def test_peers_layers_of_methods_mixing_and_second_stages_resume_to_the_same_bits(tiny_cohort, tmp_path, monkeypatch):
+    study = tiny_study(tiny_cohort, runs=EVERYTHING, training={**CONFIG["training"], "epochs": 2})
+    run_study(study, tmp_path / "calm", Silent())
+    monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
+    original, steps = loop.Trainer.step, []
+
+    def step(trainer, batch):
+        steps.append(batch)
+        if len(steps) % 4 == 0:
+            raise PowerCutError
+        return original(trainer, batch)
+
+    monkeypatch.setattr(loop.Trainer, "step", step)
+    cuts = 0
+    while True:
+        try:
+            records = run_study(study, tmp_path / "cut", Silent())
+            break
+        except PowerCutError:
+            cuts += 1
+    assert cuts > 6
+    assert {record["status"] for record in records} == {"done"}
+    assert contents(tmp_path / "cut" / "runs") == contents(tmp_path / "calm" / "runs")
+
+
 @pytest.mark.parametrize(
     ("part", "name", "old", "said"),
     [
