@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ VERDICT_COLUMNS = (
 )  # fmt: skip
 
 
-def write_report(study: Path, *, progress: Callable[[int, int], None] | None = None) -> Path:
+def write_report(study: Path, *, sweep: Sequence[Path] = (), progress: Callable[[int, int], None] | None = None) -> Path:
     """Write ``STUDY/report``: report.html (self-contained), tables as CSV and LaTeX, figures as SVG and PNG.
 
     Args:
         study: a study's folder, also an unfinished one.
+        sweep: folders of further studies with the same entries and another imbalance of training; the gain is shown against it.
         progress: called with the steps done and the steps in all.
 
     Returns:
@@ -44,6 +45,8 @@ def write_report(study: Path, *, progress: Callable[[int, int], None] | None = N
     answer = _answer(results, pairs)
     tell(2, STEPS)
     made = _tables(results, pairs, answer)
+    if sweep:
+        made["imbalance"] = analyses.sweep([(results, pairs), *((other, make_pairs(other)) for other in map(read_results, sweep))])
     answer["missing"] = missing(made["controls"])
     tables.write_tables(made, study / "report" / "tables")
     tell(3, STEPS)
@@ -113,6 +116,7 @@ def _figures(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Figur
         "gain_ratio": figures.gain_against_ratio(made["gains"], rare, entries),
         "classes": figures.class_scores(made["runs"], entries, classes),
         **_curves(made, rare, entries),
+        **({"imbalance": figures.gain_against_imbalance(made["imbalance"], rare, entries)} if "imbalance" in made else {}),
     }
     matrices = tables.confusions(made.get("confusions", pd.DataFrame()), classes)
     for number, entry in enumerate(entries):

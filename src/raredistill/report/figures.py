@@ -99,6 +99,21 @@ def gain_against_ratio(gains: pd.DataFrame, rare: str, entries: Sequence[str]) -
     return figure
 
 
+def gain_against_imbalance(sweep: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure:
+    """The gain of every entry against the imbalance of training, a line an entry over the studies of a sweep."""
+    figure, (axis,) = _figure(7, 3.8)
+    for entry, tint in colours(entries).items():
+        rows = sweep[sweep["entry"] == entry]
+        if len(rows):
+            (line,) = axis.plot(rows["imbalance_ratio"], rows["gain"], "o-", color=tint, label=entry)
+            spread = axis.vlines(rows["imbalance_ratio"], rows["low"], rows["high"], color=tint, linewidth=1.2)
+            _switched([line, spread], entries, entry)
+    axis.axhline(0, color="0.5", linewidth=1)
+    axis.set(xscale="log", xlabel=f"training samples of the largest class for each of {rare}", ylabel=f"gain in {rare} F1 (95 % interval)")
+    _legend(figure, axis)
+    return figure
+
+
 def disparity(compared: pd.DataFrame, classes: Sequence[str]) -> Figure | None:
     """Which classes gained F1 and which lost, a group of bars a pair."""
     pairs = list(dict.fromkeys(compared["entry"]))
