@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from raredistill.files import write_text
 from raredistill.report import analyses, figures, tables
 from raredistill.report.controls import controls, missing
+from raredistill.report.explain import explain
 from raredistill.report.html import Page, render
 from raredistill.report.pairs import Pair, comparisons, fold_differences, make_pairs
 from raredistill.report.results import Results, read_results
@@ -47,10 +48,12 @@ def write_report(study: Path, *, sweep: Sequence[Path] = (), progress: Callable[
     made = _tables(results, pairs, answer)
     if sweep:
         made["imbalance"] = analyses.sweep([(results, pairs), *((other, make_pairs(other)) for other in map(read_results, sweep))])
+    made["maps"], pictures = explain(study, results, pairs, made.get("hardest_slices", pd.DataFrame()))
     answer["missing"] = missing(made["controls"])
+    made = {name: table for name, table in made.items() if len(table.columns)}
     tables.write_tables(made, study / "report" / "tables")
     tell(3, STEPS)
-    drawn = figures.write_figures(_figures(results, made), study / "report" / "figures")
+    drawn = figures.write_figures({**_figures(results, made), **pictures}, study / "report" / "figures")
     tell(4, STEPS)
     page = study / "report" / "report.html"
     write_text(page, render(Page(results, answer, made, drawn)))
@@ -104,7 +107,7 @@ def _tables(results: Results, pairs: list[Pair], answer: dict[str, Any]) -> dict
         "epochs": tables.epoch_rows(results),
         "runs": by_class,
     }
-    return {name: table for name, table in made.items() if len(table.columns)}
+    return made
 
 
 def _figures(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Figure]:

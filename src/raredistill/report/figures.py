@@ -43,6 +43,13 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]
     return figure, axes
 
 
+def blank_figure(rows: int, columns: int) -> tuple[Figure, Any]:
+    """A grid of pictures: the figure and its axes ``(rows, columns)``."""
+    figure = Figure(figsize=(2 * columns, 2.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def forest(compared: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure | None:
     """Differences in the rare class's F1 with their 95 % intervals, a row a pair."""
     shown = compared[compared["metric"] == f"f1:{rare}"].iloc[::-1].reset_index(drop=True)
@@ -272,6 +279,8 @@ def svg(figure: Figure, name: str) -> str:
 
 def for_page(markup: str, name: str) -> str:
     """SVG markup for a page with other figures: identifiers of its own, and an entry's marks ready to be switched off."""
+    # The same picture twice in a figure has the same identifier, which nothing refers to.
+    markup = re.sub(r'\sid="image[0-9a-f]+"', "", markup)
     marked = re.sub(r'<g id="[^"]*"', "<g", re.sub(r'<g id="entry-(\d+)"', r'<g data-shown="\1"', markup))
     return re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", marked)
 
