@@ -75,7 +75,7 @@ def test_the_main_job_from_images_to_report(images, config, tmp_path):
     other = next(path for path in (out / "runs").iterdir() if path.name.startswith("small") and "f0" in path.name)
     taught = next(path for path in (out / "runs").iterdir() if path.name.startswith("taught") and "f0" in path.name)
     compared = raredistill("compare", other, taught)
-    assert "after Holm over 1 comparison" in compared.stdout, compared.stderr
+    assert "paired bootstrap over the patients of one test set" in compared.stdout, compared.stderr
     inspected = raredistill("inspect", cohort)
     assert inspected.returncode == 0, inspected.stderr
     assert (cohort / "contact_sheet.png").exists()

@@ -226,6 +226,24 @@ def test_an_unfinished_study_is_reported_and_marked(tmp_path):
     assert "unfinished: 6 of 9" in write_report(root).read_text()
 
 
+def test_a_sweep_shows_the_gain_against_the_imbalance(tmp_path):
+    roots = [write_study(tmp_path / name, entries=("small", "taught")) for name in "ab"]
+    for root, many in zip(roots, (30, 90), strict=True):
+        study = json.loads((root / "study.json").read_text())
+        study["split_table"] = [
+            {"repeat": 0, "fold": fold, "side": side, "class": name, "slices": number, "patients": 1}
+            for fold in range(FOLDS)
+            for side, factor in (("train", 1), ("test", 7))
+            for name, number in (("healthy", factor * many), ("LGG", factor * 10))
+        ]
+        write_json(root / "study.json", {**study, "name": f"1:{many // 10}"})
+    assert 'data-shown="1"' in write_report(roots[0], sweep=[roots[1]]).read_text()
+    found = pd.read_csv(roots[0] / "report" / "tables" / "imbalance.csv")
+    assert found[["study", "imbalance_ratio"]].to_numpy().tolist() == [["1:3", 3.0], ["1:9", 9.0]]
+    assert found["gain"].to_list() == pytest.approx([judged(root)["taught"]["difference"] for root in roots])
+    assert (roots[0] / "report" / "figures" / "imbalance.svg").is_file()
+
+
 def test_a_study_without_a_finished_run_has_a_report_too(tmp_path):
     page = write_report(write_study(tmp_path / "s", waiting=tuple(SKILL))).read_text()
     assert "unfinished: 9 of 9" in page

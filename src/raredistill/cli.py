@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -364,17 +365,22 @@ def evaluate(
 
 
 @app.command()
-def report(study: Annotated[Path, typer.Argument(help="a study's folder, also an unfinished one")]) -> None:
+def report(
+    study: Annotated[Path, typer.Argument(help="a study's folder, also an unfinished one")],
+    sweep: Annotated[
+        list[Path] | None, typer.Option(help="another study with the same entries and another imbalance (splits.rarefy); repeat for more")
+    ] = None,
+) -> None:
     """Write a study's report: one self-contained HTML file, tables and figures."""
-    _report(study)
+    _report(study, sweep or [])
 
 
-def _report(study: Path) -> None:
+def _report(study: Path, sweep: Sequence[Path] = ()) -> None:
     from raredistill.console import Progress
     from raredistill.report import write_report
 
     with Progress("report") as progress:
-        page = write_report(study, progress=progress)
+        page = write_report(study, sweep=sweep, progress=progress)
     _next(f"open {page}")
 
 

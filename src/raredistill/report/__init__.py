@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from raredistill.files import write_text
 from raredistill.report import analyses, figures, tables
 from raredistill.report.controls import controls, missing
+from raredistill.report.explain import explain
 from raredistill.report.html import Page, render
 from raredistill.report.pairs import Pair, comparisons, fold_differences, make_pairs
 from raredistill.report.results import Results, read_results
@@ -24,11 +25,12 @@ VERDICT_COLUMNS = (
 )  # fmt: skip
 
 
-def write_report(study: Path, *, progress: Callable[[int, int], None] | None = None) -> Path:
+def write_report(study: Path, *, sweep: Sequence[Path] = (), progress: Callable[[int, int], None] | None = None) -> Path:
     """Write ``STUDY/report``: report.html (self-contained), tables as CSV and LaTeX, figures as SVG and PNG.
 
     Args:
         study: a study's folder, also an unfinished one.
+        sweep: folders of further studies with the same entries and another imbalance of training; the gain is shown against it.
         progress: called with the steps done and the steps in all.
 
     Returns:
@@ -44,10 +46,14 @@ def write_report(study: Path, *, progress: Callable[[int, int], None] | None = N
     answer = _answer(results, pairs)
     tell(2, STEPS)
     made = _tables(results, pairs, answer)
+    if sweep:
+        made["imbalance"] = analyses.sweep([(results, pairs), *((other, make_pairs(other)) for other in map(read_results, sweep))])
+    made["maps"], pictures = explain(study, results, pairs, made.get("hardest_slices", pd.DataFrame()))
     answer["missing"] = missing(made["controls"])
+    made = {name: table for name, table in made.items() if len(table.columns)}
     tables.write_tables(made, study / "report" / "tables")
     tell(3, STEPS)
-    drawn = figures.write_figures(_figures(results, made), study / "report" / "figures")
+    drawn = figures.write_figures({**_figures(results, made), **pictures}, study / "report" / "figures")
     tell(4, STEPS)
     page = study / "report" / "report.html"
     write_text(page, render(Page(results, answer, made, drawn)))
@@ -101,7 +107,7 @@ def _tables(results: Results, pairs: list[Pair], answer: dict[str, Any]) -> dict
         "epochs": tables.epoch_rows(results),
         "runs": by_class,
     }
-    return {name: table for name, table in made.items() if len(table.columns)}
+    return made
 
 
 def _figures(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Figure]:
@@ -113,6 +119,7 @@ def _figures(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Figur
         "gain_ratio": figures.gain_against_ratio(made["gains"], rare, entries),
         "classes": figures.class_scores(made["runs"], entries, classes),
         **_curves(made, rare, entries),
+        **({"imbalance": figures.gain_against_imbalance(made["imbalance"], rare, entries)} if "imbalance" in made else {}),
     }
     matrices = tables.confusions(made.get("confusions", pd.DataFrame()), classes)
     for number, entry in enumerate(entries):

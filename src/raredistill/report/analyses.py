@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -287,3 +287,24 @@ def gains(pairs: list[Pair], rare: str) -> pd.DataFrame:
             where = {"entry": pair.entry, "teacher": pair.teacher, "relation": pair.relation, "size_ratio": pair.ratio}
             rows.append({**where, "gain": found.estimate, **limits})
     return pd.DataFrame(rows, columns=["entry", "teacher", "relation", "size_ratio", "gain", "low", "high"])
+
+
+def imbalance_ratio(results: Results) -> float:
+    """Training samples of the most frequent class for each one of the rare class, over all splits."""
+    counts: dict[str, int] = {}
+    for row in results.study["split_table"]:
+        if row["side"] == "train":
+            counts[row["class"]] = counts.get(row["class"], 0) + row["slices"]
+    rare = counts.get(results.study["rare"], 0)
+    return max(counts.values()) / rare if rare else float("nan")
+
+
+def sweep(studies: Sequence[tuple[Results, list[Pair]]]) -> pd.DataFrame:
+    """The rare class's gain of every pair against the imbalance of training, over studies that differ in it."""
+    tables = []
+    for results, pairs in studies:
+        table = gains(pairs, results.study["rare"])
+        table.insert(0, "imbalance_ratio", imbalance_ratio(results))
+        table.insert(0, "study", results.study["name"])
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True).sort_values(["entry", "imbalance_ratio"], ignore_index=True)

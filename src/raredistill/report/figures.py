@@ -43,6 +43,13 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]
     return figure, axes
 
 
+def blank_figure(rows: int, columns: int) -> tuple[Figure, Any]:
+    """A grid of pictures: the figure and its axes ``(rows, columns)``."""
+    figure = Figure(figsize=(2 * columns, 2.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def forest(compared: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure | None:
     """Differences in the rare class's F1 with their 95 % intervals, a row a pair."""
     shown = compared[compared["metric"] == f"f1:{rare}"].iloc[::-1].reset_index(drop=True)
@@ -95,6 +102,21 @@ def gain_against_ratio(gains: pd.DataFrame, rare: str, entries: Sequence[str]) -
     axis.axhline(0, color="0.5", linewidth=1)
     axis.axvline(1, color="0.5", linewidth=1, linestyle=":")
     axis.set(xscale="log", xlabel="parameters of teacher / student", ylabel=f"gain in {rare} F1 (95 % interval)")
+    _legend(figure, axis)
+    return figure
+
+
+def gain_against_imbalance(sweep: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure:
+    """The gain of every entry against the imbalance of training, a line an entry over the studies of a sweep."""
+    figure, (axis,) = _figure(7, 3.8)
+    for entry, tint in colours(entries).items():
+        rows = sweep[sweep["entry"] == entry]
+        if len(rows):
+            (line,) = axis.plot(rows["imbalance_ratio"], rows["gain"], "o-", color=tint, label=entry)
+            spread = axis.vlines(rows["imbalance_ratio"], rows["low"], rows["high"], color=tint, linewidth=1.2)
+            _switched([line, spread], entries, entry)
+    axis.axhline(0, color="0.5", linewidth=1)
+    axis.set(xscale="log", xlabel=f"training samples of the largest class for each of {rare}", ylabel=f"gain in {rare} F1 (95 % interval)")
     _legend(figure, axis)
     return figure
 
@@ -257,6 +279,8 @@ def svg(figure: Figure, name: str) -> str:
 
 def for_page(markup: str, name: str) -> str:
     """SVG markup for a page with other figures: identifiers of its own, and an entry's marks ready to be switched off."""
+    # The same picture twice in a figure has the same identifier, which nothing refers to.
+    markup = re.sub(r'\sid="image[0-9a-f]+"', "", markup)
     marked = re.sub(r'<g id="[^"]*"', "<g", re.sub(r'<g id="entry-(\d+)"', r'<g data-shown="\1"', markup))
     return re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", marked)
 

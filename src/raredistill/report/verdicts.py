@@ -191,7 +191,7 @@ def notes_on_tests(results: Results) -> list[str]:
     smallest = min(1.0, 2.0 / 2 ** max(folds, 1))
     return [
         *said,
-        f"Wilcoxon's test is for several data sets, not for folds: {folds} folds could not reach p < {smallest:.4g} with it. "
+        f"Wilcoxon's test is for several data sets, not for folds: with {folds} it could not reach a p below {smallest:.4g}. "
         "raredistill compare takes several pairs of studies for that.",
         "DeLong's test compares areas under patients' scores and McNemar's the patients called rightly; both take the trained networks as "
         "given, so they are footnotes: another training may turn them.",
