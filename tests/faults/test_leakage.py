@@ -59,7 +59,7 @@ def resaved(path, to, **changes):
     return to
 
 
-def refused(cohort, said, **run):
+def check_refused(cohort, said, **run):
     """Before anything is trained."""
     with pytest.raises((CheckpointError, ConfigError), match=re.escape(said)):
         study(cohort, [{"name": "s", "model": "small_cnn", **run}]).plan()
@@ -68,17 +68,17 @@ def refused(cohort, said, **run):
 @pytest.mark.parametrize("patients", [None, ()])
 def test_a_teacher_without_a_list_of_patients_is_refused(tiny_cohort, large, tmp_path, patients):
     weights = resaved(large[0], tmp_path / "t.safetensors", training_patients=patients)
-    refused(tiny_cohort, "does not say which patients", teacher={"weights": str(weights)})
+    check_refused(tiny_cohort, "does not say which patients", teacher={"weights": str(weights)})
 
 
 def test_a_teacher_of_other_class_order_is_refused(tiny_cohort, large, tmp_path):
     weights = resaved(large[0], tmp_path / "t.safetensors", classes=("healthy", "LGG", "HGG"))
-    refused(tiny_cohort, "order and names must agree", teacher={"weights": str(weights)})
+    check_refused(tiny_cohort, "order and names must agree", teacher={"weights": str(weights)})
 
 
 @pytest.mark.parametrize("use", ["teacher", "pretrained"])
 def test_weights_that_have_seen_held_out_patients_are_refused_as_teacher_and_as_start(tiny_cohort, large, use):
-    refused(tiny_cohort, "its knowledge would leak", **{use: {"weights": str(large[0])} if use == "teacher" else str(large[0])})
+    check_refused(tiny_cohort, "its knowledge would leak", **{use: {"weights": str(large[0])} if use == "teacher" else str(large[0])})
 
 
 @pytest.mark.parametrize("use", ["teacher", "pretrained"])
@@ -104,7 +104,7 @@ def test_a_list_of_patients_is_read_by_lines_so_that_names_with_spaces_do_not_sl
     weights = resaved(large[0], tmp_path / "t.safetensors", training_patients=None)
     test_patient = cohort.samples["patient"][make_splits(cohort, folds=2, validation_share=0.34)[0].test[0]]
     (tmp_path / "who.txt").write_text(f"someone else\n\n{test_patient}\n")
-    refused(cohort, f"such as {test_patient}", teacher={"weights": str(weights), "training_patients": str(tmp_path / "who.txt")})
+    check_refused(cohort, f"such as {test_patient}", teacher={"weights": str(weights), "training_patients": str(tmp_path / "who.txt")})
 
 
 @pytest.mark.parametrize("content", [None, "\n \n", b"\xff\xfe\x00"])
@@ -112,7 +112,7 @@ def test_a_list_of_patients_that_is_missing_or_empty_is_refused(tiny_cohort, lar
     weights = resaved(large[0], tmp_path / "t.safetensors", training_patients=None)
     if content is not None:
         (tmp_path / "who.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused(tiny_cohort, "who.txt", teacher={"weights": str(weights), "training_patients": str(tmp_path / "who.txt")})
+    check_refused(tiny_cohort, "who.txt", teacher={"weights": str(weights), "training_patients": str(tmp_path / "who.txt")})
 
 
 def test_what_is_said_of_a_teacher_names_the_run_so_that_a_corrected_list_is_looked_at(tiny_cohort, large, tmp_path):
@@ -124,7 +124,7 @@ def test_what_is_said_of_a_teacher_names_the_run_so_that_a_corrected_list_is_loo
     after = {run.id for run in study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": teacher}]).plan()}
     assert not before & after
     (tmp_path / "who.txt").write_text("\n".join(sorted(set(tiny_cohort.samples["patient"]))))
-    refused(tiny_cohort, "leak", teacher=teacher)
+    check_refused(tiny_cohort, "leak", teacher=teacher)
 
 
 @pytest.mark.parametrize(
