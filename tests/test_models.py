@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from raredistill.checkpoint import Promise, save
 from raredistill.errors import CheckpointError, ConfigError
-from raredistill.models import ALIASES, Network, create, facts, list_models, resolve, restore
+from raredistill.models import ALIASES, Network, create, facts, list_models, resolve, restore, unfold_batch_norm
 
 MOBILENET = Path(__file__).parents[2] / "shared" / "data" / "weights" / "mobilenetv2_100_imagenet_fp16.safetensors"
 SMALL = "test_resnet.r160_in1k"  # timm's own network for tests: 0.47 million weights
@@ -358,3 +359,49 @@ def test_a_cosine_head_gives_scaled_cosines_and_depends_on_directions_only():
     features, weight = network.features(images).detach().numpy(), network.head.weight.detach().numpy()
     unit = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in (features, weight)]
     np.testing.assert_allclose(network(images).detach().numpy(), 30 * unit[0] @ unit[1].T, atol=1e-3)
+
+
+def norms_of(network):
+    return [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def trained_body():
+    """Two convolutions with batch norms that have seen data."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4))
+    for norm in norms_of(body):
+        for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+            tensor.uniform_(0.3, 2)
+    return body
+
+
+@torch.no_grad()
+def folded(network):
+    """Fold batch norms into the convolutions before them, as deployed weights have them."""
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    for convolution, norm in zip(convolutions, norms_of(network), strict=True):
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        convolution.weight.mul_(scale[:, None, None, None])
+        norm.bias.sub_(norm.running_mean * scale)
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1)
+        norm.weight.fill_(1)
+    return network
+
+
+def test_folded_batch_norms_are_measured_anew_and_compute_the_same():
+    body, images = trained_body(), torch.rand(8, 2, 12, 12)
+    original = body.eval()(images)
+    assert not unfold_batch_norm(body, images)
+    network = folded(body)
+    torch.testing.assert_close(network(images), original, atol=1e-3, rtol=1e-3)
+    assert (copy.deepcopy(network).train()(images) - original).abs().max() > 0.1  # what training as it is would begin with
+    assert unfold_batch_norm(network.train(), images)
+    assert network.training
+    torch.testing.assert_close(copy.deepcopy(network)(images), original, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(network.eval()(images), original, atol=1e-3, rtol=1e-3)
+    assert not unfold_batch_norm(network, images)
+
+
+def test_a_new_network_has_nothing_to_unfold():
+    assert not unfold_batch_norm(create("cifar_resnet8", channels=1, classes=3, image_size=16), torch.rand(2, 1, 16, 16))

@@ -26,7 +26,7 @@ from raredistill.distill.registry import METHODS, make_method
 from raredistill.errors import DataError
 from raredistill.files import lock_if_free, write_text
 from raredistill.losses import carried_prior, class_weights, make_loss
-from raredistill.models import Network, facts
+from raredistill.models import Network, facts, unfold_batch_norm
 from raredistill.study.board import Board
 from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside
 from raredistill.study.plan import Entry, External, Run
@@ -230,6 +230,8 @@ def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path
             watcher.epoch_done(run, record)
 
         channels, train, validation = _batches(run, cohort, fabric)
+        if run.entry.pretrained and unfold_batch_norm(fabric.to_device(network), next(train.epoch(0)).select(channels)):
+            keeper.remarks.append("the batch norms of the pre-trained weights were folded: they were measured anew on the first batch")
         return fit(
             network, make_objective(run, cohort, network, fabric, draft.parent), train, validation, settings=run.entry.settings,
             channels=channels, classes=cohort.classes, fabric=fabric, on_epoch=on_epoch, keeper=keeper,
