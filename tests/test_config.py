@@ -43,6 +43,7 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key(tmp_path):
         ({"runs": [{"name": "a", "model": "small_cn"}]}, "small_cnn"),
         ({"runs": [{"name": "a", "model": "small_cnn"}, {"name": "b", "model": "small_cnn", "teacher": "a", "method": "kdd"}]}, "kd"),
         ({"channels": ["t7"]}, "no channel t7"),
+        ({"training": {"schedule": "plateau", "select": "last"}}, "plateau watches validation"),
     ],
 )
 def test_unknown_names_are_refused_before_training(tmp_path, tiny_cohort, change, said):
