@@ -1,10 +1,12 @@
 """The YAML of a study: overrides, defaults, and every mistake at once with its cure."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings, strategies
 
 from raredistill.config import load_config, make_study
 from raredistill.errors import ConfigError
@@ -43,6 +45,7 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key(tmp_path):
         ({"runs": [{"name": "a", "model": "small_cn"}]}, "small_cnn"),
         ({"runs": [{"name": "a", "model": "small_cnn"}, {"name": "b", "model": "small_cnn", "teacher": "a", "method": "kdd"}]}, "kd"),
         ({"channels": ["t7"]}, "no channel t7"),
+        ({"training": {"schedule": "plateau", "select": "last"}}, "plateau watches validation"),
     ],
 )
 def test_unknown_names_are_refused_before_training(tmp_path, tiny_cohort, change, said):
@@ -154,3 +157,38 @@ def test_what_does_not_go_together_is_refused_with_both_sides_named(tmp_path, ti
     ]  # fmt: skip
     with pytest.raises(ConfigError, match=said):
         make_study(load_config(write(tmp_path, runs=grid)), tiny_cohort, "")
+
+
+NUMBERS = {"epochs": strategies.integers(-2, 300), "batch_size": strategies.integers(-2, 300), "factor": strategies.floats(-0.5, 1.5)}
+WORDS = {"schedule": ("constant", "step", "multistep", "cosine", "plateau"), "select": ("macro_f1", "loss", "last")}
+TRAININGS = strategies.fixed_dictionaries({}, optional={**NUMBERS, **{key: strategies.sampled_from(each) for key, each in WORDS.items()}})
+LIMITS = {"epochs": lambda value: value >= 1, "batch_size": lambda value: value >= 1, "factor": lambda value: 0 < value <= 1}
+
+
+@given(training=TRAININGS, override=strategies.integers(1, 99))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_within_the_limits_comes_back_and_all_else_is_named(tmp_path, training, override):
+    path = write(tmp_path, training=training)
+    wrong = [key for key, fits in LIMITS.items() if key in training and not fits(training[key])]
+    if wrong:
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        assert [key for key in LIMITS if f"training.{key}: " in str(caught.value)] == wrong
+    else:
+        assert load_config(path).training == training
+        assert load_config(path, [f"training.epochs={override}"]).training == {**training, "epochs": override}
+
+
+@given(
+    raw=strategies.recursive(
+        strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(max_size=5),
+        lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(max_size=5), inner, max_size=3),
+        max_leaves=6,
+    ),
+    key=strategies.sampled_from(("name", "cohort", "channels", "splits", "seeds", "training", "runs")),
+)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_anywhere_is_a_study_or_one_message(tmp_path, raw, key):
+    path = write(tmp_path, **{key: raw})
+    with suppress(ConfigError):  # anything else is a traceback for the user
+        assert load_config(path).runs

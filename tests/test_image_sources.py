@@ -1,3 +1,4 @@
+import hashlib
 import io
 import pickle
 import zipfile
@@ -8,11 +9,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from raredistill.cohort.prepare import prepare
 from raredistill.cohort.sources.arrays import Arrays
 from raredistill.cohort.sources.image_folder import ImageFolder
 from raredistill.cohort.sources.images import Decoder
 from raredistill.cohort.sources.table import Table
 from raredistill.errors import DataError
+from raredistill.files import sha256
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -277,6 +280,17 @@ def test_arrays_in_the_medmnist_layout_keep_pixels_labels_and_parts(tmp_path, sa
     assert rows["split"].value_counts().to_dict() == {"train": 10, "validation": 10, "test": 10}
     assert rows["patient"].is_unique
     assert (rows["patient_label"] == rows["label"]).all()
+
+
+def test_an_archive_of_many_blocks_is_hashed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("raredistill.cohort.sources.arrays._CHUNK_SAMPLES", 4)
+    hashed = []
+    monkeypatch.setattr("raredistill.cohort.sources.arrays.sha256", lambda path: hashed.append(path) or sha256(path))
+    np.savez(tmp_path / "a.npz", x_train=noise(0, 10, 6, 8), y_train=np.arange(10) % 2)
+    told = prepare(Arrays(tmp_path / "a.npz"), tmp_path / "out", size=(8, 8), workers=1).provenance["hashes"]
+    digest = hashlib.sha256((tmp_path / "a.npz").read_bytes()).hexdigest()
+    assert told == {f"train/{start:07d}": {"a.npz": digest} for start in (0, 4, 8)}
+    assert hashed == [tmp_path / "a.npz"]
 
 
 def test_arrays_in_the_keras_layout_take_names_from_the_file_and_any_memory_order(tmp_path):

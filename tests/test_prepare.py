@@ -112,6 +112,22 @@ def test_a_part_is_read_again_when_its_file_changed_or_its_pixels_are_cut(tmp_pa
     assert resumed.hash == prepare(source, tmp_path / "whole", size=SIZE, workers=1).hash
 
 
+def test_a_part_whose_description_was_edited_is_read_again(tmp_path):
+    source, out = make_source(tmp_path / "raw"), tmp_path / "out"
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, out, size=SIZE, workers=1, progress=stop)
+    told = preparation._part_file(out / ".parts", source.units()[0], "json")
+    assert '"label": "HGG"' in told.read_text()
+    told.write_text(told.read_text().replace('"label": "healthy"', '"label": "LGG"'))
+    resumed = prepare(source, out, size=SIZE, workers=1)
+    assert resumed.hash == prepare(source, tmp_path / "whole", size=SIZE, workers=1).hash
+
+
 def test_a_damaged_part_is_never_put_into_a_cohort(tmp_path):
     source, out = make_source(tmp_path / "raw"), tmp_path / "out"
 

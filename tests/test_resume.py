@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,12 +79,12 @@ def serve(cohort, **changes):
     return Batches(cohort, rows, **{**options, **changes})
 
 
-def start(cohort, folder, *, steps=10**9, objective=None):
+def start(cohort, folder, *, steps=10**9, objective=None, options=HARD):
     """Train from the seed, or go on with what the folder keeps, until the power goes after some steps."""
     torch.manual_seed(0)
     network = create("cifar_resnet8", channels=1, classes=3, image_size=16, dropout=0.5)
     train = Cut(serve(cohort, augmentation=PRESETS["default"], sampler="balanced"), steps)
-    shared = {"settings": HARD, "channels": ("flair",), "classes": CLASSES, "fabric": make_fabric("cpu", "32-true")}
+    shared = {"settings": options, "channels": ("flair",), "classes": CLASSES, "fabric": make_fabric("cpu", "32-true")}
     return fit(network, objective or Remembering(), train, serve(cohort, shuffle=False), **shared, keeper=Keeper(folder))
 
 
@@ -108,6 +109,19 @@ def test_power_cuts_at_any_step_change_no_bit(tiny_cohort, tmp_path_factory, und
             with suppress(PowerCutError):
                 start(tiny_cohort, folder, steps=steps)
         assert bits(start(tiny_cohort, folder)) == bits(undisturbed)
+
+
+def test_a_rate_that_depends_on_validation_goes_on_from_where_it_stood(tiny_cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
+    options = replace(HARD, epochs=6, patience=None, schedule="plateau", step_epochs=1, factor=0.5)
+    (tmp_path / "undisturbed").mkdir()
+    (tmp_path / "cut").mkdir()
+    expected = start(tiny_cohort, tmp_path / "undisturbed", options=options)
+    for steps in (10, 13, 9):  # also right before and after the epoch in which the rate falls
+        with suppress(PowerCutError):
+            start(tiny_cohort, tmp_path / "cut", steps=steps, options=options)
+    assert bits(start(tiny_cohort, tmp_path / "cut", options=options)) == bits(expected)
+    assert expected.epochs[-1]["learning_rate"] < expected.epochs[1]["learning_rate"]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
@@ -249,6 +263,26 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(tiny_cohort
     assert (trainers[0].fitted.micro_batch, trainers[1].fitted.micro_batch) == (0, 4)
     # What is kept holds it too: the resumed training takes the same micro-batches.
     assert trainers[1].state().facts["micro_batches"] == 4
+
+
+def test_the_pass_that_ran_out_of_memory_does_not_move_running_statistics(tiny_cohort):
+    batch = next(iter(serve(tiny_cohort, batch_size=16).epoch(0)))
+    network = plain_network()
+    network.body.append(torch.nn.BatchNorm1d(8))
+    features = torch.nn.Sequential(*network.body[:-1])((batch.select(("flair",)) - network._mean) / network._std).detach().double()
+
+    def check(_, inputs):
+        if len(inputs[0]) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
+
+    network.head.register_forward_pre_hook(check)
+    objective = Remembering()
+    Trainer(network, objective, Settings(), ("flair",), CLASSES, make_fabric("cpu", "32-true")).step(batch)
+    expected = torch.zeros(8, dtype=torch.float64)
+    for half in features.split(8):
+        expected = 0.9 * expected + 0.1 * half.mean(dim=0)
+    torch.testing.assert_close(network.body[-1].running_mean.double(), expected, rtol=1e-5, atol=1e-6)
+    assert int(network.body[-1].num_batches_tracked) == 2
 
 
 def test_one_sample_that_does_not_fit_is_an_error(tiny_cohort):

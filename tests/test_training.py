@@ -1,6 +1,7 @@
 """The loop: rates, decay, terms and frozen teachers, against formulas written out."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
@@ -13,14 +14,14 @@ from raredistill.batches import Batch, Batches, Mixed
 from raredistill.checkpoint import Promise
 from raredistill.distill.contract import Facts, Outputs
 from raredistill.distill.registry import make_method
-from raredistill.errors import CheckpointError
+from raredistill.errors import CheckpointError, ConfigError
 from raredistill.losses import make_loss
 from raredistill.models import create
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import Tally, Trainer, fit, predict_logits
 from raredistill.training.objectives import Deferred, Distilled, Supervised
 from raredistill.training.online import Peer, Together
-from raredistill.training.optimizers import learning_rate, make_optimizer
+from raredistill.training.optimizers import Plateau, learning_rate, make_optimizer
 from raredistill.training.settings import Settings
 from raredistill.training.teacher import CrossFitted, Ensemble, Teacher, check_teacher
 
@@ -66,6 +67,47 @@ def test_a_rate_that_is_halved_each_epoch_holds_to_the_epochs_last_step(tiny_coh
     settings = Settings(epochs=3, schedule="step", step_epochs=1, factor=0.5, learning_rate=1e-3)
     fitted = fit(small(), supervised(), batches(tiny_cohort), None, settings=settings, channels=("flair",), classes=CLASSES, fabric=fabric)
     assert [record["learning_rate"] for record in fitted.epochs] == [1e-3, 5e-4, 2.5e-4]
+
+
+@pytest.mark.parametrize("select", ["macro_f1", "loss"])
+def test_the_plateaus_rate_is_what_torch_makes_of_the_recorded_metric(tiny_cohort, fabric, select):
+    settings = Settings(epochs=9, schedule="plateau", step_epochs=1, factor=0.5, learning_rate=0.01, select=select)
+    train, look = batches(tiny_cohort), batches(tiny_cohort, shuffle=False)
+    fitted = fit(small(), supervised(), train, look, settings=settings, channels=("flair",), classes=CLASSES, fabric=fabric)
+    oracle = torch.optim.SGD([torch.zeros(1)], lr=0.01)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(oracle, "min" if select == "loss" else "max", factor=0.5, patience=1)
+    rates = []
+    for record in fitted.epochs:
+        rates.append(oracle.param_groups[0]["lr"])
+        schedule.step(record["validation"][select])
+    assert [record["learning_rate"] for record in fitted.epochs] == rates
+
+
+def test_a_plateau_lowers_the_rate_as_the_rule_says_also_after_its_state_went_through_json():
+    values = [0.5, 0.6, 0.6, 0.60001, 0.6, 0.7, 0.7, 0.7, 0.7, 0.2]
+    settings = Settings(schedule="plateau", step_epochs=1, factor=0.1, learning_rate=1.0, warmup_epochs=2)
+    plateau, rates, best, bad, rate, expected = Plateau(settings), [], -math.inf, 0, 1.0, []
+    for value in values:
+        again = Plateau(settings)
+        again.load_state(json.loads(json.dumps(plateau.state())))
+        plateau = again
+        plateau.look(value)
+        rates.append(plateau.rate)
+        # Better by more than a ten-thousandth; lowered in the second epoch that is not.
+        best, bad = (value, 0) if value > best * (1 + 1e-4 * math.copysign(1, best)) else (best, bad + 1)
+        if bad > 1:
+            rate, bad = rate * 0.1, 0
+        expected.append(rate)
+    assert rates == pytest.approx(expected)
+    assert expected[-1] == pytest.approx(1e-3)
+    assert learning_rate(replace(settings, learning_rate=plateau.rate), 1.0) == pytest.approx(0.5e-3)
+
+
+@pytest.mark.parametrize(("select", "has_validation", "said"), [("last", True, "select is last"), ("loss", False, "no validation part")])
+def test_a_plateau_without_a_metric_to_watch_is_refused(tiny_cohort, fabric, select, has_validation, said):
+    settings, look = Settings(schedule="plateau", select=select), batches(tiny_cohort, shuffle=False) if has_validation else None
+    with pytest.raises(ConfigError, match=said):
+        fit(small(), supervised(), batches(tiny_cohort), look, settings=settings, channels=("flair",), classes=CLASSES, fabric=fabric)
 
 
 def test_weights_and_biases_decay_as_the_thesis_sum_of_two_penalties():

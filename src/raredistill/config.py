@@ -23,6 +23,7 @@ from raredistill.splits import make_splits
 from raredistill.study.plan import Entry, External
 from raredistill.study.run import Study
 from raredistill.study.teachers import check_external, network_of, patients_before
+from raredistill.training.optimizers import check_schedule
 from raredistill.training.settings import Settings
 
 
@@ -218,6 +219,7 @@ def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
         if isinstance(entry.teacher, External):
             check_external(entry.teacher, cohort, splits)
         for split in splits:
+            check_schedule(entry.settings, validated=len(split.validation) > 0)
             patients_before(entry, cohort, split)
     plain = config.model_dump(mode="json")
     return Study(config.name, cohort, splits, entries, config.seeds, config.splits.protocol, plain, command)

@@ -206,6 +206,18 @@ def test_going_on_under_something_else_is_refused_with_the_difference(tiny_cohor
     assert {record["status"] for record in run_study(tiny_study(tiny_cohort), begun, watcher)} == {"done"}
 
 
+def test_going_on_with_other_threads_is_refused_with_both_numbers(tiny_cohort, begun):
+    watcher = Silent()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(CheckpointError, match="threads was 1 and is 2"):
+            run_study(tiny_study(tiny_cohort), begun, watcher)
+    finally:
+        torch.set_num_threads(1)
+    assert watcher.trained == []
+    assert {record["status"] for record in run_study(tiny_study(tiny_cohort), begun, watcher)} == {"done"}
+
+
 def test_going_on_with_another_teacher_is_refused(tiny_cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
     runs = [{"name": "large", "model": "cifar_resnet8"}, {"name": "taught", "model": "small_cnn", "teacher": "large"}]

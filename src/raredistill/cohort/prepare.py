@@ -180,7 +180,7 @@ def write_part(unit: Unit, source: Source, folder: Path, size: tuple[int, int]) 
 def _write_description(path: Path, part: dict[str, Any]) -> None:
     """Whole or not at all, but without waiting for the disk: after a crash of the machine a part is made anew, or fails its checks."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(part), encoding="utf-8")
+    temporary.write_text(json.dumps(files.seal(part)), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -203,13 +203,12 @@ def _stamps(unit: Unit) -> list[list[Any]]:
 
 
 def _load_part(folder: Path, unit: Unit, channels: tuple[str, ...], size: tuple[int, int]) -> dict[str, Any] | None:
-    """A part of an interrupted preparation, if it is whole and its raw files have not changed since."""
-    file = _part_file(folder, unit, "json")
-    if not file.exists():
-        return None
+    """A part of an interrupted preparation, if it is whole and unchanged and its raw files have not changed since."""
     try:
-        part: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        part: dict[str, Any] = files.read_json(_part_file(folder, unit, "json"))
+    except DataError:
+        return None
+    if not isinstance(part, dict) or not files.is_sealed(part):
         return None
     expected = len(part["rows"]) * size[0] * size[1]
     whole = all(_file_size(_part_file(folder, unit, f"{channel}.u8")) == expected for channel in channels)

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import raredistill
 from raredistill.checkpoint import content_hash
 from raredistill.errors import CheckpointError, DataError
@@ -27,9 +29,11 @@ ASIDE = ("cli.py", "config.py", "console.py", "demo.yaml", "phantom.py", "cohort
 
 
 def origin(device: str, teachers: Mapping[str, Path]) -> dict[str, dict[str, str]]:
-    """What a run's numbers depend on beside what names it: versions, device, the files of the program, and its teachers' weights."""
+    """What a run's numbers depend on beside what names it: versions, device, threads, the program's files, and its teachers' weights."""
     files = {f"teacher {name}": content_hash(file) for name, file in teachers.items() if file.is_file()}
-    return {"versions": {**versions(), "device": device}, "code": code(), "files": files}
+    # A sum over other parts has other bits; on other devices than the CPU its threads sum nothing.
+    threads = {"threads": str(torch.get_num_threads())} if device == "cpu" else {}
+    return {"versions": {**versions(), "device": device, **threads}, "code": code(), "files": files}
 
 
 @cache

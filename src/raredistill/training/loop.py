@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from raredistill.distill.contract import Outputs
 from raredistill.metrics import metrics_from_confusion
 from raredistill.models import Network
 from raredistill.training.objectives import Objective
-from raredistill.training.optimizers import climb, learning_rate, make_optimizer, set_learning_rate
+from raredistill.training.optimizers import Plateau, check_schedule, climb, learning_rate, make_optimizer, set_learning_rate
 from raredistill.training.resume import (
     Keeper,
     State,
@@ -88,9 +88,11 @@ def fit(
         keeper: where the state is kept now and then, and found again; nowhere when not given.
 
     Raises:
+        ConfigError: the schedule watches validation, and there is none.
         DivergedError: the loss is not finite.
         OSError: the state cannot be written; what was kept before is intact.
     """
+    check_schedule(settings, validated=validation is not None)
     trainer = Trainer(network, objective, settings, channels, classes, fabric)
     if keeper is not None and (state := keeper.load()) is not None:
         trainer.load_state(state)
@@ -132,6 +134,7 @@ class Trainer:
         self.model, self.optimizer = fabric.setup(network, make_optimizer(network, settings, objective.trainable))
         self.model.mark_forward_method("see")
         self.average = _moving_average(network, settings.ema_decay)
+        self.plateau = Plateau(settings) if settings.schedule == "plateau" else None
         self.fitted = Fitted()
         self.micro_batches = 1
         self._begin_epoch()
@@ -151,7 +154,7 @@ class Trainer:
         self.model.train()
         for batch in train.epoch(epoch, self.steps):
             # The middle of the step: a warm-up wastes no step at rate 0, and an epoch's last step is not yet the next epoch's.
-            set_learning_rate(self.optimizer, learning_rate(self.settings, epoch + (self.steps + 0.5) / len(train)))
+            set_learning_rate(self.optimizer, self._rate(epoch + (self.steps + 0.5) / len(train)))
             with whole():
                 self.tally.add(*self._counted(batch))
                 self.steps += 1
@@ -161,6 +164,10 @@ class Trainer:
                 self.keep(keeper)
         self._check_finite(train)
         return self._end_epoch(epoch, validation, start)
+
+    def _rate(self, epoch: float) -> float:
+        settings = self.settings if self.plateau is None else replace(self.settings, learning_rate=self.plateau.rate)
+        return learning_rate(settings, epoch)
 
     def _counted(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         terms, logits = self.step(batch)
@@ -179,6 +186,8 @@ class Trainer:
         with whole():
             self.fitted.epochs.append(record)
             self._keep_best(record, self.settings.select if validation is not None else "last")
+            if self.plateau is not None:
+                self.plateau.look(float(record["validation"][self.settings.select]))
             self._begin_epoch()
         return record
 
@@ -204,6 +213,7 @@ class Trainer:
 
     def _slope(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of the terms; when the device's memory ends, again in micro-batches of half the size, and so from now on."""
+        before = [buffer.clone() for buffer in self._buffers()]
         while True:
             try:
                 return self._accumulate(batch.split(self.micro_batches))
@@ -211,10 +221,17 @@ class Trainer:
                 if self.micro_batches >= len(batch.labels):
                     raise
             # Outside the handler: while it runs, the error holds on to the memory of the failed pass.
+            for buffer, value in zip(self._buffers(), before, strict=True):
+                buffer.copy_(value)  # running statistics that the failed pass has moved
             self.micro_batches *= 2
             self.fitted.micro_batch = -(-len(batch.labels) // self.micro_batches)
             if self.fabric.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _buffers(self) -> Iterator[Tensor]:
+        yield from self.network.buffers()
+        if self.objective.trainable is not None:
+            yield from self.objective.trainable.buffers()
 
     def _accumulate(self, parts: Sequence[Batch]) -> tuple[dict[str, Tensor], Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -253,7 +270,7 @@ class Trainer:
         fitted = {name: getattr(self.fitted, name) for name in ("best_epoch", "best_score", "epochs", "micro_batch")}
         facts = {
             "fitted": fitted, "optimizer": groups, "steps": self.steps, "samples": self.tally.samples, "seconds": self.seconds,
-            "micro_batches": self.micro_batches,
+            "micro_batches": self.micro_batches, "plateau": None if self.plateau is None else self.plateau.state(),
         }  # fmt: skip
         return State({key: value for part, tensors in parts.items() for key, value in named(part, tensors).items()}, facts)
 
@@ -266,6 +283,8 @@ class Trainer:
             self.average.load_state_dict(state.part("average"))
         if self.objective.trainable is not None:
             self.objective.trainable.load_state_dict(state.part("beside"))
+        if self.plateau is not None:
+            self.plateau.load_state(facts["plateau"])
         self.fitted = Fitted(best=state.part("best"), **facts["fitted"])
         self.steps, self.seconds, self.micro_batches = facts["steps"], facts["seconds"], facts["micro_batches"]
         self.tally.load(state.part("tally")["confusion"].to(device), state.part("terms"), facts["samples"], self.steps)

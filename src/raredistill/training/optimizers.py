@@ -1,13 +1,16 @@
-"""Optimisers with separate decay for biases, and the learning rate as a pure function of the epoch."""
+"""Optimisers with separate decay for biases, and the learning rate: a pure function of the epoch, but for the plateau's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from raredistill.errors import ConfigError
 from raredistill.training.settings import Settings
 
 
@@ -72,6 +75,51 @@ def _decay(settings: Settings, epoch: float) -> float:
         span = max(settings.epochs - settings.warmup_epochs, 1e-9)
         return 0.5 * (1 + math.cos(math.pi * (epoch - settings.warmup_epochs) / span))
     return 1.0
+
+
+class Plateau:
+    """The rate after warm-up, lowered by torch's own ``ReduceLROnPlateau`` when validation no longer improves.
+
+    Its state is plain JSON, so a resumed run lowers the rate in the same epochs.
+
+    Args:
+        settings: the first rate, ``factor``, ``step_epochs`` (torch's patience), and ``select``, which is watched.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        # An optimiser of its own: the trained one's rate also warms up within epochs.
+        self._holder = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
+        mode: Literal["min", "max"] = "min" if settings.select == "loss" else "max"
+        self._torch = ReduceLROnPlateau(self._holder, mode, factor=settings.factor, patience=settings.step_epochs)
+
+    @property
+    def rate(self) -> float:
+        """The rate of the next epoch."""
+        return float(self._holder.param_groups[0]["lr"])
+
+    def look(self, value: float) -> None:
+        """Take in the watched metric at the end of an epoch."""
+        self._torch.step(value)
+
+    def state(self) -> dict[str, Any]:
+        """All that the next rates depend on."""
+        return {"rate": self.rate, **self._torch.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Stand where :meth:`state` was taken."""
+        set_learning_rate(self._holder, state["rate"])
+        self._torch.load_state_dict({key: value for key, value in state.items() if key != "rate"})
+
+
+def check_schedule(settings: Settings, *, validated: bool) -> None:
+    """Refuse a schedule that watches validation where there is nothing to watch.
+
+    Raises:
+        ConfigError: there is no validation part, or no metric of it is selected by.
+    """
+    if settings.schedule == "plateau" and (settings.select == "last" or not validated):
+        lacking = "the split has no validation part" if not validated else "select is last; select by a metric"
+        raise ConfigError(f"schedule: plateau watches validation, but {lacking}, or use another schedule")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

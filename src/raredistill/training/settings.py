@@ -23,7 +23,8 @@ class Settings:
         optimizer: ``adam`` (coupled L2), ``adamw`` (decoupled) or ``sgd`` (with ``momentum``).
         learning_rate: the rate after warm-up.
         weight_decay: strength on weights; ``bias_weight_decay`` on biases (the same when not given).
-        schedule: ``constant``, ``step`` (times ``factor`` every ``step_epochs``), ``multistep`` (at ``milestones``) or ``cosine`` (to 0).
+        schedule: ``constant``, ``step`` (times ``factor`` every ``step_epochs``), ``multistep`` (at ``milestones``), ``cosine`` (to 0) or
+            ``plateau`` (times ``factor`` when ``select`` has not improved on validation for more than ``step_epochs``).
         warmup_epochs: epochs over which the rate rises linearly from 0.
         clip_norm: largest gradient norm; none when not given.
         ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated; none when not given.
@@ -52,7 +53,7 @@ class Settings:
     weight_decay: Annotated[float, Ge(0)] = 0.01
     bias_weight_decay: Annotated[float, Ge(0)] | None = None
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
-    schedule: Literal["constant", "step", "multistep", "cosine"] = "cosine"
+    schedule: Literal["constant", "step", "multistep", "cosine", "plateau"] = "cosine"
     step_epochs: Count = 10
     factor: Annotated[float, Gt(0), Le(1)] = 0.1
     milestones: tuple[int, ...] = ()

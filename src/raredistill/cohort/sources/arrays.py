@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import lzma
 import struct
 import tokenize
@@ -19,6 +20,7 @@ from raredistill.cohort.sources import Problem, Slices, Unit
 from raredistill.cohort.sources.image_folder import OWN_UNIT
 from raredistill.cohort.sources.images import Decoder, Mode, checked_mode, checked_window
 from raredistill.errors import DataError
+from raredistill.files import sha256
 
 _PARTS = (("train", "train"), ("val", "validation"), ("test", "test"))
 _LAYOUTS = ("{}_images", "{}_labels"), ("x_{}", "y_{}")
@@ -130,7 +132,11 @@ class Arrays:
         for index, image in enumerate(images):
             pixels[:, index] = self._decoder.convert(image, size, f"{self._path}: {part.images}")
         rows = [self._row(part, index) for index in range(first, last)]
-        return Slices(rows, dict(zip(self.channels, pixels, strict=True)), {"images": len(rows)})
+        return Slices(rows, dict(zip(self.channels, pixels, strict=True)), {"images": len(rows)}, hashes={self._path.name: self._hash})
+
+    @functools.cached_property
+    def _hash(self) -> str:
+        return sha256(self._path)  # once a worker, not once a block of a file that may be large
 
     @staticmethod
     def _row(part: _Part, index: int) -> dict[str, Any]:
