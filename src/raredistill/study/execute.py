@@ -139,7 +139,7 @@ def describe(run: Run, cohort: Cohort) -> Record:
         "model": entry.model, "loss": _recipe(entry), "method": "" if teacher is None else entry.method,
         "teacher": run.teacher.id if run.teacher else "", "teacher_name": teacher_name(teacher),
         "external_teacher": isinstance(teacher, External) and teacher.external,
-        "channels": list(entry.channels), "repeat": run.split.repeat, "fold": run.split.fold, "seed": run.seed,
+        "network": _network(entry), "channels": list(entry.channels), "repeat": run.split.repeat, "fold": run.split.fold, "seed": run.seed,
         "status": "waiting", "error": "", "parameters": size.parameters, "flops": size.flops, "bytes": size.bytes,
     }  # fmt: skip
 
@@ -148,6 +148,13 @@ def _recipe(entry: Entry) -> str:
     # What is left of a run without its teacher: its fair control is the baseline of that loss.
     own = "" if entry.teacher is None else METHODS[entry.method].own_loss
     return (replace(entry.settings, loss=own) if own else entry.settings).recipe
+
+
+def _network(entry: Entry) -> str:
+    # What its name does not say of a network, and what two entries must share to differ by their teacher only.
+    weights = "from scratch" if entry.pretrained is False else "pre-trained" if entry.pretrained is True else f"from {entry.pretrained}"
+    scale = f", mean {entry.mean}, std {entry.std}" if entry.mean is not None else ""
+    return f"{entry.head} head, dropout {entry.dropout}, {weights}{scale}"
 
 
 def _kind(run: Run) -> str:
