@@ -131,6 +131,14 @@ def test_tensorboard_reads_the_curves_that_the_log_holds(finished):
         assert events.Scalars("f1/validation/HGG")[record["epoch"]].value == pytest.approx(record["validation"]["f1"]["HGG"])
 
 
+def test_a_done_run_says_how_long_one_image_takes_and_where(finished):
+    _, records = finished
+    for record in records:
+        # No pass is faster than its multiplications on a core that does a tera-operation a second, nor slower than a second at 16 x 16.
+        assert record["flops"] / 1e12 * 1000 < record["latency_ms"] < 1000
+        assert record["latency_on"] == "cpu, 1 thread"
+
+
 def test_directions_are_by_size(finished):
     by_name = {record["name"]: record for record in finished[1]}
     assert by_name["again"]["direction"] == "self"

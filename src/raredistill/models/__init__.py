@@ -1,7 +1,11 @@
 """One name, one network: any of timm's, the thesis' and the CIFAR ResNets, behind one contract, ``head(features(images))``."""
 
 from raredistill.models.build import ModelFacts, create, facts, restore, widths
+from raredistill.models.latency import Latency, measure_latency
 from raredistill.models.names import ALIASES, Alias, list_models, resolve
 from raredistill.models.network import HEADS, Network
 
-__all__ = ["ALIASES", "HEADS", "Alias", "ModelFacts", "Network", "create", "facts", "list_models", "resolve", "restore", "widths"]
+__all__ = [
+    "ALIASES", "HEADS", "Alias", "Latency", "ModelFacts", "Network", "create", "facts", "list_models", "measure_latency", "resolve",
+    "restore", "widths",
+]  # fmt: skip

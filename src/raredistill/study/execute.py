@@ -26,7 +26,7 @@ from raredistill.distill.registry import METHODS, make_method
 from raredistill.errors import DataError
 from raredistill.files import lock_if_free, write_text
 from raredistill.losses import carried_prior, class_weights, make_loss
-from raredistill.models import Network, facts
+from raredistill.models import Network, facts, measure_latency
 from raredistill.study.board import Board
 from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside
 from raredistill.study.plan import Entry, External, Run
@@ -192,11 +192,12 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: li
     stage = second_stage(run, cohort, network, fitted, fabric, seed=fold_seed(run))
     _save_checkpoints(run, cohort, network, fitted, draft)
     _save_predictions(run, cohort, network, fitted, fabric, draft)
+    latency = measure_latency(network)
     seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
     record = {
         **describe(run, cohort), "status": "done", "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch,
         "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch, "remarks": [*remarks, *keeper.remarks, *_halved(run, fitted)],
-        "made_with": now, **stage,
+        "made_with": now, "latency_ms": round(latency.milliseconds, 4), "latency_on": latency.device, **stage,
     }  # fmt: skip
     finish(folder, record)
     return record
