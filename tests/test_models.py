@@ -12,7 +12,7 @@ from torch import nn
 
 from raredistill.checkpoint import Promise, save
 from raredistill.errors import CheckpointError, ConfigError
-from raredistill.models import ALIASES, Network, create, facts, list_models, resolve, restore, unfold_batch_norm
+from raredistill.models import ALIASES, Network, create, facts, latency, list_models, resolve, restore, unfold_batch_norm
 
 MOBILENET = Path(__file__).parents[2] / "shared" / "data" / "weights" / "mobilenetv2_100_imagenet_fp16.safetensors"
 SMALL = "test_resnet.r160_in1k"  # timm's own network for tests: 0.47 million weights
@@ -405,3 +405,34 @@ def test_folded_batch_norms_are_measured_anew_and_compute_the_same():
 
 def test_a_new_network_has_nothing_to_unfold():
     assert not unfold_batch_norm(create("cifar_resnet8", channels=1, classes=3, image_size=16), torch.rand(2, 1, 16, 16))
+
+
+class Clocked(nn.Module):
+    """A body whose passes last what a script says, on a clock of its own."""
+
+    def __init__(self, script):
+        super().__init__()
+        self.script, self.now, self.calls = iter(script), 0.0, 0
+
+    def forward(self, images):
+        assert not self.training
+        assert images.shape == (1, 1, 8, 8)
+        self.now += next(self.script)
+        self.calls += 1
+        return images.flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("passes", "milliseconds", "calls"),
+    [
+        ([9.0, 5.0, 0.001, 0.04, *[0.002] * 18, 0.001, 7.0], 2.0, 23),  # warm-up and an outlier do not count
+        ([9.0, 5.0, 2.0, 4.0, 3.0, 7.0], 3000.0, 5),  # a slow network gets three
+    ],
+)
+def test_latency_is_the_median_of_single_passes_after_warm_up(monkeypatch, passes, milliseconds, calls):
+    body = Clocked(passes)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: body.now)
+    network = Network(body, nn.Linear(64, 3), name="x", channels=1, classes=3, image_size=8, mean=[0.5], std=[0.25]).train()
+    found = latency.measure_latency(network)
+    assert found.milliseconds == pytest.approx(milliseconds)
+    assert (found.device, body.calls, network.training) == ("cpu, 1 thread", calls, True)

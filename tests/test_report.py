@@ -18,7 +18,7 @@ from sklearn.metrics import f1_score, log_loss, roc_curve
 from raredistill import predictions
 from raredistill.errors import DataError
 from raredistill.files import write_json
-from raredistill.report import summary_table, write_report
+from raredistill.report import analyses, summary_table, write_report
 from raredistill.report.pairs import make_pairs
 from raredistill.report.results import read_results
 from raredistill.report.tables import latex, safe
@@ -198,6 +198,46 @@ def test_scores_equal_scikit_learn(study):
         predicted = np.array(CLASSES)[np.stack(rows["logits"]).astype(np.float32).argmax(1)]
         expected.append(f1_score(rows["label"], predicted, labels=["LGG"], average="macro"))
     assert found.loc["small", "LGG f1"] == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_fronts_are_those_of_entries_that_nothing_beats_and_latency_is_compared_on_one_device_only(tmp_path):
+    root = write_study(tmp_path / "s")
+    study = json.loads((root / "study.json").read_text())
+    cost = {"small": (1000, 7, [3.0, 1.0, 2.0]), "taught": (1000, 7, [5.0, 5.0, 5.0]), "odd": (400, 9, [1.5, 1.5, 1.5])}
+    for run in study["runs"]:
+        parameters, flops, latency = cost[run["name"]]
+        run |= {"parameters": parameters, "flops": flops, "latency_ms": latency[run["fold"]], "latency_on": "cpu, 1 thread"}
+    write_json(root / "study.json", study)
+    found = sizes_of(root)
+    assert found["latency_ms"].to_dict() == {"small": 2.0, "taught": 5.0, "odd": 1.5}
+    score = found["LGG f1"]
+    for front, column in (("front_parameters", "parameters"), ("front_flops", "flops"), ("front_latency", "latency_ms")):
+        for name in cost:
+            others = [other for other in cost if other != name]
+            beaten = any(
+                found[column][o] <= found[column][name]
+                and score[o] >= score[name]
+                and (found[column][o], score[o]) != (found[column][name], score[name])
+                for o in others
+            )
+            assert found[front][name] == ("no" if beaten else "yes"), (front, name)
+    study["runs"][0]["latency_on"] = "cuda, x"
+    write_json(root / "study.json", study)
+    found = sizes_of(root)
+    assert set(found["front_latency"]) == {"unknown"}
+    assert found["latency_on"]["small"] == "cpu, 1 thread; cuda, x"
+
+
+def test_runs_made_before_latency_was_measured_are_reported(study):
+    found = pd.read_csv(study / "report" / "tables" / "sizes.csv")
+    assert found["latency_ms"].isna().all()
+    assert set(found["front_latency"]) == {"unknown"}
+    assert set(found["front_parameters"]) == {"yes", "no"}
+
+
+def sizes_of(root):
+    results = read_results(root)
+    return analyses.sizes(results, summary_table(root)).set_index("entry")
 
 
 def test_every_table_has_its_csv_and_tex_and_every_figure_its_svg_and_png(study):

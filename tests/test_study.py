@@ -16,6 +16,7 @@ from raredistill.cohort.store import Cohort
 from raredistill.config import StudyConfig, make_study
 from raredistill.errors import CheckpointError, ConfigError, DataError
 from raredistill.models import create
+from raredistill.report.pairs import control_of
 from raredistill.report.results import read_results
 from raredistill.study.predict import predict
 from raredistill.study.run import rare_class, run_study
@@ -42,6 +43,11 @@ class Silent:
     def run_done(self, run, record, *, reused):
         if reused:
             self.reused.append(run.id)
+
+
+class Interrupted(Silent):
+    def run_done(self, run, record, *, reused):
+        raise KeyboardInterrupt
 
 
 def study(cohort: Cohort, runs=RUNS, **changes):
@@ -123,6 +129,14 @@ def test_tensorboard_reads_the_curves_that_the_log_holds(finished):
         record = json.loads(line)
         assert events.Scalars("loss/train/all")[record["epoch"]].value == pytest.approx(record["train"]["loss"])
         assert events.Scalars("f1/validation/HGG")[record["epoch"]].value == pytest.approx(record["validation"]["f1"]["HGG"])
+
+
+def test_a_done_run_says_how_long_one_image_takes_and_where(finished):
+    _, records = finished
+    for record in records:
+        # No pass is faster than its multiplications on a core that does a tera-operation a second, nor slower than a second at 16 x 16.
+        assert record["flops"] / 1e12 * 1000 < record["latency_ms"] < 1000
+        assert record["latency_on"] == "cpu, 1 thread"
 
 
 def test_directions_are_by_size(finished):
@@ -312,6 +326,34 @@ def test_records_tell_recipes_apart(taught):
     # Without its teacher ours is the balanced softmax, so that is its control.
     assert records["ours", 0]["loss"] == "balanced_softmax"
     assert records["hints", 0]["loss"] == "cross_entropy, progressive sampling"
+
+
+RECIPES = {
+    "plain": {}, "longer": {"epochs": 2}, "balanced": {"sampler": "balanced"}, "remixed": {"mixing": "remix"},
+    "focal": {"loss": "focal", "loss_options": {"gamma": 1.0}}, "late": {"deferred": "effective", "deferred_epoch": 1},
+    "scaled": {"stage": "tau_norm"}, "softmax": {"loss": "balanced_softmax"},
+}  # fmt: skip
+STRANGERS = {
+    "sharp": {"training": {"loss": "focal", "loss_options": {"gamma": 3.0}}}, "early": {"training": {"deferred": "effective"}},
+    "sqrt": {"training": {"sampler": "sqrt"}}, "retrained": {"training": {"stage": "crt", "stage_epochs": 1}},
+    "dropped": {"dropout": 0.5}, "deep": {"head": "thesis"}, "other": {"channels": ["t1ce"]},
+}  # fmt: skip
+
+
+def test_a_distilled_entry_is_held_against_the_baseline_of_its_own_recipe(tiny_cohort, tmp_path):
+    def entry(name, settings):
+        return {"name": name, "model": "small_cnn", "training": settings}
+
+    runs = [{"name": "large", "model": "cifar_resnet8"}, *(entry(*recipe) for recipe in RECIPES.items())]
+    runs += [{**entry(f"{name}-taught", settings), "teacher": "large"} for name, settings in RECIPES.items() if name != "softmax"]
+    runs += [{**entry(name, {}), **own, "teacher": "large"} for name, own in STRANGERS.items()]
+    runs.append({**entry("ours", {}), "teacher": "large", "method": "pckd"})
+    with pytest.raises(KeyboardInterrupt):  # the study's file describes every run before the first is trained
+        run_study(study(tiny_cohort, runs), tmp_path, Interrupted())
+    results = read_results(tmp_path)
+    found = {name: control_of(results, name) for name in results.entries if results.first(name)["kind"] == "distilled"}
+    taught = {f"{name}-taught": name for name in RECIPES if name != "softmax"}
+    assert found == {**taught, **dict.fromkeys(STRANGERS, ""), "ours": "softmax"}
 
 
 def test_cross_fitted_teachers_are_no_results(taught):

@@ -23,6 +23,8 @@ from raredistill.report.results import Results, cell
 WANTED = (0.8, 0.9, 0.95)
 """Sensitivities that operating points are chosen for."""
 PARTS = ("ece", "ece_equal_mass", "brier", "brier_reliability", "brier_resolution", "brier_uncertainty", "brier_within")
+COSTS = {"parameters": "parameters", "flops": "flops", "latency": "latency_ms"}
+"""What a gain in score is bought with: name of the front, and its column of sizes."""
 HARDEST = 20
 POINTS = 200
 
@@ -265,16 +267,33 @@ def _hardest(columns: dict[str, pd.Series]) -> pd.DataFrame:
 
 
 def sizes(results: Results, summary: pd.DataFrame) -> pd.DataFrame:
-    """Parameters, FLOPs and bytes against scores; an entry is on the Pareto front when no smaller one has a better rare-class F1."""
+    """Parameters, FLOPs, bytes and measured latency against scores, and whether an entry is on the Pareto front of each.
+
+    Latency is the median over an entry's runs, undefined for runs made before it was measured. It has a front only where all entries were
+    measured on one device.
+    """
     rare = f"{results.study['rare']} f1"
     facts = pd.DataFrame([{key: results.first(entry)[key] for key in ("model", "flops", "bytes")} for entry in results.entries])
-    table = pd.concat([summary[["entry", "parameters"]], facts, summary[[rare, "macro_f1"]]], axis=1)
-    better = [
-        bool(((table["parameters"] <= size) & (table[rare] > score)).any())
-        for size, score in zip(table["parameters"], table[rare], strict=True)
-    ]
-    front = ["yes" if not worse and not np.isnan(score) else "no" for worse, score in zip(better, table[rare], strict=True)]
-    return table.assign(pareto_front=front)
+    latency = pd.DataFrame([_latency(results.of(entry)) for entry in results.entries])
+    table = pd.concat([summary[["entry", "parameters"]], facts, latency, summary[[rare, "macro_f1"]]], axis=1)
+    comparable = (
+        table["latency_ms"].notna().all() and table["latency_on"].nunique() == 1 and not table["latency_on"].str.contains(";").any()
+    )
+    fronts = {f"front_{name}": _front(table[column], table[rare]) for name, column in COSTS.items()}
+    return table.assign(**fronts if comparable else {**fronts, "front_latency": "unknown"})
+
+
+def _latency(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    measured = [run for run in runs if "latency_ms" in run]
+    median = float(np.median([run["latency_ms"] for run in measured])) if measured else float("nan")
+    return {"latency_ms": median, "latency_on": "; ".join(sorted({run["latency_on"] for run in measured}))}
+
+
+def _front(cost: pd.Series, score: pd.Series) -> list[str]:
+    """Whether no other entry is at least as good in both and better in one; ``no`` without a score."""
+    pairs = list(zip(cost, score, strict=True))
+    beaten = [any(c <= own and s >= reached and (c, s) != (own, reached) for c, s in pairs) for own, reached in pairs]
+    return ["no" if worse or np.isnan(reached) else "yes" for worse, (_, reached) in zip(beaten, pairs, strict=True)]
 
 
 def gains(pairs: list[Pair], rare: str) -> pd.DataFrame:

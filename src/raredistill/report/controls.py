@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,10 @@ from raredistill.predictions import Predictions
 from raredistill.report.pairs import Pair
 from raredistill.report.results import Results, cell
 
-BUDGET = ("epochs", "batch_size", "learning_rate", "optimizer", "sampler", "augmentation", "patience")
+BUDGET = (
+    "epochs", "batch_size", "learning_rate", "optimizer", "weight_decay", "schedule", "warmup_epochs", "ema_decay", "clip_norm", "sampler",
+    "augmentation", "select", "patience", "stage_epochs",
+)  # fmt: skip
 """Settings that make up a training budget; what a configuration leaves out is the same default on both sides."""
 
 
@@ -43,7 +45,7 @@ def missing(table: pd.DataFrame) -> dict[str, list[str]]:
 
 def _same_loss(pair: Pair) -> tuple[bool, str]:
     if pair.sides is None:
-        return False, "no finished baseline of the same network, loss and channels: the gain may be the loss's"
+        return False, "no finished baseline of the same network, loss recipe and channels: the gain may be the loss's"
     return True, pair.control
 
 
@@ -66,23 +68,18 @@ def _self(results: Results, pair: Pair) -> tuple[bool, str]:
 
 
 def _budget(results: Results, pair: Pair) -> tuple[bool, str]:
-    settings = [_settings(results.study["config"], name) for name in (pair.entry, pair.control)]
-    if not pair.control or not all(settings):
+    own, other = results.settings(pair.entry), results.settings(pair.control)
+    if own is None or other is None:
         return False, "the training settings of both sides are not known"
-    apart = [key for key in BUDGET if settings[0].get(key) != settings[1].get(key)]
+    apart = [key for key in BUDGET if own.get(key) != other.get(key)]
     if apart:
-        return False, "differs in " + ", ".join(f"{key} ({settings[0].get(key)} against {settings[1].get(key)})" for key in apart)
+        return False, "differs in " + ", ".join(f"{key} ({own.get(key)} against {other.get(key)})" for key in apart)
     return True, "equal settings; the teacher's own training comes on top"
-
-
-def _settings(config: dict[str, Any], entry: str) -> dict[str, Any]:
-    own = [run.get("training", {}) for run in config.get("runs", []) if run.get("name") == entry]
-    return {**config.get("training", {}), **own[0], "known": True} if own else {}
 
 
 def _post_hoc(results: Results, pair: Pair) -> tuple[bool, str]:
     model = results.first(pair.entry)["model"]
-    runs = [run for run in results.runs if "logit_adjustment" in run["loss"] and run["model"] == model]
+    runs = [run for run in results.runs if run["kind"] == "baseline" and "logit_adjustment" in run["loss"] and run["model"] == model]
     entries = [run["name"] for run in runs]
     if entries:
         return True, entries[0]

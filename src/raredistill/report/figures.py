@@ -69,19 +69,19 @@ def forest(compared: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure 
 
 
 def size_against_score(sizes: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure | None:
-    """Parameters and FLOPs against the rare class's F1, a point an entry; the Pareto front is ringed."""
-    known = sizes.dropna(subset=[f"{rare} f1"])
+    """Parameters, FLOPs and measured latency against the rare class's F1, a point an entry; each Pareto front is ringed."""
+    known, score = sizes.dropna(subset=[f"{rare} f1"]), f"{rare} f1"
     if known.empty:
         return None
-    figure, axes = _figure(9, 3.8, 2)
-    for axis, column, name, unit in ((axes[0], "parameters", "parameters (millions)", 1e6), (axes[1], "flops", "FLOPs (millions)", 1e6)):
+    costs = {"parameters": ("parameters", "parameters (millions)", 1e6), "flops": ("flops", "FLOPs (millions)", 1e6)}
+    if known["latency_ms"].notna().any():
+        costs["latency"] = ("latency_ms", "latency of one image (ms)", 1)
+    figure, axes = _figure(4.5 * len(costs), 3.8, len(costs))
+    for axis, (front, (column, name, unit)) in zip(axes, costs.items(), strict=True):
         for _, row in known.iterrows():
-            (dot,) = axis.plot(row[column] / unit, row[f"{rare} f1"], "o", color=colours(entries)[row["entry"]], label=row["entry"])
-            ring = (
-                axis.plot(row[column] / unit, row[f"{rare} f1"], "o", ms=12, mfc="none", color="0.4")
-                if row["pareto_front"] == "yes"
-                else []
-            )
+            (dot,) = axis.plot(row[column] / unit, row[score], "o", color=colours(entries)[row["entry"]], label=row["entry"])
+            best = row[f"front_{front}"] == "yes"
+            ring = axis.plot(row[column] / unit, row[score], "o", ms=12, mfc="none", color="0.4") if best else []
             _switched([dot, *ring], entries, row["entry"])
         axis.set(xscale="log", xlabel=name, ylabel=f"{rare} F1, mean over runs")
     _legend(figure, axes[0])

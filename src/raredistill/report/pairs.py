@@ -20,6 +20,9 @@ RESAMPLES = 2000
 EQUAL_SIZE = 1.05
 """A teacher within five per cent of its student's parameters is of equal size."""
 
+SAME = ("model", "loss", "channels", "network")
+"""What a record shares with its control's: the network, its weights at the start, what it sees and the recipe of its loss."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -61,12 +64,23 @@ def make_pairs(results: Results) -> list[Pair]:
 
 
 def control_of(results: Results, name: str) -> str:
-    """The baseline that differs from an entry by its teacher only; empty when the study has none."""
+    """The baseline that differs from an entry by its teacher only; empty when the study has none.
+
+    Of several, that whose training is set most alike: what then still differs stands among the controls, as its budget.
+    """
     own = results.first(name)
     others = [results.first(other) for other in results.entries if other != name]
-    same = ("model", "loss", "channels")
-    found = [run["name"] for run in others if run["kind"] == "baseline" and all(run[key] == own[key] for key in same)]
-    return found[0] if found else ""
+    found = [run["name"] for run in others if run["kind"] == "baseline" and all(_alike(run, own, key) for key in SAME)]
+    return min(found, key=lambda other: _apart(results.settings(name) or {}, results.settings(other) or {}), default="")
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
+    # Records of older versions lack some keys; what is not known is not held against them.
+    return key not in one or key not in other or one[key] == other[key]
+
+
+def _apart(one: dict[str, Any], other: dict[str, Any]) -> int:
+    return sum(one.get(key) != other.get(key) for key in {*one, *other})
 
 
 def metrics_of(rare: str, classes: Sequence[str]) -> list[str]:
@@ -81,7 +95,7 @@ def _pair(results: Results, name: str) -> Pair:
     fixed: dict[str, Any] = {"entry": name, "control": control, "teacher": run["teacher_name"], "ratio": _ratio(results, run)}
     cells = results.cells(name) & results.cells(control)
     if not control or not cells:
-        return Pair(**fixed, problem="the study has no finished baseline of the same network, loss and channels")
+        return Pair(**fixed, problem="the study has no finished baseline of the same network, loss recipe and channels")
     sides = results.pooled(control, cells), results.pooled(name, cells)
     if sides[0] is None or sides[1] is None:
         return Pair(**fixed, problem="the runs have no test part")

@@ -50,6 +50,12 @@ class Results:
         """The record of an entry's first run, finished or not: what holds for all of them."""
         return next(run for run in self.study["runs"] if run["name"] == entry)
 
+    def settings(self, entry: str) -> dict[str, Any] | None:
+        """How an entry's training is configured, where it differs from the defaults; None where the configuration does not name it."""
+        config = self.study["config"]
+        own = [run.get("training", {}) for run in config.get("runs", []) if run.get("name") == entry]
+        return {**config.get("training", {}), **own[0]} if own else None
+
     def pooled(self, entry: str, cells: set[Cell] | None = None, split: str = "test") -> Predictions | None:
         """Predictions (best checkpoint) of an entry over the given (repeat, fold, seed) cells, all by default; None without any."""
         tables = [self.tables[run["id"]] for run in self.of(entry) if cells is None or cell(run) in cells]

@@ -26,7 +26,7 @@ from raredistill.distill.registry import METHODS, make_method
 from raredistill.errors import DataError
 from raredistill.files import lock_if_free, write_text
 from raredistill.losses import carried_prior, class_weights, make_loss
-from raredistill.models import Network, facts, unfold_batch_norm
+from raredistill.models import Network, facts, measure_latency, unfold_batch_norm
 from raredistill.study.board import Board
 from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside
 from raredistill.study.plan import Entry, External, Run
@@ -139,7 +139,7 @@ def describe(run: Run, cohort: Cohort) -> Record:
         "model": entry.model, "loss": _recipe(entry), "method": "" if teacher is None else entry.method,
         "teacher": run.teacher.id if run.teacher else "", "teacher_name": teacher_name(teacher),
         "external_teacher": isinstance(teacher, External) and teacher.external,
-        "channels": list(entry.channels), "repeat": run.split.repeat, "fold": run.split.fold, "seed": run.seed,
+        "network": _network(entry), "channels": list(entry.channels), "repeat": run.split.repeat, "fold": run.split.fold, "seed": run.seed,
         "status": "waiting", "error": "", "parameters": size.parameters, "flops": size.flops, "bytes": size.bytes,
     }  # fmt: skip
 
@@ -148,6 +148,13 @@ def _recipe(entry: Entry) -> str:
     # What is left of a run without its teacher: its fair control is the baseline of that loss.
     own = "" if entry.teacher is None else METHODS[entry.method].own_loss
     return (replace(entry.settings, loss=own) if own else entry.settings).recipe
+
+
+def _network(entry: Entry) -> str:
+    # What its name does not say of a network, and what two entries must share to differ by their teacher only.
+    weights = "from scratch" if entry.pretrained is False else "pre-trained" if entry.pretrained is True else f"from {entry.pretrained}"
+    scale = f", mean {entry.mean}, std {entry.std}" if entry.mean is not None else ""
+    return f"{entry.head} head, dropout {entry.dropout}, {weights}{scale}"
 
 
 def _kind(run: Run) -> str:
@@ -185,11 +192,12 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: li
     stage = second_stage(run, cohort, network, fitted, fabric, seed=fold_seed(run))
     _save_checkpoints(run, cohort, network, fitted, draft)
     _save_predictions(run, cohort, network, fitted, fabric, draft)
+    latency = measure_latency(network)
     seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
     record = {
         **describe(run, cohort), "status": "done", "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch,
         "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch, "remarks": [*remarks, *keeper.remarks, *_halved(run, fitted)],
-        "made_with": now, **stage,
+        "made_with": now, "latency_ms": round(latency.milliseconds, 4), "latency_on": latency.device, **stage,
     }  # fmt: skip
     finish(folder, record)
     return record

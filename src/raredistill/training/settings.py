@@ -79,14 +79,16 @@ class Settings:
     @property
     def recipe(self) -> str:
         """The loss with all that changes what it weighs, as reports call it: two baselines of one recipe differ by their network only."""
+        options = ", ".join(f"{name}={value}" for name, value in sorted(self.loss_options.items()))
+        begin = f" from epoch {self.deferred_epoch}" if self.deferred_epoch else ""
         extras = {
-            f"deferred {self.deferred}": self.deferred != "none",
+            f"deferred {self.deferred}{begin}": self.deferred != "none",
             f"{self.sampler} sampling": self.sampler != "natural",
             self.mixing: self.mixing != "none",
             "sam": self.sam_rho is not None,
             self.stage: self.stage != "none",
         }
-        return ", ".join([self.loss, *(extra for extra, given in extras.items() if given)])
+        return ", ".join([f"{self.loss} ({options})" if options else self.loss, *(extra for extra, given in extras.items() if given)])
 
 
 def choices_table() -> list[dict[str, str]]:
