@@ -98,8 +98,7 @@ class Mixing:
         threshold: largest share of the rarer class' image for which it still must not (tau).
 
     References:
-        Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018; Chou et al., Remix: Rebalanced Mixup, ECCV Workshops 2020,
-        eq. 4.
+        Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018; Chou et al., Remix: Rebalanced Mixup, ECCV Workshops 2020.
     """
 
     alpha: float = 1.0

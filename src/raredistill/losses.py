@@ -74,7 +74,7 @@ def label_aware_smoothing(
         Scalar, or ``(N,)`` with ``reduction="none"``, in nats.
 
     References:
-        Zhong et al., Improving Calibration for Long-Tailed Recognition (MiSLAS), CVPR 2021, eq. 6 (concave form).
+        Zhong et al., Improving Calibration for Long-Tailed Recognition (MiSLAS), CVPR 2021 (concave form).
     """
     counts = _positive(counts)
     rank = (counts - counts.min()) / (counts.max() - counts.min()).clamp(min=1e-12)
@@ -101,7 +101,7 @@ def focal(
         Scalar, or ``(N,)`` with ``reduction="none"``, in nats.
 
     References:
-        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, eq. 4 (softmax form).
+        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017 (softmax form).
     """
     own = F.log_softmax(_wide(logits), dim=1).gather(1, target[:, None])[:, 0]
     # 1 - p by expm1, and no power of exact zero: its gradient is not finite for gamma < 1.
@@ -126,7 +126,7 @@ def balanced_softmax(logits: Tensor, target: Tensor, *, counts: Tensor, tau: flo
         ValueError: a class has no training sample.
 
     References:
-        Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020, eq. 4.
+        Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020.
     """
     counts = _positive(counts)
     return cross_entropy(_wide(logits) + tau * (counts / counts.sum()).log(), target, reduction=reduction)
@@ -157,7 +157,7 @@ def ldam(
         Scalar, or ``(N,)`` with ``reduction="none"``, in nats.
 
     References:
-        Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019, eq. 13.
+        Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019.
     """
     margins = _positive(counts) ** -0.25
     margins = margins * (max_margin / margins.max())
@@ -182,7 +182,7 @@ def vector_scaling(
         Scalar, or ``(N,)`` with ``reduction="none"``, in nats.
 
     References:
-        Kini et al., Label-Imbalanced and Group-Sensitive Classification under Overparameterization, NeurIPS 2021, eq. 2.
+        Kini et al., Label-Imbalanced and Group-Sensitive Classification under Overparameterization, NeurIPS 2021.
     """
     counts = _positive(counts)
     scaled = _wide(logits) * (counts / counts.max()) ** gamma
@@ -193,7 +193,7 @@ def effective_number_weights(counts: Tensor, *, beta: float = 0.9999) -> Tensor:
     """Class weights ``(1 - beta) / (1 - beta ** count)``, normalised to sum K: ``(K,)``.
 
     References:
-        Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019, eq. 3.
+        Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019.
     """
     # float64: 1 - beta ** count loses its digits in float32.
     weights = (1 - beta) / (1 - beta ** _positive(counts).double())
@@ -216,7 +216,7 @@ def adjust_logits(logits: Tensor, *, counts: Tensor, tau: float = 1.0) -> Tensor
     """Correct trained logits after the fact: ``logits - tau * log prior``, ``(N, K)``.
 
     References:
-        Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021, section 4.1.
+        Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021.
     """
     counts = _positive(counts)
     return logits - tau * (counts / counts.sum()).log()
@@ -236,7 +236,7 @@ def estimate_prior(logits: Tensor, target: Tensor) -> Tensor:
         ValueError: a class has no sample.
 
     References:
-        Saerens et al., Adjusting the Outputs of a Classifier to New a Priori Probabilities, Neural Computation 2002, eq. 2.4, inverted.
+        Saerens et al., Adjusting the Outputs of a Classifier to New a Priori Probabilities, Neural Computation 2002; inverted.
     """
     share = _positive(torch.bincount(target, minlength=logits.shape[1])).double() / len(target)
     shift = torch.zeros_like(share, requires_grad=True)

@@ -29,7 +29,7 @@ def epoch_order(labels: np.ndarray, *, sampler: str, seed: int, epoch: int, epoc
         ConfigError: the sampler is unknown.
 
     References:
-        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020, section 3.
+        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020.
     """
     if sampler not in POWERS:
         raise ConfigError(f"unknown sampler {sampler}; there are {', '.join(POWERS)}")

@@ -19,7 +19,7 @@ def hint(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     """Mean squared error between two maps ``(N, C, H, W)``; the larger is averaged to the smaller's height and width.
 
     References:
-        Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015, eq. 3.
+        Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015.
     """
     student, teacher = _same_size(student_map.float(), teacher_map.float().detach())
     return F.mse_loss(student, teacher)
@@ -42,7 +42,7 @@ def attention_transfer(student_maps: tuple[Tensor, ...], teacher_maps: tuple[Ten
         Scalar, a mean over the batch and the places.
 
     References:
-        Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017, eq. 2 with p = 2 and squared differences.
+        Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017, with p = 2 and squared differences.
     """
     number = min(len(student_maps), len(teacher_maps))
     pairs = zip(student_maps[-number:], teacher_maps[-number:], strict=True)
@@ -68,7 +68,7 @@ def relational(student: Tensor, teacher: Tensor, *, distance: float, angle: floa
         Scalar.
 
     References:
-        Park et al., Relational Knowledge Distillation, CVPR 2019, eq. 4 to 9.
+        Park et al., Relational Knowledge Distillation, CVPR 2019.
     """
     student, teacher = student.float(), teacher.float().detach()
     apart = F.smooth_l1_loss(_distances(student), _distances(teacher))
@@ -92,7 +92,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """One minus the cosine of the features ``(N, F)`` of each sample, a mean over the batch.
 
     References:
-        Iscen et al., Class-Balanced Distillation for Long-Tailed Visual Recognition, BMVC 2021, section 3.3.
+        Iscen et al., Class-Balanced Distillation for Long-Tailed Visual Recognition, BMVC 2021.
     """
     return (1 - F.cosine_similarity(student.float(), teacher.float().detach(), dim=1, eps=1e-6)).mean()
 
@@ -111,7 +111,7 @@ def contrastive(student: Tensor, teacher: Tensor, *, temperature: float) -> Tens
         Scalar in nats.
 
     References:
-        Tian et al., Contrastive Representation Distillation, ICLR 2020, eq. 10, with in-batch negatives.
+        Tian et al., Contrastive Representation Distillation, ICLR 2020, with in-batch negatives.
     """
     cosines = F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).T / temperature
     same = torch.arange(len(student), device=student.device)

@@ -32,7 +32,7 @@ def ltkd(
         Scalar in nats, a mean over the batch, times T squared.
 
     References:
-        Kim, Distilling Balanced Knowledge from a Biased Teacher, CVPR 2026 (arXiv 2506.18496), sections 3.2 and 3.3.
+        After Kim, Distilling Balanced Knowledge from a Biased Teacher, CVPR 2026 (arXiv 2506.18496); the weights of the two are ours.
     """
     student, teacher = softened(student_logits, temperature), softened(teacher_logits, temperature)
     mass = [torch.stack([side[:, group].logsumexp(dim=1) for group in groups], dim=1) for side in (teacher, student)]
@@ -74,7 +74,7 @@ def xerm(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, log_
         ``ce`` and ``xerm``, scalars in nats.
 
     References:
-        Zhu et al., Cross-Domain Empirical Risk Minimization for Unbiased Long-tailed Classification, AAAI 2022, eq. 5 to 7.
+        Zhu et al., Cross-Domain Empirical Risk Minimization for Unbiased Long-tailed Classification, AAAI 2022.
     """
     teacher = teacher_logits.detach().float()
     student, balanced = softened(student_logits, 1), softened(teacher - log_prior, 1)

@@ -29,7 +29,7 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) ->
         Scalar in nats, a mean over the batch.
 
     References:
-        Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, section 2.
+        Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015.
     """
     return mean_divergence(softened(teacher_logits, temperature), softened(student_logits, temperature)) * temperature**2
 
@@ -46,7 +46,7 @@ def standardised_kd(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
         Scalar in nats, a mean over the batch, times T squared.
 
     References:
-        Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024, eq. 9.
+        Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024.
     """
     return kd(_standardised(student_logits), _standardised(teacher_logits), temperature=temperature)
 
@@ -72,7 +72,7 @@ def dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha
         Scalar in nats, a mean over the batch, times T squared.
 
     References:
-        Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, eq. 7.
+        Zhao et al., Decoupled Knowledge Distillation, CVPR 2022.
     """
     mask = F.one_hot(target, student_logits.shape[1]).bool()
     sides = [softened(logits, temperature) for logits in (teacher_logits, student_logits)]
@@ -100,7 +100,7 @@ def bkd(student_logits: Tensor, teacher_logits: Tensor, *, class_weights: Tensor
         Scalar in nats, a mean over the batch, times T squared.
 
     References:
-        Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, Neurocomputing 2023, eq. 8 (targets normalised again).
+        Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, Neurocomputing 2023 (targets normalised again).
     """
     shifted = softened(teacher_logits, temperature) + class_weights.float().log()
     return mean_divergence(F.log_softmax(shifted, dim=1), softened(student_logits, temperature)) * temperature**2
@@ -119,7 +119,7 @@ def dive(student_logits: Tensor, teacher_logits: Tensor, *, power: float, temper
         Scalar in nats, a mean over the batch, times T squared.
 
     References:
-        He, Wu, Wei: Distilling Virtual Examples for Long-tailed Recognition, ICCV 2021, section 3.3.
+        He, Wu, Wei: Distilling Virtual Examples for Long-tailed Recognition, ICCV 2021.
     """
     flattened = F.log_softmax(power * softened(teacher_logits, temperature), dim=1)
     return mean_divergence(flattened, softened(student_logits, temperature)) * temperature**2
@@ -139,7 +139,7 @@ def dist(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, gamma: 
         Scalar, times T squared.
 
     References:
-        Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, eq. 8 to 10.
+        Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022.
     """
     student, teacher = (softened(logits, temperature).exp() for logits in (student_logits, teacher_logits))
     teacher = teacher.detach()

@@ -31,7 +31,7 @@ class CosineHead(nn.Module):
     """Dropout, then cosines between the features and one direction a class, times a fixed scale: what margins in angle need.
 
     References:
-        Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019, section 3.2.
+        Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019.
     """
 
     def __init__(self, features: int, classes: int, dropout: float) -> None:

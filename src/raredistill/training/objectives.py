@@ -33,7 +33,7 @@ class Deferred:
     """Class weights ``(K,)`` that any loss gets from an epoch on.
 
     References:
-        Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019, algorithm 1.
+        Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019.
     """
 
     weights: Tensor

@@ -41,7 +41,7 @@ class Together:
         deferred: class weights of the student's loss.
 
     References:
-        Zhang et al., Deep Mutual Learning, CVPR 2018, eq. 6 to 9.
+        Zhang et al., Deep Mutual Learning, CVPR 2018.
     """
 
     maps = False

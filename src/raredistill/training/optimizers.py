@@ -40,7 +40,7 @@ def climb(parameters: Iterable[nn.Parameter], radius: float) -> Callable[[], Non
     """Move weights by ``radius`` along their gradient, to the worst place near by; returns what moves them back.
 
     References:
-        Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR 2021, eq. 2.
+        Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR 2021.
     """
     moved = [(weight, weight.detach().clone()) for weight in parameters if weight.grad is not None]
     gradients = [weight.grad for weight, _ in moved]

@@ -75,7 +75,7 @@ def retrained(layer: Linear, train: Inputs, *, epochs: int, seed: int) -> Linear
     """Classifier re-training: a fresh last layer, trained on equally many samples of each class.
 
     References:
-        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020, section 4.1 (cRT).
+        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020 (cRT).
     """
     torch.manual_seed(seed)
     classes, width = layer.weight.shape
@@ -88,7 +88,7 @@ def rescaled(layer: Linear, train: Inputs, *, epochs: int, seed: int) -> Linear:
     """Learnable weight scaling: one factor for each class' logit, trained on equally many samples of each class.
 
     References:
-        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020, section 4.1 (LWS).
+        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020 (LWS).
     """
     scale = nn.Parameter(torch.ones(len(layer.bias)))
     _train([scale], lambda values: scale * layer(values), train, epochs=epochs, seed=seed)
@@ -112,7 +112,7 @@ def normalised(layer: Linear, tau: float) -> Linear:
     """Tau-normalisation: each class' weights divided by their norm to the power tau; no bias.
 
     References:
-        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020, eq. 1.
+        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020.
     """
     norms = layer.weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
     return Linear(layer.weight / norms**tau, torch.zeros_like(layer.bias))
@@ -122,7 +122,7 @@ def adjusted(layer: Linear, tau: float, counts: Tensor) -> Linear:
     """Post-hoc logit adjustment as another bias: ``bias - tau * log prior``.
 
     References:
-        Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021, section 4.1.
+        Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021.
     """
     return Linear(layer.weight, layer.bias - tau * (counts / counts.sum()).log().to(layer.bias))
 
