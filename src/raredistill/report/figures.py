@@ -181,6 +181,7 @@ def reliability(tables: dict[str, dict[str, pd.DataFrame]], entries: Sequence[st
 
 def _plain_ticks(axis: Any) -> None:
     # Powers of ten alone leave a narrow range without a number, and 6 x 10^1 beside 7 x 10^1 overlap.
+    axis.margins(x=0.2)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
