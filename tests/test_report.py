@@ -7,18 +7,21 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from scipy import stats
 from scipy.special import softmax
-from sklearn.metrics import f1_score, log_loss, roc_curve
+from sklearn.metrics import cohen_kappa_score, f1_score, log_loss, matthews_corrcoef, recall_score, roc_curve
 
 from raredistill import predictions
 from raredistill.errors import DataError
 from raredistill.files import write_json
-from raredistill.report import analyses, summary_table, write_report
+from raredistill.report import analyses, figures, summary_table, write_report
 from raredistill.report.pairs import make_pairs
 from raredistill.report.results import read_results
 from raredistill.report.tables import latex, safe
@@ -297,10 +300,79 @@ def test_no_study_is_told(tmp_path):
 
 
 def test_formulas_and_latex_signs_are_quoted(tmp_path):
-    made = pd.DataFrame({"a_b": ["=1+1", "ok"], "n": [-0.5, 1.0]})
+    made = pd.DataFrame({"a_b": ["=1+1", "ok"], "n": [-0.5, 1.0], "=class": ["\t=1", ""]})
     text = safe(made).to_csv(index=False)
+    assert [row["'=class"] for row in csv.DictReader(text.splitlines())] == ["'\t=1", ""]
+    assert [row["n"] for row in csv.DictReader(text.splitlines())] == ["-0.5", "1.0"]
     assert [row["a_b"] for row in csv.DictReader(text.splitlines())] == ["'=1+1", "ok"]
     assert r"a\_b" in latex(made)
+
+
+def rare_scores(name, fold, part, level):
+    """Truth and probability of LGG by slice, or by patient as the renormalised mean over the classes that patients carry."""
+    rows = table("x", SKILL[name], fold, 0).query("checkpoint == 'best' and split == @part")
+    scored = rows.assign(**dict(zip(CLASSES, softmax(np.stack(rows["logits"]).astype(np.float32).astype(float), axis=1).T, strict=True)))
+    if level == "slice":
+        return (scored["label"] == "LGG").to_numpy(), scored["LGG"].to_numpy(), scored
+    means = scored.groupby(["patient", "patient_label"])[["HGG", "LGG"]].mean().reset_index()
+    means["LGG"] /= means["HGG"] + means["LGG"]
+    return (means["patient_label"] == "LGG").to_numpy(), means["LGG"].to_numpy(), means
+
+
+@pytest.mark.parametrize("level", ["slice", "patient"])
+@pytest.mark.parametrize("wanted", [0.8, 0.95])
+def test_operating_points_are_chosen_on_validation_and_paid_for_on_test(study, level, wanted):
+    found = pd.read_csv(study / "report" / "tables" / "operating_points.csv")
+    row = found.query("entry == 'small' and level == @level and wanted_sensitivity == @wanted").iloc[0]
+    expected = []
+    for fold in range(FOLDS):
+        truth, score, _ = rare_scores("small", fold, "validation", level)
+        threshold = max(t for t in score if (score[truth] >= t).mean() >= wanted)
+        truth, score, _ = rare_scores("small", fold, "test", level)
+        called = score >= threshold
+        expected.append((threshold, called[truth].mean(), 1 - called[~truth].mean(), truth[called].mean(), called.mean()))
+    assert row[["threshold", "sensitivity", "specificity", "precision", "flagged"]].to_list() == pytest.approx(np.mean(expected, axis=0))
+
+
+def test_the_hardest_are_those_with_the_lowest_mean_probability_over_entries(study):
+    for level, keys in (("patient", ["patient"]), ("slice", ["patient", "sample"])):
+        found = pd.read_csv(study / "report" / "tables" / f"hardest_{level}s.csv").set_index(keys)
+        columns = {}
+        for name in SKILL:
+            parts = [rare_scores(name, fold, "test", level) for fold in range(FOLDS)]
+            columns[name] = pd.concat([rows[truth].set_index(keys)["LGG"] for truth, _, rows in parts])
+        expected = pd.DataFrame(columns)
+        expected["mean"] = expected.mean(axis=1)
+        pd.testing.assert_frame_equal(found, expected.sort_values("mean").head(20), rtol=1e-6)
+
+
+def test_a_patient_called_like_markup_or_a_formula_is_only_a_name(tmp_path, monkeypatch):
+    names = {"p0-0": '<img src=x onerror="alert(1)">', "p0-3": "=1+1", "p1-0": "@SUM(1)"}
+    plain = table
+    monkeypatch.setitem(globals(), "table", lambda *arguments: plain(*arguments).replace({"patient": names}))
+    root = write_study(tmp_path / "s", entries=("small",))
+    page = write_report(root).read_text()
+    assert "&lt;img src=x onerror=&#34;alert(1)&#34;&gt;" in page
+    assert "<img" not in page
+    with (root / "report" / "tables" / "hardest_patients.csv").open() as file:
+        shown = {row["patient"] for row in csv.DictReader(file)}
+    assert {names["p0-0"], "'=1+1", "'@SUM(1)"} <= shown
+    assert "=1+1" not in shown
+
+
+def test_every_metric_of_every_run_equals_scikit_learn(study):
+    overall = pd.read_csv(study / "report" / "tables" / "runs_overall.csv")
+    by_class = pd.read_csv(study / "report" / "tables" / "runs.csv")
+    where = "entry == 'small' and fold == 1 and checkpoint == 'best' and level == 'slice'"
+    rows = table("x", SKILL["small"], 1, 0).query("checkpoint == 'best' and split == 'test'")
+    guess, truth = np.stack(rows["logits"]).astype(np.float32).argmax(1), rows["label"].map(CLASSES.index).to_numpy()
+    row = overall.query(where).iloc[0]
+    assert row["kappa"] == pytest.approx(cohen_kappa_score(truth, guess))
+    assert row["mcc"] == pytest.approx(matthews_corrcoef(truth, guess))
+    assert row["macro_f1"] == pytest.approx(f1_score(truth, guess, average="macro"))
+    own = by_class.query(where).set_index("class")
+    for place, name in enumerate(CLASSES):
+        assert own.loc[name, "specificity"] == pytest.approx(recall_score(truth != place, guess != place))
 
 
 def test_every_figure_names_the_table_it_is_drawn_from(study):
@@ -321,9 +393,66 @@ def test_curves_are_those_of_scikit_learn(study):
     assert set(zip(found["false_positive_rate"].round(9), found["recall"].round(9), strict=True)) <= points
 
 
+def luminance(colour):
+    """Relative luminance of ``#rrggbb`` or ``#rgb``, WCAG 2.1."""
+    digits = colour.lstrip("#")
+    digits = digits if len(digits) == 6 else "".join(digit * 2 for digit in digits)
+    channels = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def test_contrast_is_that_of_published_pairs():
+    assert contrast("#000000", "#fff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)  # the grey that famously just fails
+    assert contrast("#767676", "#ffffff") == pytest.approx(4.54, abs=0.005)
+
+
+STYLE = (Path(figures.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("root", re.findall(r":root \{([^}]*)\}", STYLE))
+def test_texts_and_graphics_of_the_page_have_the_contrast_that_wcag_aa_asks(root):
+    colour = dict(re.findall(r"--(\w+): (#\w+)", root))
+    for ground in ("paper", "soft"):
+        assert min(contrast(colour[text], colour[ground]) for text in ("ink", "accent")) >= 4.5
+        assert contrast(colour["line"], colour[ground]) >= 3
+    borders = re.findall(r"border-color: (#\w+)", STYLE)
+    assert len(borders) == 2
+    assert min(contrast(border, colour["soft"]) for border in borders) >= 3
+
+
+def test_both_schemes_are_checked():
+    assert len(re.findall(r":root \{", STYLE)) == 2
+
+
+def test_colours_of_entries_and_classes_stand_out_from_the_white_of_figures_and_swatches():
+    assert ".swatch" in STYLE
+    assert ".picture { background: #fff; }" in STYLE
+    assert "border: 2px solid #fff" in STYLE  # around a swatch, so that dark colours are seen in dark mode
+    assert min(contrast(colour, "#fff") for colour in (*figures.PALETTE, *figures.CLASS_PALETTE)) >= 3
+    assert len({*figures.PALETTE, *figures.CLASS_PALETTE}) == len(figures.PALETTE) + len(figures.CLASS_PALETTE)
+
+
+def test_figures_in_a_confusion_matrix_can_be_read_on_every_shade():
+    shares = np.linspace(0.5, 1, 12)
+    matrix = np.diag(np.round(1000 * shares)) + np.roll(np.diag(1000 - np.round(1000 * shares)), 1, axis=1)
+    axis = figures.confusion(matrix, [f"c{n}" for n in range(12)]).axes[1]
+    share = matrix / 1000
+    for text in axis.texts:
+        column, row = (int(place) for place in text.get_position())
+        ground = to_hex(colormaps["Blues"](share[row, column]))
+        assert contrast(to_hex(text.get_color()), ground) >= 4.5
+
+
 PROBE = """<script>
-const frame = document.querySelector("iframe");
-frame.addEventListener("load", () => {
+const [frame, printed] = document.querySelectorAll("iframe");
+window.addEventListener("load", () => {
   const page = frame.contentDocument, view = frame.contentWindow;
   page.querySelector("#answer th button").click();
   const sorted = page.querySelector("#answer th").getAttribute("aria-sort");
@@ -337,7 +466,11 @@ frame.addEventListener("load", () => {
   const fits = page.documentElement.scrollWidth <= 380;
   const requests = view.performance.getEntriesByType("resource").length;
   const doubled = [...page.querySelectorAll("[id]")].length - new Set([...page.querySelectorAll("[id]")].map((part) => part.id)).size;
-  document.title = ["probe", sorted, ordered, gone, back, fits, requests, page.querySelectorAll("section").length, doubled].join(" ");
+  printed.contentWindow.dispatchEvent(new Event("beforeprint"));
+  const tables = [...printed.contentDocument.querySelectorAll("table")];
+  const whole = tables.length > 15 && tables.every((table) => table.offsetWidth > 0 && table.getBoundingClientRect().right <= 718);
+  document.title = ["probe", sorted, ordered, gone, back, fits, requests, page.querySelectorAll("section").length, doubled, whole]
+    .join(" ");
 });
 </script>"""
 
@@ -350,7 +483,9 @@ def test_chromium_opens_the_page(study, tmp_path):
     # A frame as narrow as a phone; the script around it reports what it finds through its own title, which the dumped page shows.
     probed = tmp_path / "probed.html"
     frame = f'<iframe width="380" height="800" srcdoc="{html.escape(page)}"></iframe>'
-    probed.write_text(f"<!doctype html><title>waiting</title>{frame}{PROBE}")
+    # And one as wide as a sheet of A4 between its margins, with the rules for print: nothing scrolls on paper.
+    paper = f'<iframe width="718" height="800" srcdoc="{html.escape(page.replace("@media print", "@media all"))}"></iframe>'
+    probed.write_text(f"<!doctype html><title>waiting</title>{frame}{paper}{PROBE}")
     switches = (
         "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
         "disable-component-update", "disable-sync", f"user-data-dir={tmp_path}/profile", "window-size=500,900", "enable-logging=stderr",
@@ -360,5 +495,5 @@ def test_chromium_opens_the_page(study, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     title = re.search("<title>(.*?)</title>", done.stdout)
     assert title is not None, done.stderr[-2000:]
-    assert title.group(1) == "probe ascending true true true true 0 13 0"
+    assert title.group(1) == "probe ascending true true true true 0 13 0 true"
     assert "CONSOLE" not in done.stderr

@@ -13,8 +13,8 @@ from raredistill.errors import DataError
 from raredistill.metrics import classification_metrics, confusion_matrix
 from raredistill.predictions import COLUMNS, Predictions
 
-_ROW_METRICS = ("precision", "recall", "f1", "auroc", "auprc")
-_OVERALL = ("macro_f1", "balanced_accuracy", "g_mean", "mcc")
+_ROW_METRICS = ("precision", "recall", "specificity", "f1", "auroc", "auprc")
+_OVERALL = ("macro_f1", "balanced_accuracy", "g_mean", "mcc", "kappa")
 
 
 Rule = Literal["mean", "max", "top5"]

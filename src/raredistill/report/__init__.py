@@ -106,6 +106,7 @@ def _tables(results: Results, pairs: list[Pair], answer: dict[str, Any]) -> dict
         "hardest_slices": analyses.hardest_slices(results),
         "epochs": tables.epoch_rows(results),
         "runs": by_class,
+        "runs_overall": overall,
     }
     return made
 

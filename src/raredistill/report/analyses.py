@@ -23,6 +23,7 @@ from raredistill.report.results import Results, cell
 WANTED = (0.8, 0.9, 0.95)
 """Sensitivities that operating points are chosen for."""
 PARTS = ("ece", "ece_equal_mass", "brier", "brier_reliability", "brier_resolution", "brier_uncertainty", "brier_within")
+POINT = ("entry", "level", "wanted_sensitivity")
 COSTS = {"parameters": "parameters", "flops": "flops", "latency": "latency_ms"}
 """What a gain in score is bought with: name of the front, and its column of sizes."""
 HARDEST = 20
@@ -126,21 +127,27 @@ def temperatures(results: Results) -> pd.DataFrame:
 
 
 def operating_points(results: Results) -> pd.DataFrame:
-    """The rare class's threshold chosen on validation for a wanted sensitivity, and what it gives on test; means over runs, by slice."""
+    """The rare class's threshold chosen on validation for a wanted sensitivity, and what it gives on test; means over runs, by level."""
     rows = []
     for run in results.runs:
-        table, rare = results.tables[run["id"]], results.study["rare"]
-        if not (table.table["split"] == "validation").any():
-            continue
-        (chosen, scores), (truth, tested) = (_rare(table.part(part), rare) for part in ("validation", "test"))
-        for wanted in WANTED if chosen.any() else ():
-            threshold = operating_point(chosen, scores, wanted)
-            rows.append(
-                {"entry": run["name"], "wanted_sensitivity": wanted, "threshold": threshold, **at_threshold(truth, tested, threshold)}
-            )
+        for level, (chosen, scores), (truth, tested) in _sides(results.tables[run["id"]], results.study["rare"]):
+            for wanted in WANTED if chosen.any() else ():
+                threshold = operating_point(chosen, scores, wanted)
+                where = {"entry": run["name"], "level": level, "wanted_sensitivity": wanted, "threshold": threshold}
+                rows.append({**where, **at_threshold(truth, tested, threshold)})
     if not rows:
-        return pd.DataFrame(columns=["entry", "wanted_sensitivity", "threshold", "sensitivity", "specificity", "precision", "flagged"])
-    return pd.DataFrame(rows).groupby(["entry", "wanted_sensitivity"], sort=False).mean().reset_index()
+        return pd.DataFrame(columns=[*POINT, "threshold", "sensitivity", "specificity", "precision", "flagged"])
+    return pd.DataFrame(rows).groupby(list(POINT), sort=False).mean().reset_index()
+
+
+def _sides(table: Predictions, rare: str) -> Iterator[tuple[str, tuple[Any, Any], tuple[Any, Any]]]:
+    """Level, then truth and score of the rare class on validation and on test; nothing without a validation part."""
+    if not (table.table["split"] == "validation").any():
+        return
+    validation, test = table.part("validation"), table.part("test")
+    yield "slice", _rare(validation, rare), _rare(test, rare)
+    if has_patients(validation) and has_patients(test):
+        yield "patient", _rare(by_patient(validation), rare), _rare(by_patient(test), rare)
 
 
 def _rare(predictions: Predictions, rare: str) -> tuple[Any, Any]:

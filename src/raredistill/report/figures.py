@@ -13,15 +13,18 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from raredistill.files import atomic, write_text
 from raredistill.report.results import Results
 
-# Okabe and Ito's palette, without its yellow, which is too pale for lines.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+# Okabe and Ito's palette; what is too pale for lines on white (below 3:1) gave way to colours that stay apart for the colour-blind.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8800FF", "#553300", "#000000", "#222299")
 
-# Tol's bright palette, so that no class is taken for an entry.
-CLASS_PALETTE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE", "#777777")
+# Tol's bright palette likewise, so that no class is taken for an entry.
+CLASS_PALETTE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#332288", "#888822", "#777777")
+DARK_CELL = 0.715
+"""Share from which a cell of a confusion matrix is dark enough for white figures."""
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
@@ -84,6 +87,7 @@ def size_against_score(sizes: pd.DataFrame, rare: str, entries: Sequence[str]) -
             ring = axis.plot(row[column] / unit, row[score], "o", ms=12, mfc="none", color="0.4") if best else []
             _switched([dot, *ring], entries, row["entry"])
         axis.set(xscale="log", xlabel=name, ylabel=f"{rare} F1, mean over runs")
+        _plain_ticks(axis)
     _legend(figure, axes[0])
     return figure
 
@@ -102,6 +106,7 @@ def gain_against_ratio(gains: pd.DataFrame, rare: str, entries: Sequence[str]) -
     axis.axhline(0, color="0.5", linewidth=1)
     axis.axvline(1, color="0.5", linewidth=1, linestyle=":")
     axis.set(xscale="log", xlabel="parameters of teacher / student", ylabel=f"gain in {rare} F1 (95 % interval)")
+    _plain_ticks(axis)
     _legend(figure, axis)
     return figure
 
@@ -117,6 +122,7 @@ def gain_against_imbalance(sweep: pd.DataFrame, rare: str, entries: Sequence[str
             _switched([line, spread], entries, entry)
     axis.axhline(0, color="0.5", linewidth=1)
     axis.set(xscale="log", xlabel=f"training samples of the largest class for each of {rare}", ylabel=f"gain in {rare} F1 (95 % interval)")
+    _plain_ticks(axis)
     _legend(figure, axis)
     return figure
 
@@ -171,6 +177,14 @@ def reliability(tables: dict[str, dict[str, pd.DataFrame]], entries: Sequence[st
         axis.set(title=stage, xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     _legend(figure, axes[0])
     return figure
+
+
+def _plain_ticks(axis: Any) -> None:
+    # Powers of ten alone leave a narrow range without a number, and 6 x 10^1 beside 7 x 10^1 overlap.
+    axis.margins(x=0.2)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _switched(artists: Sequence[Any], entries: Sequence[str], entry: str) -> None:
@@ -257,7 +271,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
         axis.set_xticks(places, classes, rotation=30, ha="right")
         axis.set_yticks(places, classes)
         for row, column in np.ndindex(*matrix.shape) if len(classes) <= 12 else ():
-            tint = "white" if share[row, column] > 0.55 else "black"
+            tint = "white" if share[row, column] > DARK_CELL else "black"
             axis.text(places[column], places[row], texts[row, column], ha="center", va="center", color=tint, fontsize=8)
     return figure
 

@@ -14,8 +14,8 @@ from raredistill.files import write_text
 from raredistill.metrics import confusion_matrix
 from raredistill.report.results import Results
 
-OVERALL = ("macro_f1", "balanced_accuracy", "g_mean", "mcc", "accuracy")
-BY_CLASS = ("precision", "recall", "f1", "auroc", "auprc")
+OVERALL = ("macro_f1", "balanced_accuracy", "g_mean", "mcc", "kappa", "accuracy")
+BY_CLASS = ("precision", "recall", "specificity", "f1", "auroc", "auprc")
 WHERE = ("entry", "repeat", "fold", "seed", "checkpoint", "level")
 
 
@@ -120,8 +120,12 @@ def write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:
 
 
 def safe(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy whose texts no spreadsheet runs as a formula."""
-    return table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@" and cell else cell)
+    """A copy whose texts, also in its head, no spreadsheet runs as a formula."""
+    return table.map(_quoted).rename(columns=_quoted)
+
+
+def _quoted(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 ESCAPES = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$", "{": r"\{", "}": r"\}"}
