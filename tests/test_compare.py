@@ -169,6 +169,35 @@ def test_thesis_matrices_come_out_to_three_decimals_and_are_only_described(share
     assert "cannot be tested" in sentences[-1]
 
 
+def test_a_small_published_table_gives_scikit_learns_metrics_and_gains(tmp_path):
+    path, generator, lines, expected = tmp_path / "m.csv", np.random.default_rng(0), [], {}
+    for teacher in ("", "large"):
+        scores = []
+        for fold in range(3):
+            truth = np.repeat(["a", "b"], [30, 12])
+            guess = np.where(generator.random(42) < (0.9 if teacher else 0.7), truth, "b")
+            counts = [int(((truth == true) & (guess == predicted)).sum()) for true in "ab" for predicted in "ab"]
+            lines.append(",".join(map(str, [teacher, "small", fold, *counts])))
+            scores.append(f1_score(truth, guess, labels=["a", "b"], average=None))
+        expected[teacher] = np.mean(scores, axis=0)
+    path.write_text("teacher,student,fold,a_as_a,a_as_b,b_as_a,b_as_b\n" + "\n".join(lines) + "\n")
+    tables, sentences = published_tables(path)
+    means = tables["mean and standard deviation over runs"].set_index("teacher")
+    for teacher, scores in expected.items():
+        assert means.loc[teacher, ["f1_a mean", "f1_b mean"]].tolist() == pytest.approx(scores.tolist())
+    gain = expected["large"] - expected[""]
+    assert f"large teaches small (3 runs): a F1 {gain[0]:+.3f}, b F1 {gain[1]:+.3f} against it alone; not tested." in sentences
+    command = [sys.executable, "-c", "from raredistill.cli import main; main()", "evaluate", str(path)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Descriptive only: 3 runs" in shown.stdout
+
+
+def test_published_counts_that_are_no_whole_numbers_are_refused(tmp_path):
+    (tmp_path / "m.csv").write_text("fold,a_as_a,a_as_b,b_as_a,b_as_b\n0,1,2,3,0.5\n")
+    with pytest.raises(DataError, match="not a whole number"):
+        published_tables(tmp_path / "m.csv")
+
+
 def test_published_matrices_with_a_hole_are_refused(tmp_path):
     path = tmp_path / "m.csv"
     path.write_text("fold,a_as_a,a_as_b,b_as_a\n0,1,2,3\n")

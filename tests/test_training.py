@@ -110,6 +110,13 @@ def test_a_plateau_without_a_metric_to_watch_is_refused(tiny_cohort, fabric, sel
         fit(small(), supervised(), batches(tiny_cohort), look, settings=settings, channels=("flair",), classes=CLASSES, fabric=fabric)
 
 
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_named(device, monkeypatch):
+    monkeypatch.setattr(f"torch.{'cuda' if device == 'cuda' else 'backends.mps'}.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"accelerator: {device}"):
+        make_fabric(device, "32-true")
+
+
 def test_weights_and_biases_decay_as_the_thesis_sum_of_two_penalties():
     # Adam's weight decay 1e-4 on everything plus the gradient 2e-4 w of an explicit 1e-4 ||w||^2 on weights.
     network = torch.nn.Linear(4, 3)

@@ -38,7 +38,7 @@ CONFIG = {
     "name": "killed", "channels": ["flair"], "splits": {"folds": 2, "validation_share": 0.34},
     "training": {
         "epochs": 3, "batch_size": 16, "accelerator": "cpu", "learning_rate": 0.01, "ema_decay": 0.8, "patience": 2, "clip_norm": 1.0,
-        "sampler": "balanced",
+        "sampler": "balanced", "mixing": "mixup", "schedule": "plateau", "step_epochs": 1, "factor": 0.5,
     },
     "runs": [
         {"name": "large", "model": "cifar_resnet8", "channels": ["flair", "t1ce"], "dropout": 0.4},

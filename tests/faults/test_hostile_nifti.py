@@ -6,6 +6,7 @@ import shutil
 import struct
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -310,3 +311,11 @@ def test_a_patient_whose_name_is_a_formula_or_html_stays_a_name(root, tmp_path):
         open_source("brats_nifti", root, min_tumour_voxels=2, grades=tmp_path / "grades.csv"), tmp_path / "c", size=(8, 8), workers=1
     )
     assert set(found.samples["patient"]) == {*names, BAD}
+
+
+@pytest.mark.parametrize("axes", [2**63 - 1, -(2**63), 8, 0])
+def test_a_header_with_axes_that_the_format_does_not_have_is_refused(axes):
+    image = nibabel.Nifti2Image(np.ones((4, 4, 4), np.uint8), np.eye(4)).to_bytes()
+    assert struct.unpack("<q", image[16:24]) == (3,)  # dim[0], by the NIfTI-2 standard
+    with pytest.raises(DataError, match="three axes"):
+        decode(image[:16] + struct.pack("<q", axes) + image[24:], Path("a.nii"))

@@ -230,9 +230,7 @@ def decode(raw: bytes, file: Path) -> tuple[np.ndarray, np.ndarray]:
     stream = _Stream(raw, file)
     head = stream.take(HEADER)
     header = _parse_header(head, stream, file)
-    shape = tuple(int(extent) for extent in header.get_data_shape())
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
+    shape = _shape(header)
     voxels = int(np.prod(shape, dtype=np.float64))
     if len(shape) != 3 or not 0 < voxels <= LARGEST:
         raise DataError(f"{file}: its shape is {shape}; a volume has three axes and at most {LARGEST} voxels")
@@ -243,6 +241,15 @@ def decode(raw: bytes, file: Path) -> tuple[np.ndarray, np.ndarray]:
     data = np.frombuffer(stream.take(voxels * kind.itemsize), kind).reshape(shape[::-1])
     stream.finish()
     return _scaled(data, header, file), _affine(header, file)
+
+
+def _shape(header: Any) -> tuple[int, ...]:
+    """Without the axes of one sample behind the third; empty where the header claims more axes than the format has."""
+    # NIfTI-2 has room for a number of axes with which nibabel cannot count.
+    shape = tuple(int(extent) for extent in header.get_data_shape()) if 0 < header["dim"][0] < len(header["dim"]) else ()
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 def _parse_header(head: bytes, stream: _Stream, file: Path) -> Any:
