@@ -245,6 +245,28 @@ def test_nifti_and_hdf5_give_the_same_labels_and_pixels_within_one(tmp_path, rul
             assert a.pixels[channel].std() > 20
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_the_mask_is_a_channel_where_it_is_asked_for_with_its_nearest_labels(tmp_path, newer):
+    name, size = "BraTS20_Training_001", (17, 30)
+    write_nifti(tmp_path / "nifti", name, 1, newer=newer)
+    write_hdf5(tmp_path / "hdf5", 1, 1)
+    for root in ("nifti", "hdf5"):
+        write_grades(tmp_path / root, {name: "HGG"})
+    greys = np.zeros(5, np.uint8)
+    greys[[1, 2, 3, 4]] = 85, 170, 255, 255
+    _, labels_of = make_case(1)
+    rows, columns = (np.floor((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, SHAPE[1::-1], strict=True))
+    for kind, root in (("brats_nifti", "nifti"), ("brats_hdf5", "hdf5")):
+        source = open_source(kind, tmp_path / root, channels="flair,t2", mask=True, min_tumour_voxels=5)
+        assert source.channels == ("flair", "t2", "mask")
+        found = source.read(source.units()[0], size)
+        expected = greys[labels_of].T[[row["slice"] for row in found.rows]][:, rows][:, :, columns]
+        assert np.array_equal(found.pixels["mask"], expected)
+        assert set(np.unique(found.pixels["mask"])) == {0, 85, 170, 255}
+        plain = open_source(kind, tmp_path / root, channels="flair,t2", min_tumour_voxels=5)
+        assert plain.channels == tuple(plain.read(plain.units()[0], size).pixels) == ("flair", "t2")
+
+
 @pytest.mark.parametrize("what", ["z-score", "top"])
 def test_a_scaling_per_slice_is_told_and_not_held_against_a_scaling_per_volume(tmp_path, what):
     def by_slice(volume, z):

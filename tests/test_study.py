@@ -12,10 +12,13 @@ import torch
 from conftest import write_tiny
 from raredistill import predictions
 from raredistill.checkpoint import load
+from raredistill.cohort.prepare import prepare
+from raredistill.cohort.sources.registry import open_source
 from raredistill.cohort.store import Cohort
 from raredistill.config import StudyConfig, make_study
 from raredistill.errors import CheckpointError, ConfigError, DataError
 from raredistill.models import create
+from raredistill.phantom import write_phantom
 from raredistill.report.pairs import control_of
 from raredistill.report.results import read_results
 from raredistill.study.predict import predict
@@ -242,7 +245,6 @@ TAUGHT = [
     {"name": "unknown", "model": "small_cnn", "teacher": "margin", "method": "pckd"},
     {"name": "beside", "model": "small_cnn", "teacher": "big", "online": "one_way"},
     {"name": "peers", "model": "small_cnn", "teacher": ["big", "margin"], "online": "mutual", "training": {"precision": "bf16-mixed"}},
-    {"name": "twice", "model": "small_cnn", "teacher": "ours", "method": "bkd"},
 ]
 
 
@@ -257,7 +259,7 @@ def taught(tmp_path_factory):
 def test_cross_fitted_teachers_are_trained_once_for_their_students_and_before_them(taught):
     made, _, records = taught
     plan = made.plan()
-    assert [record["status"] for (name, _), record in records.items() if name != "twice"] == ["done"] * 2 * 10
+    assert [record["status"] for record in records.values()] == ["done"] * 2 * 10
     for split in made.splits:
         parts = [run for run in plan if run.part is not None and run.split.fold == split.fold]
         students = [run for run in plan if run.entry.name in ("ours", "hints") and run.split.fold == split.fold]
@@ -298,13 +300,40 @@ def test_checkpoints_say_which_prior_their_logits_carry(taught):
         assert prior(name) is None
 
 
-def test_a_second_correction_is_refused_before_the_first_step_and_both_sides_are_named(taught):
-    _, out, records = taught
-    record = records["twice", 0]
-    assert record["status"] == "failed"
-    assert "method bkd" in record["error"]
-    assert "ours carries [0.333, 0.333, 0.333]" in record["error"]
-    assert not (out / "runs" / record["id"]).exists()
+@pytest.mark.parametrize("method", ["bkd", "ltkd"])
+@pytest.mark.parametrize("corrected", [{"teacher": "big", "method": "pckd"}, {"training": {"loss": "balanced_softmax"}}])
+def test_a_second_correction_is_refused_with_the_configuration_and_both_sides_are_named(tiny_cohort, method, corrected):
+    grid = [
+        {"name": "big", "model": "small_cnn"}, {"name": "even", "model": "small_cnn", **corrected},
+        {"name": "twice", "model": "small_cnn", "teacher": "even", "method": method},
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=rf"runs twice: method {method}: .* but even carries \[0.333, 0.333, 0.333\]"):
+        study(tiny_cohort, grid)
+
+
+def test_a_teacher_from_elsewhere_may_state_the_prior_that_its_file_does_not(tiny_cohort, tmp_path):
+    weights = tmp_path / "elsewhere.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_resnet", num_classes=3, in_chans=1).state_dict(), weights)
+    elsewhere = {
+        "weights": str(weights), "model": "test_resnet", "classes": tiny_cohort.classes, "channels": ["t1ce"],
+        "image_size": tiny_cohort.size[0], "external": True,
+    }  # fmt: skip
+
+    def taught(method, **options):
+        entry = {"name": "s", "model": "small_cnn", "teacher": {**elsewhere, **options}, "method": method}
+        return study(tiny_cohort, [entry])
+
+    with pytest.raises(ConfigError, match=r"prior off elsewhere, which is unknown; .* from elsewhere, state it"):
+        taught("xerm")
+    made = taught("xerm", prior=[0.7, 0.2, 0.1])
+    run = made.plan()[0]
+    _, facts = teach(run, tiny_cohort, create("small_cnn", channels=1, classes=3, image_size=16), make_fabric("cpu", "32-true"),
+                           tmp_path, counts=torch.ones(3))  # fmt: skip
+    np.testing.assert_allclose(facts.prior.numpy(), [0.7, 0.2, 0.1], rtol=1e-6)
+    with pytest.raises(ConfigError, match=r"bkd: .* but elsewhere carries \[0.01, 0.01, 0.98\]"):
+        taught("bkd", prior=[0.01, 0.01, 0.98])
+    with pytest.raises(ConfigError, match=r"prior: \[0.5, 0.2\] must be shares above 0, together 1"):
+        taught("xerm", prior=[0.5, 0.2])
 
 
 def test_peers_are_trained_in_the_run_itself_and_name_it(taught):
@@ -359,4 +388,33 @@ def test_a_distilled_entry_is_held_against_the_baseline_of_its_own_recipe(tiny_c
 def test_cross_fitted_teachers_are_no_results(taught):
     _, out, _ = taught
     results = read_results(out)
-    assert results.entries == ["big", "margin", "ours", "hints", "pair", "unknown", "beside", "peers", "twice"]
+    assert results.entries == ["big", "margin", "ours", "hints", "pair", "unknown", "beside", "peers"]
+
+
+@pytest.fixture(scope="module")
+def with_mask(tmp_path_factory):
+    raw = tmp_path_factory.mktemp("phantom") / "raw"
+    write_phantom(raw, patients=8, size=(32, 32, 24), rare_share=0.5, workers=1)
+    cohorts = []
+    for mask in (True, False):
+        source = open_source("brats_nifti", raw, channels=["flair"], mask=mask, min_tumour_voxels=1)
+        cohorts.append(prepare(source, tmp_path_factory.mktemp("masks") / "c", size=(16, 16), workers=1))
+    return cohorts
+
+
+def test_a_teacher_may_see_the_mask_and_its_student_is_applied_without_one(with_mask, tmp_path):
+    cohort, without = with_mask
+    assert (cohort.channels, without.channels) == (("flair", "mask"), ("flair",))
+    runs = [
+        {"name": "informed", "model": "small_cnn", "channels": ["flair", "mask"]},
+        {"name": "student", "model": "small_cnn", "teacher": "informed"},
+    ]
+    made = study(cohort, runs, channels=None)
+    assert made.entries[1].channels == ("flair",)
+    records = {record["name"]: record for record in run_study(made, tmp_path, Silent()) if record["fold"] == 0}
+    assert records["student"]["status"] == "done"
+    folders = {name: tmp_path / "runs" / record["id"] for name, record in records.items()}
+    here, there = (predict(folders["student"], each, tmp_path / f"{each.root.parent.name}.parquet") for each in (cohort, without))
+    assert np.array_equal(*(np.stack(table["logits"].to_list()) for table in (here, there)))
+    with pytest.raises(CheckpointError, match=r"needs the channels \['mask'\]"):
+        predict(folders["informed"], without, tmp_path / "no.parquet")

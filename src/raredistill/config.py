@@ -11,18 +11,18 @@ import torch
 from annotated_types import Ge, Interval, MinLen
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from raredistill.cohort.store import Cohort
+from raredistill.cohort.store import MASK, Cohort
 from raredistill.distill.consistent import taught_prior
-from raredistill.distill.contract import Facts, Shape
+from raredistill.distill.contract import Shape
 from raredistill.distill.registry import make_method, method_class
 from raredistill.errors import ConfigError
 from raredistill.files import fingerprint, parse_yaml
 from raredistill.losses import carried_prior, make_loss
 from raredistill.models import facts, widths
-from raredistill.splits import make_splits
+from raredistill.splits import Split, make_splits
 from raredistill.study.plan import Entry, External
 from raredistill.study.run import Study
-from raredistill.study.teachers import check_external, network_of, patients_before
+from raredistill.study.teachers import check_external, expected_facts, network_of, patients_before
 from raredistill.training.optimizers import check_schedule
 from raredistill.training.settings import Settings
 
@@ -66,6 +66,7 @@ class ExternalConfig(_Strict):
     image_size: int = 0
     training_patients: Path | None = None
     external: bool = False
+    prior: tuple[float, ...] = ()
 
 
 class RunConfig(_Strict):
@@ -215,9 +216,7 @@ def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
     splits = make_splits(cohort, **config.splits.model_dump())
     entries = [_entry(run, config, cohort) for run in config.runs]
     for entry in entries:
-        _check(entry, entries, cohort)
-        if isinstance(entry.teacher, External):
-            check_external(entry.teacher, cohort, splits)
+        _check(entry, entries, cohort, splits)
         for split in splits:
             check_schedule(entry.settings, validated=len(split.validation) > 0)
             patients_before(entry, cohort, split)
@@ -226,7 +225,7 @@ def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
 
 
 def _entry(run: RunConfig, config: StudyConfig, cohort: Cohort) -> Entry:
-    channels = run.channels or config.channels or cohort.channels
+    channels = run.channels or config.channels or [channel for channel in cohort.channels if channel != MASK]
     if unknown := [channel for channel in channels if channel not in cohort.channels]:
         raise ConfigError(f"runs {run.name}: the cohort has no channel {unknown[0]}; it has {', '.join(cohort.channels)}")
     settings = TypeAdapter(Settings).validate_python({**config.training, **run.training})
@@ -234,27 +233,33 @@ def _entry(run: RunConfig, config: StudyConfig, cohort: Cohort) -> Entry:
     return Entry(**taken, channels=tuple(channels), settings=settings, teacher=_teacher(run.teacher))
 
 
-def _check(entry: Entry, entries: Sequence[Entry], cohort: Cohort) -> None:
+def _check(entry: Entry, entries: Sequence[Entry], cohort: Cohort, splits: Sequence[Split]) -> None:
     # Everything that a name can get wrong is found before the first run, not hours later.
     counts, settings = torch.ones(len(cohort.classes)), entry.settings
     facts(entry.model, channels=len(entry.channels), classes=len(cohort.classes), image_size=cohort.size[0], head=entry.head)
     make_loss(settings.loss, counts=counts, **settings.loss_options)
     _check_together(entry)
     if entry.teacher is not None:
-        taught = _facts(entry, [each for each in entries if each.name in entry.teachers], cohort)
-        make_method(entry.method, taught, **entry.method_options)
+        _check_teaching(entry, [each for each in entries if each.name in entry.teachers], cohort, splits)
     elif entry.cross_fit:
         raise ConfigError(f"runs {entry.name}: cross_fit makes copies of a teacher, but it has none; name one with teacher:")
     if entry.pretrained:
         network_of(entry, cohort)
 
 
-def _facts(entry: Entry, teachers: Sequence[Entry], cohort: Cohort) -> Facts:
-    # What can be known without training; priors and reliabilities are checked when there are teachers.
-    known = torch.full((len(cohort.classes),), 1.0)
-    shapes = [Shape(*widths(e.model, channels=len(e.channels), image_size=cohort.size[0])) for e in (entry, *teachers[:1])]
-    teacher = shapes[-1] if len(teachers) == 1 or isinstance(entry.teacher, External) else None
-    return Facts(known, None, cohort.classes, None, str(entry.teacher), known / known.sum(), known, shapes[0], teacher)
+def _check_teaching(entry: Entry, teachers: Sequence[Entry], cohort: Cohort, splits: Sequence[Split]) -> None:
+    if len(teachers) != len(entry.teachers):
+        return  # the plan names a teacher that does not exist
+    shapes = [Shape(*widths(e.model, channels=len(e.channels), image_size=cohort.size[0])) for e in (entry, *teachers)]
+    if isinstance(entry.teacher, External):
+        check_external(entry.teacher, cohort, splits)
+        shapes *= 2
+    for split in splits:
+        facts_of = expected_facts(entry, teachers, cohort, split, shapes if len(shapes) == 2 else shapes[:1])
+        try:
+            make_method(entry.method, facts_of, **entry.method_options)
+        except ConfigError as error:
+            raise ConfigError(f"runs {entry.name}: {error}") from None
 
 
 def _check_together(entry: Entry) -> None:

@@ -20,6 +20,8 @@ FORMAT = 1
 COLUMNS = ("sample", "patient", "patient_label", "label", "slice", "source", "split")
 DESCRIPTION = "cohort.json"
 SAMPLES = "samples.parquet"
+MASK = "mask"
+"""Channel that holds the segmentation: at hand in training only, so a run takes it only where it is named."""
 CONTENT = ("classes", "channels", "size", "pixels", "samples")
 """Entries of the description that the cohort's hash covers."""
 WORK = ".parts"

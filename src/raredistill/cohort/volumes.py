@@ -182,6 +182,15 @@ class Renderer:
         return {channel: np.ascontiguousarray(images[..., lane]) for lane, channel in enumerate(self._windows)}
 
 
+def nearest(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """``(m, height, width)`` to ``(m, *size)`` uint8 without values that were not there: each pixel takes the one at its centre."""
+    if not len(images):
+        return np.zeros((0, *size), np.uint8)
+    tensor = torch.from_numpy(images)[:, None]
+    outcome: np.ndarray = torch.nn.functional.interpolate(tensor, size, mode="nearest-exact")[:, 0].numpy()
+    return outcome
+
+
 def _resize(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """``(m, height, width, LANES)`` to ``(m, *size, LANES)``, bytes to bytes."""
     if not len(images):

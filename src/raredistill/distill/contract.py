@@ -84,6 +84,7 @@ class Method(Protocol):
         min_classes: the fewest classes for which its signal is sound.
         zero_at_equal: it has nothing to teach a student that equals its teacher.
         within_batch: it contrasts the samples of a batch, so its value depends on which come together.
+        balances: it takes the training prior off its teacher without asking which prior that carries.
         own_loss: name of the loss on labels that it brings as the term ``ce``, and that is left of it without a teacher; empty if none.
     """
 
@@ -94,6 +95,7 @@ class Method(Protocol):
     min_classes: ClassVar[int]
     zero_at_equal: ClassVar[bool]
     within_batch: ClassVar[bool]
+    balances: ClassVar[bool]
     own_loss: ClassVar[str]
 
     @property
@@ -125,6 +127,7 @@ class Checked:
     min_classes: ClassVar[int] = 2
     zero_at_equal: ClassVar[bool] = False
     within_batch: ClassVar[bool] = False
+    balances: ClassVar[bool] = False
     own_loss: ClassVar[str] = ""
 
     def __post_init__(self) -> None:

@@ -109,6 +109,7 @@ class LTKD(Checked):
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "Kim 2026"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
+    balances: ClassVar[bool] = True
     min_classes: ClassVar[int] = 3
 
     @classmethod

@@ -215,6 +215,7 @@ class BKD(Checked):
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "Zhang et al. 2023"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
+    balances: ClassVar[bool] = True
 
     @classmethod
     def make(cls, facts: Facts, **options: Any) -> Self:

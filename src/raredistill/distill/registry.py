@@ -66,14 +66,15 @@ def _check_teacher(family: Any, facts: Facts, options: dict[str, Any]) -> None:
     if "prior" in wants and facts.prior is None:
         raise ValueError(
             f"it takes the carried class prior off {facts.teacher}, which is unknown; give it a validation part to estimate it on, "
-            "or train that teacher with cross_entropy, weighted_cross_entropy or balanced_softmax"
+            "or train that teacher with cross_entropy, weighted_cross_entropy or balanced_softmax; of a teacher from elsewhere, state it: "
+            "teacher: {weights: ..., prior: [share of each class]}"
         )
     for need in ("features", "maps"):
         if need in wants and not (facts.student_shape and facts.teacher_shape and getattr(facts.teacher_shape, need)):
             raise ValueError(f"it compares {need}, but {facts.teacher} gives none; use a method of logits or one teacher that has them")
     if "maps" in wants and facts.student_shape is not None and not facts.student_shape.maps:
         raise ValueError("it compares maps, but the student gives none; use a method of logits or a convolutional student")
-    if family.name == BKD.name and facts.prior is not None:
+    if family.balances and facts.prior is not None:
         _refuse_second_correction(facts.prior, facts)
 
 
@@ -85,7 +86,7 @@ def _refuse_second_correction(prior: Tensor, facts: Facts) -> None:
     if _apart(carried, training) > 0.5 * _apart(uniform, training):
         shown = [[round(value, 3) for value in side.tolist()] for side in (carried, training)]
         raise ValueError(
-            f"it weighs its teacher's outputs against the training prior {shown[1]}, but {facts.teacher} carries {shown[0]}: "
+            f"it balances its teacher's outputs against the training prior {shown[1]}, but {facts.teacher} carries {shown[0]}: "
             "a second correction of a corrected teacher overshoots; use kd or pckd, or train the teacher with cross_entropy"
         )
 

@@ -20,19 +20,18 @@ from raredistill.augment import MIXINGS, PRESETS
 from raredistill.batches import Batches
 from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort
-from raredistill.distill.consistent import taught_prior
 from raredistill.distill.contract import Facts
 from raredistill.distill.registry import METHODS, make_method
 from raredistill.errors import DataError
 from raredistill.files import lock_if_free, write_text
-from raredistill.losses import carried_prior, class_weights, make_loss
+from raredistill.losses import class_weights, make_loss
 from raredistill.models import Network, facts, measure_latency, unfold_batch_norm
 from raredistill.study.board import Board
 from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside
 from raredistill.study.plan import Entry, External, Run
 from raredistill.study.predict import plain_batches, prediction_table
 from raredistill.study.stages import second_stage
-from raredistill.study.teachers import network_of, patients_before, peers_of, teach, teacher_channels, teacher_files, teacher_name
+from raredistill.study.teachers import network_of, patients_before, peers_of, prior_of, teach, teacher_channels, teacher_files, teacher_name
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import DivergedError, Fitted, fit, predict_logits
 from raredistill.training.objectives import Deferred, Distilled, Objective, Supervised
@@ -301,23 +300,10 @@ def _promise(run: Run, cohort: Cohort, network: Network) -> Promise:
     patients = {*cohort.samples["patient"].to_numpy()[run.split.train], *patients_before(entry, cohort, run.split)}
     return Promise(
         model=entry.model, head=entry.head, dropout=entry.dropout, classes=cohort.classes, channels=entry.channels,
-        image_size=cohort.size[0], mean=tuple(network.mean), std=tuple(network.std), prior=_prior(run, cohort),
+        image_size=cohort.size[0], mean=tuple(network.mean), std=tuple(network.std),
+        prior=prior_of(entry, torch.from_numpy(_counts(run, cohort))),
         training_patients=tuple(sorted(patients)), external=False, split_hash=run.split.hash,
     )  # fmt: skip
-
-
-def _prior(run: Run, cohort: Cohort) -> tuple[float, ...] | None:
-    counts, settings = torch.from_numpy(_counts(run, cohort)), run.entry.settings
-    if settings.stage in ("crt", "lws"):
-        return tuple([1 / len(cohort.classes)] * len(cohort.classes))
-    if settings.stage != "none":
-        return None
-    if run.entry.teacher is not None:
-        # What a student's logits carry also depends on its teacher's: only a consistent method says it.
-        return taught_prior(run.entry.method, counts, run.entry.method_options)
-    if settings.mixing != "none":
-        return None
-    return carried_prior(settings.loss, counts=counts, sampler=settings.sampler, deferred=settings.deferred, **settings.loss_options)
 
 
 def _save_predictions(run: Run, cohort: Cohort, network: Network, fitted: Fitted, fabric: Fabric, draft: Path) -> None:

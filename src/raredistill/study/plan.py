@@ -32,6 +32,8 @@ class External:
         image_size: side in pixels that it was built for.
         training_patients: a text file with one patient a line.
         external: it has seen none of this cohort's patients; the report states that this is the user's word.
+        prior: shares of the classes that its logits carry, where its file does not say them: those of its training samples, after plain
+            cross-entropy.
     """
 
     weights: Path
@@ -43,6 +45,7 @@ class External:
     image_size: int = 0
     training_patients: Path | None = None
     external: bool = False
+    prior: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from raredistill import predictions
 from raredistill.batches import Batch
 from raredistill.checkpoint import Promise, load, read_safetensors
 from raredistill.cohort.store import Cohort
-from raredistill.distill.consistent import corrects
+from raredistill.distill.consistent import corrects, taught_prior
 from raredistill.distill.contract import Facts, Outputs, Shape
 from raredistill.distill.imbalance import shrunk_recall
 from raredistill.distill.registry import method_class
 from raredistill.errors import CheckpointError, ConfigError
-from raredistill.losses import estimate_prior, make_loss
+from raredistill.losses import carried_prior, estimate_prior, make_loss
 from raredistill.models import Network, create, restore
 from raredistill.sampling import POWERS
 from raredistill.splits import Split
@@ -111,6 +111,59 @@ def _prior(teachers: Sequence[Teacher], taught: Teacher | Ensemble | CrossFitted
         return None if taught.log_prior is None else taught.log_prior.exp()
     known = [teacher.log_prior.exp() for teacher in teachers if teacher.log_prior is not None]
     return torch.stack(known).mean(dim=0) if len(known) == len(teachers) else None
+
+
+def prior_of(entry: Entry, counts: Tensor) -> tuple[float, ...] | None:
+    """The class prior that an entry's logits will carry; None where its settings do not say it.
+
+    Args:
+        entry: as it is trained.
+        counts: ``(K,)`` training samples per class.
+    """
+    settings = entry.settings
+    if settings.stage in ("crt", "lws"):
+        return tuple([1 / len(counts)] * len(counts))
+    if settings.stage != "none":
+        return None
+    if entry.teacher is not None:
+        # What a student's logits carry also depends on its teacher's: only a consistent method says it.
+        return taught_prior(entry.method, counts, entry.method_options)
+    if settings.mixing != "none":
+        return None
+    return carried_prior(settings.loss, counts=counts, sampler=settings.sampler, deferred=settings.deferred, **settings.loss_options)
+
+
+def expected_facts(entry: Entry, teachers: Sequence[Entry], cohort: Cohort, split: Split, shapes: Sequence[Shape]) -> Facts:
+    """What can be known of a run's teacher without training: what training will find out has a value that no check refuses.
+
+    Args:
+        entry: the student's.
+        teachers: those of its teachers that are entries.
+        cohort: what all read.
+        split: on whom.
+        shapes: of the student, and of its teacher where that is one network.
+    """
+    labels = cohort.labels
+    counts = torch.from_numpy(np.bincount(labels[split.train], minlength=len(cohort.classes)))
+    unseen = bool(teachers) and (bool(entry.cross_fit) or len(split.validation) > 0)
+    return Facts(
+        counts=counts, classes=cohort.classes, background=_background(cohort), teacher=teacher_name(entry.teacher),
+        prior=_expected_prior(entry, teachers, counts, held_out=labels[split.validation]),
+        reliability=torch.ones(len(counts)) if unseen else None,
+        student_shape=shapes[0], teacher_shape=shapes[1] if len(shapes) > 1 else None,
+    )  # fmt: skip
+
+
+def _expected_prior(entry: Entry, teachers: Sequence[Entry], counts: Tensor, *, held_out: np.ndarray) -> Tensor | None:
+    if isinstance(entry.teacher, External):
+        told = _external_promise(entry.teacher)[1].prior
+        return None if told is None else torch.tensor(told)
+    priors = [prior_of(teacher, counts) for teacher in teachers]
+    if any(prior is None for prior in priors):
+        # Validation will tell what the settings do not.
+        return counts / counts.sum() if len(set(held_out.tolist())) == len(counts) else None
+    known = torch.tensor(priors)
+    return known[0] if torch.allclose(known, known[:1], atol=1e-4) else None
 
 
 def _reliability(run: Run, cohort: Cohort, teachers: Sequence[Teacher], runs: Path) -> Tensor | None:
@@ -213,7 +266,7 @@ def teacher_name(teacher: str | tuple[str, ...] | External | None) -> str:
 def _external_promise(teacher: External) -> tuple[Network, Promise]:
     if not teacher.model:
         network, promise = restore(teacher.weights)
-        return network, promise if promise.training_patients is not None else _with_patients(promise, teacher)
+        return network, _with_prior(promise if promise.training_patients is not None else _with_patients(promise, teacher), teacher)
     if not (teacher.classes and teacher.channels and teacher.image_size):
         raise CheckpointError(f"{teacher.weights}: a teacher given as bare weights needs model, classes, channels and image_size")
     normalisation = (teacher.mean, teacher.std) if teacher.mean and teacher.std else None
@@ -225,13 +278,26 @@ def _external_promise(teacher: External) -> tuple[Network, Promise]:
         model=teacher.model, head="linear", dropout=0.0, classes=teacher.classes, channels=teacher.channels, image_size=teacher.image_size,
         mean=tuple(network.mean), std=tuple(network.std), prior=None, training_patients=None, external=teacher.external, split_hash="",
     )  # fmt: skip
-    return network, _with_patients(bare, teacher)
+    return network, _with_prior(_with_patients(bare, teacher), teacher)
 
 
 def _with_patients(promise: Promise, teacher: External) -> Promise:
     if teacher.training_patients is None:
         return replace(promise, external=teacher.external)
     return replace(promise, training_patients=_lines(teacher.training_patients), external=teacher.external)
+
+
+def _with_prior(promise: Promise, teacher: External) -> Promise:
+    if not teacher.prior:
+        return promise
+    shares = ", ".join(f"{share:g}" for share in teacher.prior)
+    if promise.prior is not None:
+        raise ConfigError(f"teacher {teacher.weights} says itself that it carries {list(promise.prior)}; leave out prior: [{shares}]")
+    if len(teacher.prior) != len(promise.classes) or min(teacher.prior) <= 0 or abs(sum(teacher.prior) - 1) > 0.01:
+        raise ConfigError(
+            f"teacher {teacher.weights}: prior: [{shares}] must be shares above 0, together 1, one for each of {list(promise.classes)}"
+        )
+    return replace(promise, prior=tuple(share / sum(teacher.prior) for share in teacher.prior))
 
 
 def _lines(path: Path) -> tuple[str, ...]:

@@ -13,13 +13,16 @@ import pandas as pd
 from raredistill.cohort import labels
 from raredistill.cohort.labels import LabelRule
 from raredistill.cohort.sources import Problem, Slices, Unit
-from raredistill.cohort.volumes import Renderer
+from raredistill.cohort.store import MASK
+from raredistill.cohort.volumes import Renderer, nearest
 from raredistill.errors import ConfigError, DataError
 from raredistill.files import sha256
 
 CHANNELS = ("flair", "t1", "t1ce", "t2")
 GRADES = ("HGG", "LGG")
 CLASSES = ("healthy", *GRADES)
+GREYS = np.array([0, 85, 170, 255, 255], np.uint8)
+"""Of the mask's labels as a channel: background, necrosis, oedema, enhancing tumour (3 or 4)."""
 MAPPING = "name_mapping.csv"
 PHANTOM = "PHANTOM.md"
 """What ``raredistill phantom`` leaves beside its data; named here too, since to import the phantom costs every worker half a second."""
@@ -138,7 +141,15 @@ def read_bytes(file: Path) -> bytes:
 
 
 def to_slices(
-    unit: Unit, rendered: Renderer, mask: np.ndarray, *, rule: LabelRule, size: tuple[int, int], hashes: dict[str, str], problems: Any = ()
+    unit: Unit,
+    rendered: Renderer,
+    mask: np.ndarray,
+    *,
+    rule: LabelRule,
+    size: tuple[int, int],
+    hashes: dict[str, str],
+    with_mask: bool = False,
+    problems: Any = (),
 ) -> Slices:
     """Label, select and resize the axial slices of one patient.
 
@@ -149,6 +160,7 @@ def to_slices(
         rule: the label rule.
         size: ``(height, width)`` of the samples.
         hashes: of the files that were read.
+        with_mask: give the mask as a channel, too.
         problems: what decoding told.
 
     Raises:
@@ -162,7 +174,10 @@ def to_slices(
     names, counts = np.unique(outcomes, return_counts=True)
     tally = {str(name): int(count) for name, count in zip(names, counts, strict=True)} | differences
     rows = [_row(unit, int(index), str(outcomes[index])) for index in keep]
-    return Slices(rows, rendered.resized(keep, size), tally, hashes, tuple(problems))
+    pixels = rendered.resized(keep, size)
+    if with_mask:
+        pixels[MASK] = nearest(GREYS[mask[keep]], size)
+    return Slices(rows, pixels, tally, hashes, tuple(problems))
 
 
 def _row(unit: Unit, index: int, outcome: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from raredistill.cohort.labels import LabelRule
 from raredistill.cohort.sources import Problem, Slices, Unit, brats
+from raredistill.cohort.store import MASK
 from raredistill.cohort.volumes import Renderer
 from raredistill.errors import ConfigError, DataError
 from raredistill.files import inside
@@ -41,6 +42,8 @@ class BratsHdf5:
         min_tumour_voxels: tumour voxels (at native resolution) that make a slice a tumour slice under the default rule.
         min_brain_share: share of the patient's widest brain slice under which the default rule leaves a slice out.
         channels: modalities to read. Emptiness and brain are judged on these.
+        mask: give the segmentation as one more channel, ``mask``: 0, 85, 170 and 255 for the labels 0, 1, 2 and 3 (or 4), resized to the
+            nearest voxel. It is for teachers that may know more than their students: runs take it only where their ``channels`` name it.
         channel_order: what the last axis of ``image`` holds; users of the archive disagree.
 
     Raises:
@@ -60,9 +63,11 @@ class BratsHdf5:
         min_tumour_voxels: int = 50,
         min_brain_share: float = 0.1,
         channels: Sequence[str] = brats.CHANNELS,
+        mask: bool = False,
         channel_order: Sequence[str] = brats.CHANNELS,
     ) -> None:
-        self.channels = brats.choose_channels(channels)
+        self._modalities, self._mask = brats.choose_channels(channels), mask
+        self.channels = (*self._modalities, *([MASK] if mask else []))
         self._order = _choose_order(channel_order)
         self._path = Path(path)
         self._rule = LabelRule(rule, min_tumour_voxels, min_brain_share)
@@ -107,15 +112,15 @@ class BratsHdf5:
         Raises:
             DataError: files cannot be decoded or disagree in shape; every reason is told.
         """
-        stack, mask, hashes = _read_slices(unit, [self._order.index(channel) for channel in self.channels])
+        stack, mask, hashes = _read_slices(unit, [self._order.index(channel) for channel in self._modalities])
         rendered, scaled = Renderer(), []
-        for channel, volume in zip(self.channels, stack, strict=True):
+        for channel, volume in zip(self._modalities, stack, strict=True):
             backgrounds = _backgrounds(volume)
             _add(rendered, unit, channel, volume, backgrounds)
             if backgrounds is not None or _flat_tops(volume):
                 scaled.append(channel)
         problems = _scaling(unit, scaled)
-        return brats.to_slices(unit, rendered, mask, rule=self._rule, size=size, hashes=hashes, problems=problems)
+        return brats.to_slices(unit, rendered, mask, rule=self._rule, size=size, hashes=hashes, with_mask=self._mask, problems=problems)
 
     def _table_folder(self) -> Path:
         beside = [next(iter(slices.values()))[0].parent for slices in self._volumes.values()][:1]

@@ -17,6 +17,7 @@ from isal import igzip_lib
 
 from raredistill.cohort.labels import LabelRule
 from raredistill.cohort.sources import Problem, Slices, Unit, brats
+from raredistill.cohort.store import MASK
 from raredistill.cohort.volumes import Renderer
 from raredistill.errors import DataError
 from raredistill.files import inside
@@ -60,6 +61,8 @@ class BratsNifti:
         min_tumour_voxels: tumour voxels (at native resolution) that make a slice a tumour slice under the default rule.
         min_brain_share: share of the patient's widest brain slice under which the default rule leaves a slice out.
         channels: modalities to read. Emptiness and brain are judged on these.
+        mask: give the segmentation as one more channel, ``mask``: 0, 85, 170 and 255 for the labels 0, 1, 2 and 3 (or 4), resized to the
+            nearest voxel. It is for teachers that may know more than their students: runs take it only where their ``channels`` name it.
 
     Raises:
         ConfigError: an option does not fit.
@@ -78,8 +81,10 @@ class BratsNifti:
         min_tumour_voxels: int = 50,
         min_brain_share: float = 0.1,
         channels: Sequence[str] = brats.CHANNELS,
+        mask: bool = False,
     ) -> None:
-        self.channels = brats.choose_channels(channels)
+        self._modalities, self._mask = brats.choose_channels(channels), mask
+        self.channels = (*self._modalities, *([MASK] if mask else []))
         self._path = Path(path)
         self._rule = LabelRule(rule, min_tumour_voxels, min_brain_share)
         self._cases = _find_cases(self._path)
@@ -90,7 +95,7 @@ class BratsNifti:
         """Cases that have every wanted modality, a segmentation and a grade, in the order of their names."""
         graded = self._cases if self._grades.file else []
         usable = [case for case in graded if not self._case_problems(case) and "seg" in case.files]
-        roles = (*self.channels, "seg")
+        roles = (*self._modalities, "seg")
         return [Unit(case.patient, self._grades.values[case.patient], tuple(case.files[role][0] for role in roles)) for case in usable]
 
     def classes(self) -> tuple[str, ...]:
@@ -117,7 +122,7 @@ class BratsNifti:
             DataError: files cannot be decoded or disagree; every reason is told.
         """
         reading = _Reading({}, {}, {}, [], Renderer(), np.empty(0, np.uint8))
-        for role, file in zip((*self.channels, "seg"), unit.files, strict=True):
+        for role, file in zip((*self._modalities, "seg"), unit.files, strict=True):
             try:
                 reading.take(role, file)
             except DataError as error:
@@ -126,10 +131,12 @@ class BratsNifti:
             raise DataError("; ".join(reading.failures))
         _check_shapes(unit, reading.shapes)
         _check_places(unit, reading.places, next(iter(reading.shapes.values())))
-        return brats.to_slices(unit, reading.rendered, reading.mask, rule=self._rule, size=size, hashes=reading.hashes)
+        return brats.to_slices(
+            unit, reading.rendered, reading.mask, rule=self._rule, size=size, hashes=reading.hashes, with_mask=self._mask
+        )
 
     def _case_problems(self, case: _Case) -> list[Problem]:
-        gone = case.missing(self.channels)
+        gone = case.missing(self._modalities)
         problems = [
             Problem("error", case.patient, str(case.folder), f"no {role} file", "add the file or choose other channels") for role in gone
         ]
