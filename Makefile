@@ -16,7 +16,7 @@ demo: install   ## the main job, end to end, on a generated cohort
 	$(BIN)/raredistill demo --out out/demo
 
 test: install   ## every test
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 coverage: install  ## every test, and the lines and branches of src that they reach: fails under 90 %
 	$(BIN)/coverage erase
