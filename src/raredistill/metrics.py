@@ -74,17 +74,24 @@ def metrics_from_confusion(matrix: ArrayLike) -> dict[str, Any]:
     counts = np.asarray(matrix, dtype=np.float64)
     if counts.ndim < 2 or counts.shape[-1] != counts.shape[-2]:
         raise DataError(f"a confusion matrix must be (K, K), not {counts.shape}")
-    per_class = _per_class(counts)
+    found = metrics_from_margins(np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1), counts.sum(axis=-2))
+    return {name: float(value) if value.ndim == 0 else value for name, value in found.items()}
+
+
+def metrics_from_margins(right: Floats, actual: Floats, guessed: Floats) -> dict[str, Floats]:
+    """The same metrics from three counts a class ``(..., K)``: called rightly, in the truth, and predicted.
+
+    They need no more of a confusion matrix than its diagonal and its margins, which keeps a hundred classes as light as three.
+    """
+    per_class = _per_class(right, actual, guessed)
     recall = per_class["recall"]
     overall = {
-        "accuracy": _ratio(np.trace(counts, axis1=-2, axis2=-1), counts.sum(axis=(-2, -1))),
+        "accuracy": _ratio(right.sum(axis=-1), actual.sum(axis=-1)),
         "macro_f1": _present_mean(per_class["f1"]),
         "balanced_accuracy": _present_mean(recall),
         "g_mean": _geometric_mean(recall),
-        **_agreement(counts),
+        **_agreement(right, actual, guessed),
     }
-    if counts.ndim == 2:
-        return {**per_class, **{name: float(value) for name, value in overall.items()}}
     return {**per_class, **overall}
 
 
@@ -181,10 +188,8 @@ def _indices(values: ArrayLike, classes: int, what: str) -> Integers:
     return indices
 
 
-def _per_class(counts: Floats) -> dict[str, Floats]:
-    right = np.diagonal(counts, axis1=-2, axis2=-1)
-    actual, guessed = counts.sum(axis=-1), counts.sum(axis=-2)
-    others = counts.sum(axis=(-2, -1))[..., None] - actual
+def _per_class(right: Floats, actual: Floats, guessed: Floats) -> dict[str, Floats]:
+    others = actual.sum(axis=-1)[..., None] - actual
     absent = actual == 0
     values = {
         "precision": _ratio(right, guessed, empty=0.0),
@@ -195,12 +200,10 @@ def _per_class(counts: Floats) -> dict[str, Floats]:
     return {name: np.where(absent, np.nan, value) for name, value in values.items()}
 
 
-def _agreement(counts: Floats) -> dict[str, Floats]:
-    total = counts.sum(axis=(-2, -1))
-    right = np.trace(counts, axis1=-2, axis2=-1)
-    actual, guessed = counts.sum(axis=-1), counts.sum(axis=-2)
+def _agreement(right: Floats, actual: Floats, guessed: Floats) -> dict[str, Floats]:
+    total = actual.sum(axis=-1)
     chance = (actual * guessed).sum(axis=-1)
-    covariance = right * total - chance
+    covariance = right.sum(axis=-1) * total - chance
     spread = (total**2 - (actual**2).sum(axis=-1)) * (total**2 - (guessed**2).sum(axis=-1))
     mcc = np.where(total > 0, _ratio(covariance, np.sqrt(spread), empty=0.0), np.nan)
     return {"mcc": mcc, "kappa": _ratio(covariance, total**2 - chance)}

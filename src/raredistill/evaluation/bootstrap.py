@@ -15,7 +15,7 @@ from scipy import stats
 
 from raredistill.errors import ConfigError, DataError
 from raredistill.evaluation.ranking import rank
-from raredistill.metrics import metrics_from_confusion
+from raredistill.metrics import metrics_from_margins
 from raredistill.predictions import Predictions
 
 Floats = NDArray[np.float64]
@@ -215,14 +215,21 @@ def parse_metric(metric: str, classes: tuple[str, ...]) -> tuple[str, int]:
 
 def _counted(predictions: Predictions, name: str, place: int, of_row: Integers, patients: int) -> Statistic:
     classes = len(predictions.classes)
-    cell = predictions.labels() * classes + predictions.probabilities().argmax(axis=1)
-    counts = np.bincount(of_row * classes**2 + cell, minlength=patients * classes**2).reshape(patients, -1).astype(np.float64)
+    truth, guess = predictions.labels(), predictions.probabilities().argmax(axis=1)
+    right = truth == guess
+    margins = np.hstack([_by_patient(of_row[right], truth[right], patients, classes), _by_patient(of_row, truth, patients, classes),
+                         _by_patient(of_row, guess, patients, classes)])  # fmt: skip
 
     def statistic(weights: Integers) -> Floats:
-        values: Floats = metrics_from_confusion((weights @ counts).reshape(-1, classes, classes))[name]
+        values: Floats = metrics_from_margins(*np.split(weights @ margins, 3, axis=1))[name]
         return values if place < 0 else values[:, place]
 
     return statistic
+
+
+def _by_patient(of_row: Integers, label: Integers, patients: int, classes: int) -> Floats:
+    """How many rows of each patient have each label, ``(P, K)``."""
+    return np.bincount(of_row * classes + label, minlength=patients * classes).reshape(patients, classes).astype(np.float64)
 
 
 def _looped(predictions: Predictions, function: Function, of_row: Integers) -> Statistic:
@@ -249,7 +256,9 @@ def _tails(interval: Interval, statistic: Statistic, patients: _Patients, draws:
 
 def _acceleration(statistic: Statistic, patients: _Patients) -> float:
     """Skew of the jackknife over patients, each class about its own mean; 0 where leaving a patient out changes nothing."""
-    values = statistic(1 - np.eye(len(patients.strata), dtype=np.int64))
+    number = len(patients.strata)
+    blocks = [np.arange(start, min(start + _BLOCK, number)) for start in range(0, number, _BLOCK)]
+    values = np.concatenate([statistic((block[:, None] != np.arange(number)).astype(np.int64)) for block in blocks])
     means = pd.Series(values).groupby(patients.strata).transform("mean").to_numpy(dtype=np.float64)
     influence = np.nan_to_num(means - values)
     spread = float((influence**2).sum() ** 1.5)
