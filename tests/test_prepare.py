@@ -1,4 +1,6 @@
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel
@@ -231,3 +233,20 @@ def test_real_cases_give_the_counts_of_an_independent_look_at_the_raw_volumes(tm
     thesis = open_source("brats_nifti", GLIOMA, grades=grades, rule="thesis")
     labels = [row["label"] for unit in thesis.units() for row in thesis.read(unit, (8, 8)).rows]
     assert labels == [name.replace("tumour", "LGG") for name in expected["thesis"] if name in ("tumour", "healthy")]
+
+
+def test_two_preparations_at_once_make_one_cohort(tmp_path, monkeypatch):
+    source, second = make_source(tmp_path / "raw"), []
+    read = preparation._read_parts
+
+    def reading(*arguments, **options):
+        if not second:  # while this one holds the lock, another begins and waits
+            second.append(threads.submit(prepare, source, tmp_path / "out", size=SIZE, workers=1))
+            time.sleep(0.3)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(preparation, "_read_parts", reading)
+    with ThreadPoolExecutor(1) as threads:
+        first = prepare(source, tmp_path / "out", size=SIZE, workers=1)
+        assert second[0].result().hash == first.hash
+    assert len(second) == 1

@@ -70,8 +70,12 @@ def prepare(
         return _finished(out, job)
     problems = source.problems()
     _refuse(source, problems, leave_out_bad)
+    if (out / store.DESCRIPTION).exists():  # another process has made it in the meantime
+        return _finished(out, job)
     files.claim_folder(out, WORK)
     with files.locked(out / WORK / "lock"):
+        if (out / store.DESCRIPTION).exists():  # or while this one waited
+            return _finished(out, job)
         _claim_job(out, job)
         parts, unreadable = _read_parts(source, out / WORK, size, progress, workers=workers, executor=executor)
         _refuse(source, unreadable, leave_out_bad)
