@@ -1,5 +1,6 @@
 """A tiny cohort that is learnable: bright blobs whose side tells the class; healthy slices have none."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from raredistill.cohort.store import Cohort, save
 
 torch.set_num_threads(1)
+# A shell that starts tests in the background has them ignore Ctrl-C, and so would every process that they start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_rows(patients: dict[str, int], slices: int) -> pd.DataFrame:
