@@ -162,6 +162,7 @@ class _Cell:
         self.crossed: dict[tuple[str, int], tuple[Run, ...]] = {}
 
     def runs(self, order: Sequence[Entry]) -> Iterator[Run]:
+        """The runs of all entries, each after its teachers; cross-fitted teachers come once, before their first student."""
         for entry in order:
             if entry.cross_fit:
                 yield from self._cross(entry)

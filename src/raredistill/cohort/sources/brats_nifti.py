@@ -205,6 +205,7 @@ class _Reading:
     mask: np.ndarray
 
     def take(self, role: str, file: Path) -> None:
+        """Read one file of the patient: a modality is rendered, a segmentation kept; shapes and places are compared by the caller."""
         raw = brats.read_bytes(file)
         self.hashes[file.name] = hashlib.sha256(raw).hexdigest()
         volume, self.places[file.name] = decode(raw, file)
