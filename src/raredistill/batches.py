@@ -39,8 +39,8 @@ class Batch:
         labels: ``(N,)`` int64 class indices.
         channels: names of the C channels.
         epoch: that the batch belongs to.
-        view: number of the random views, a new one each epoch unless training cycles through a few.
         mixed: partners, where samples are mixed.
+        view: number of the random views, a new one each epoch unless training cycles through a few.
     """
 
     rows: Tensor
@@ -48,13 +48,13 @@ class Batch:
     labels: Tensor
     channels: tuple[str, ...]
     epoch: int = 0
-    view: int = 0
     mixed: Mixed | None = None
+    view: int = 0
 
     def at(self, positions: Tensor) -> Batch:
         """Some samples of the batch; ``positions (M,)`` int64 on the CPU."""
         there = positions.to(self.labels.device)
-        return Batch(self.rows[positions], self.images[there], self.labels[there], self.channels, self.epoch, self.view)
+        return Batch(self.rows[positions], self.images[there], self.labels[there], self.channels, self.epoch, view=self.view)
 
     def select(self, channels: Sequence[str]) -> Tensor:
         """The view of one network: its channels, in its order."""
@@ -69,7 +69,7 @@ class Batch:
 
     def _cut(self, part: slice) -> Batch:
         mixed = None if self.mixed is None else Mixed(self.mixed.labels[part], self.mixed.share[part])
-        return Batch(self.rows[part], self.images[part], self.labels[part], self.channels, self.epoch, self.view, mixed)
+        return Batch(self.rows[part], self.images[part], self.labels[part], self.channels, self.epoch, mixed, self.view)
 
 
 class Batches:
@@ -198,15 +198,17 @@ class Batches:
 
     def _batch(self, positions: np.ndarray, pixels: Tensor, epoch: int) -> Batch:
         rows = self.rows[positions]
-        view = epoch if self.views is None else epoch % self.views
         if self.augmentation is None:
             images = pixels.to(torch.float32).mul_(1 / 255)
         else:
-            images = apply(pixels, make_params(self.augmentation, seed=self.seed, epoch=view, samples=rows))
+            images = apply(pixels, make_params(self.augmentation, seed=self.seed, epoch=self._view(epoch), samples=rows))
         labels = self._labels_there[torch.from_numpy(positions).to(self.device)]
         if self.mixing is not None:
             return self._mixed(self.mixing, rows, images, labels, epoch)
-        return Batch(torch.from_numpy(rows), images, labels, self.channels, epoch, view)
+        return Batch(torch.from_numpy(rows), images, labels, self.channels, epoch, view=self._view(epoch))
+
+    def _view(self, epoch: int) -> int:
+        return epoch if self.views is None else epoch % self.views
 
     def _mixed(self, mixing: Mixing, rows: np.ndarray, images: Tensor, labels: Tensor, epoch: int) -> Batch:
         size = len(rows) // 2
@@ -214,7 +216,9 @@ class Batches:
         own = torch.from_numpy(strength.astype(np.float32)).to(self.device)
         images = torch.lerp(images[size:], images[:size], own[:, None, None, None])
         share = mixing.label_share(own, labels[:size], labels[size:], self._counts_there) if mixing.remix else own
-        return Batch(torch.from_numpy(rows[:size]), images, labels[:size], self.channels, epoch, mixed=Mixed(labels[size:], share))
+        return Batch(
+            torch.from_numpy(rows[:size]), images, labels[:size], self.channels, epoch, Mixed(labels[size:], share), self._view(epoch)
+        )
 
     def _fits(self, residence: str) -> bool:
         if residence not in ("auto", "resident", "streamed"):
