@@ -134,6 +134,7 @@ class Trainer:
         self.model, self.optimizer = fabric.setup(network, make_optimizer(network, settings, objective.trainable))
         self.model.mark_forward_method("see")
         self.average = _moving_average(network, settings.ema_decay)
+        network.compile_body(settings.compile, training=True)
         self.plateau = Plateau(settings) if settings.schedule == "plateau" else None
         self.fitted = Fitted()
         self.micro_batches = 1
