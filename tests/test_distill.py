@@ -133,6 +133,36 @@ def test_xerm_weighs_the_two_risks_sample_by_sample(logits):
     assert float(found["xerm"]) == pytest.approx((weight * -(balanced * log).sum(axis=1)).mean(), abs=1e-5)
 
 
+@pytest.mark.parametrize("keep", ["soft", "hard"])
+def test_of_two_heads_on_the_same_features_one_learns_labels_and_the_other_the_teacher(keep, logits):
+    student, teacher, target = logits
+    features = np.random.default_rng(4).normal(size=(10, 5))
+    method = make_method("ssd", Facts(COUNTS, student_shape=Shape(5)), keep=keep, temperature=T)
+    weight = np.random.default_rng(5).normal(size=(3, 5))
+    with torch.no_grad():
+        method.head.weight.copy_(torch.tensor(weight))
+        method.head.bias.copy_(torch.tensor([0.5, 0.0, -0.5]))
+    beside = features @ weight.T + [0.5, 0.0, -0.5]
+    hard, soft = (beside, student) if keep == "soft" else (student, beside)
+    outputs = Outputs(torch.tensor(student), torch.tensor(features))
+    found = method.terms(SimpleNamespace(labels=torch.tensor(target)), outputs, Outputs(torch.tensor(teacher)))
+    assert float(found["ce"].detach()) == pytest.approx(-np.log(softmax(hard))[np.arange(10), target].mean(), abs=1e-5)
+    assert float(found["ssd"].detach()) == pytest.approx(kl(softmax(teacher / T), softmax(soft / T)) * T**2, abs=1e-5)
+
+
+def test_labels_reach_a_student_that_keeps_its_soft_head_only_through_the_features(logits):
+    student, teacher, target = (torch.tensor(each) for each in logits)
+    student.requires_grad_()
+    features = torch.randn(10, 5, dtype=torch.float64, requires_grad=True)
+    method = make_method("ssd", Facts(COUNTS, student_shape=Shape(5)))
+    torch.nn.init.normal_(method.head.weight)
+    found = method.terms(SimpleNamespace(labels=target), Outputs(student, features), Outputs(teacher))
+    for term, reached, spared in (("ce", features, student), ("ssd", student, features)):
+        there, not_there = torch.autograd.grad(found[term], (reached, spared), allow_unused=True, retain_graph=True)
+        assert there.abs().max() > 0
+        assert not_there is None
+
+
 def test_reliable_distillation_weighs_each_sample_by_its_class(logits):
     student, teacher, target = logits
     recalls = np.array([0.9, 0.5, 0.1])
