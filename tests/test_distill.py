@@ -56,7 +56,7 @@ def dist_oracle(s, t, _):
 
 
 def standardised_oracle(s, t, _):
-    s, t = ((z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True) for z in (s, t))
+    s, t = ((z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True, ddof=1) for z in (s, t))
     return kl(softmax(t / T), softmax(s / T)) * T**2
 
 
@@ -235,9 +235,13 @@ def test_class_balanced_distillation_and_contrast_equal_their_formulas():
     assert float(distill.cosine_distance(torch.tensor(student), torch.tensor(teacher))) == pytest.approx(
         (1 - (unit[0] * unit[1]).sum(axis=1)).mean(), abs=1e-5
     )
+    target = np.array([0, 1, 1, 2, 0, 1])
     cosines = unit[0] @ unit[1].T / 0.2
-    expected = -(np.log(np.diag(softmax(cosines))) + np.log(np.diag(softmax(cosines.T)))).mean() / 2
-    assert float(distill.contrastive(torch.tensor(student), torch.tensor(teacher), temperature=0.2)) == pytest.approx(expected, abs=1e-5)
+    # Of the others in the batch, those of the same class are no negatives.
+    rivals = [[j for j in range(6) if j == i or target[j] != target[i]] for i in range(6)]
+    ways = [[-side[i, i] + np.log(np.exp(side[i, rivals[i]]).sum()) for i in range(6)] for side in (cosines, cosines.T)]
+    found = distill.contrastive(torch.tensor(student), torch.tensor(teacher), torch.tensor(target), temperature=0.2)
+    assert float(found) == pytest.approx(np.mean(ways), abs=1e-5)
 
 
 # Three values of x, three classes: p(x | y), and what follows under two priors.
