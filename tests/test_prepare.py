@@ -77,15 +77,20 @@ def test_both_layouts_make_cohorts_of_the_same_samples(tmp_path):
         assert np.abs(nifti.pixels(channel).astype(int) - hdf5.pixels(channel)).max() <= 1
 
 
-def test_an_interrupted_preparation_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    source, out = make_source(tmp_path / "raw"), tmp_path / "out"
+def interrupt(source, out, *, after):
+    """Prepare until so many patients are done."""
 
-    def stop_after_two(done, total):
-        if done == 2:
+    def stop(done, total):
+        if done == after:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(source, out, size=SIZE, workers=1, progress=stop_after_two)
+        prepare(source, out, size=SIZE, workers=1, progress=stop)
+
+
+def test_an_interrupted_preparation_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    source, out = make_source(tmp_path / "raw"), tmp_path / "out"
+    interrupt(source, out, after=2)
     assert not (out / "cohort.json").exists()
     read = []
     original = type(source).read
@@ -97,13 +102,7 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(tmp_path, monkeypat
 
 def test_a_part_is_read_again_when_its_file_changed_or_its_pixels_are_cut(tmp_path):
     source, out = make_source(tmp_path / "raw"), tmp_path / "out"
-
-    def stop(done, total):
-        if done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(source, out, size=SIZE, workers=1, progress=stop)
+    interrupt(source, out, after=3)
     cut = preparation._part_file(out / ".parts", source.units()[1], "t1.u8")
     cut.write_bytes(cut.read_bytes()[:-1])
     preparation._part_file(out / ".parts", source.units()[2], "json").write_bytes(bytes(100))  # as a crash of the machine may leave it
@@ -116,13 +115,7 @@ def test_a_part_is_read_again_when_its_file_changed_or_its_pixels_are_cut(tmp_pa
 
 def test_a_part_whose_description_was_edited_is_read_again(tmp_path):
     source, out = make_source(tmp_path / "raw"), tmp_path / "out"
-
-    def stop(done, total):
-        if done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(source, out, size=SIZE, workers=1, progress=stop)
+    interrupt(source, out, after=2)
     told = preparation._part_file(out / ".parts", source.units()[0], "json")
     assert '"label": "HGG"' in told.read_text()
     told.write_text(told.read_text().replace('"label": "healthy"', '"label": "LGG"'))

@@ -43,7 +43,7 @@ class Settings:
         schedule: ``constant``, ``step`` (times ``factor`` every ``step_epochs``), ``multistep`` (at ``milestones``), ``cosine`` (to 0) or
             ``plateau`` (times ``factor`` when ``select`` has not improved on validation for more than ``step_epochs``).
         warmup_epochs: epochs over which the rate rises linearly from 0.
-        clip_norm: largest gradient norm; none when not given.
+        clip_norm: largest gradient norm of each network in training; none when not given.
         ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated; none when not given.
         select: the validation metric that chooses the best checkpoint; ``last`` takes the last epoch, as does a split without validation.
         patience: stop after so many epochs without improvement; never when not given.
