@@ -159,9 +159,8 @@ def main() -> None:
         folder = Path(name)
         few, many = copy_cases(folder / "few", len(CASES)), copy_cases(folder / "many", options.patients)
         print(f"{PROCESSES} processes, {SIZE[0]} x {SIZE[1]}, four modalities, segmentation; {options.rounds} rounds\n")
-        print(
-            "| patients | prepare, s | nibabel get_fdata, s | ratio (median of pairs) | peak memory of a worker, MiB |\n|---|---|---|---|---|"
-        )
+        print("| patients | prepare, s | nibabel get_fdata, s | ratio (median of pairs) | peak memory of a worker, MiB |")
+        print("|" + "---|" * 5)
         two = measure("2", few, folder, options.rounds)
         all_of_them = measure(str(options.patients), many, folder, options.rounds)
         parallel._start_worker()

@@ -6,7 +6,9 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ MASK = "mask"
 """Channel that holds the segmentation: at hand in training only, so a run takes it only where it is named."""
 CONTENT = ("classes", "channels", "size", "pixels", "samples")
 """Entries of the description that the cohort's hash covers."""
+AT_ONCE = 256
+"""Images that one call of the system reads; it takes at most 1,024."""
 WORK = ".parts"
 """Folder inside an unfinished cohort: its presence says that the folder is ours to go on with."""
 
@@ -122,6 +126,47 @@ class Cohort:
         table = pd.DataFrame({"slices": grouped.size(), "patients": grouped.nunique()})
         table = table.reindex(list(self.classes), fill_value=0).astype(int)
         return table.rename_axis("class").reset_index()
+
+
+class PixelReader:
+    """Reads rows of some channels from the cohort's files into memory of the caller.
+
+    Reading instead of mapping: Python's lock is free meanwhile, and nothing of the files counts as the process' own memory.
+
+    Args:
+        cohort: an open cohort.
+        channels: in the order in which images are to hold them.
+
+    Raises:
+        OSError: a channel's file cannot be opened.
+    """
+
+    def __init__(self, cohort: Cohort, channels: Iterable[str]) -> None:
+        self._image = cohort.size[0] * cohort.size[1]
+        with ExitStack() as opened:
+            self._files = [opened.enter_context(pixel_file(cohort.root, channel).open("rb", buffering=0)) for channel in channels]
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> PixelReader:
+        """The reader itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        self._opened.close()
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Fill ``out (M, C, height, width)`` uint8 with the images of ``rows (M,)``; rows that follow each other are read at once.
+
+        Raises:
+            DataError: a file is shorter than it was.
+        """
+        cuts = np.flatnonzero((np.diff(rows) != 1) | (np.arange(1, len(rows)) % AT_ONCE == 0)) + 1
+        for start, stop in pairwise([0, *cuts.tolist(), len(rows)] if len(rows) else []):
+            for channel, file in enumerate(self._files):
+                images = list(out[start:stop, channel])
+                if os.preadv(file.fileno(), images, int(rows[start]) * self._image) != len(images) * self._image:
+                    raise DataError(f"{file.name} was cut short after the cohort was made; prepare the cohort again")
 
 
 def save(
