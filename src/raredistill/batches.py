@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import functools
+import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,13 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raredistill import memory
 from raredistill.augment import Augmentation, Mixing, apply, make_params, mix_params
-from raredistill.cohort.store import Cohort
+from raredistill.cohort.store import Cohort, PixelReader
 from raredistill.errors import ConfigError
 from raredistill.sampling import epoch_order
 
 RESIDENT_SHARE = 0.4
 AHEAD = 4
+
+
+@dataclass
+class _Buffer:
+    """Memory for the pixels of a batch, and when the device has copied them."""
+
+    pixels: Tensor
+    copied: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,9 @@ class Batches:
         shuffle: otherwise rows come in the given order.
         residence: ``resident``, ``streamed`` or ``auto`` (resident when the pixels take at most 40 % of the device's free memory).
         drop_last: leave out a smaller last batch.
+
+    Raises:
+        ConfigError: pixels are to be resident and exceed the device's free memory.
     """
 
     def __init__(
@@ -117,7 +130,8 @@ class Batches:
         self._pixels = [cohort.pixels(channel) for channel in self.channels]
         self._labels_there = torch.from_numpy(self._labels).to(device)
         self._counts_there = torch.bincount(self._labels_there, minlength=len(cohort.classes))
-        self._resident = self._gather(np.arange(len(rows))).to(device) if self._fits(residence) else None
+        self._open = functools.partial(PixelReader, cohort, self.channels)
+        self._resident = self._load() if self._fits(residence) else None
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.rows), self.batch_size)
@@ -160,41 +174,64 @@ class Batches:
             yield part, torch.index_select(self._resident, 0, torch.from_numpy(part).to(self.device), out=buffer[: len(part)])
 
     def _stream(self, parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
-        waiting: queue.Queue[tuple[np.ndarray, Tensor] | BaseException] = queue.Queue(AHEAD)
-        stop = threading.Event()
-        reader = threading.Thread(target=self._read, args=(parts, waiting, stop), daemon=True)
+        # A reader fills a few buffers in turn: each comes back when what was in it has been copied to the device or made into views.
+        free: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
+        ready: queue.SimpleQueue[_Buffer | BaseException] = queue.SimpleQueue()
+        shape = (max(map(len, parts), default=0), *self._image_shape())
+        for _ in range(min(AHEAD, len(parts))):
+            free.put(_Buffer(torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")))
+        reader = threading.Thread(target=self._read, args=(parts, free, ready), daemon=True)
         reader.start()
         try:
-            for _ in parts:
-                item = waiting.get()
+            for part in parts:
+                item = ready.get()
                 if isinstance(item, BaseException):
                     raise item
-                yield item[0], item[1].to(self.device, non_blocking=True)
+                pixels = item.pixels[: len(part)].to(self.device, non_blocking=True)
+                item.copied = _event(self.device)
+                yield part, pixels
+                free.put(item)
         finally:
-            stop.set()
+            free.put(None)
 
     def _read(
-        self, parts: list[np.ndarray], waiting: queue.Queue[tuple[np.ndarray, Tensor] | BaseException], stop: threading.Event
+        self, parts: list[np.ndarray], free: queue.SimpleQueue[_Buffer | None], ready: queue.SimpleQueue[_Buffer | BaseException]
     ) -> None:
-        for part in parts:
-            item: tuple[np.ndarray, Tensor] | BaseException
-            try:
-                item = (part, self._pinned(self._gather(part)))
-            except (OSError, ValueError) as error:
-                item = error
-            while not stop.is_set():
-                try:
-                    waiting.put(item, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
+        try:
+            with self._open() as files:
+                for part in parts:
+                    if (buffer := free.get()) is None:
+                        return
+                    if buffer.copied is not None:
+                        buffer.copied.synchronize()
+                    files.read(self.rows[part], buffer.pixels[: len(part)].numpy())
+                    ready.put(buffer)
+        except Exception as error:  # whatever it is, it is raised where the batch is waited for
+            ready.put(error)
 
-    def _gather(self, positions: np.ndarray) -> Tensor:
-        rows = self.rows[positions]
-        return torch.from_numpy(np.stack([pixels[rows] for pixels in self._pixels], axis=1))
+    def _load(self) -> Tensor:
+        """All pixels on the device, a few at a time, so that they are in memory once."""
+        shape = (len(self.rows), *self._image_shape())
+        self._refuse_too_many(math.prod(shape))
+        there = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        with self._open() as files:
+            for start in range(0, len(self.rows), self.batch_size):
+                rows = self.rows[start : start + self.batch_size]
+                pixels = np.empty((len(rows), *shape[1:]), np.uint8)
+                files.read(rows, pixels)
+                there[start : start + len(rows)] = torch.from_numpy(pixels)
+        return there
 
-    def _pinned(self, pixels: Tensor) -> Tensor:
-        return pixels.pin_memory() if self.device.type == "cuda" else pixels
+    def _refuse_too_many(self, size: int) -> None:
+        free = _free_memory(self.device)
+        if size > free:
+            raise ConfigError(
+                f"residence: {len(self.rows)} samples of {len(self.channels)} channel(s) take {size / 1e9:.3g} GB, and {self.device} has "
+                f"{free / 1e9:.3g} GB free; set residence=auto or streamed, prepare a cohort with a smaller --size, or name fewer channels"
+            )
+
+    def _image_shape(self) -> tuple[int, ...]:
+        return (len(self._pixels), *self._pixels[0].shape[1:])
 
     def _batch(self, positions: np.ndarray, pixels: Tensor, epoch: int) -> Batch:
         rows = self.rows[positions]
@@ -227,7 +264,16 @@ class Batches:
         return residence == "resident" or (residence == "auto" and size <= RESIDENT_SHARE * _free_memory(self.device))
 
 
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """What marks the device's work up to now; None where work is done when it is called."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory.available()
