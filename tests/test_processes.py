@@ -1,8 +1,12 @@
 """Two processes that train one network end where one does: the same batches, gradients, metrics, errors and states."""
 
+import multiprocessing
 import os
+import re
 import signal
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,15 +14,17 @@ import torch
 from torch import nn
 
 from conftest import write_tiny
+from raredistill import predictions
 from raredistill.augment import MIXINGS, PRESETS
 from raredistill.batches import Batches
 from raredistill.checkpoint import Promise
+from raredistill.config import StudyConfig, make_study
 from raredistill.distill.contract import Facts, Shape
 from raredistill.distill.registry import make_method
-from raredistill.errors import ConfigError, RareDistillError
+from raredistill.errors import ConfigError
 from raredistill.losses import make_loss
 from raredistill.models import Network, create
-from raredistill.training import launch as launching
+from raredistill.study.execute import execute
 from raredistill.training import resume
 from raredistill.training.devices import Team, make_fabric
 from raredistill.training.launch import Place, launch
@@ -47,8 +53,8 @@ def ce(name="cross_entropy"):
 
 
 def taught(method, fabric):
-    promise = Promise(model="plain", head="linear", dropout=0.0, classes=CLASSES, channels=("t1ce",), image_size=16, mean=(0.4,), std=(0.3,),
-                      prior=(0.5, 0.3, 0.2), training_patients=None, external=True, split_hash="")  # fmt: skip
+    promise = Promise(model="plain", head="linear", dropout=0.0, classes=CLASSES, channels=("t1ce",), image_size=16, mean=(0.4,),
+                      std=(0.3,), prior=(0.5, 0.3, 0.2), training_patients=None, external=True, split_hash="")  # fmt: skip
     facts = Facts(COUNTS, prior=torch.tensor([0.5, 0.3, 0.2]), student_shape=Shape(32), teacher_shape=Shape(48))
     teacher = Teacher(network(width=12), promise, fabric)
     return Distilled(ce(), make_method(method, facts), teacher, ce_weight=0.5, kd_weight=2.0)
@@ -62,7 +68,8 @@ def mutual(fabric):
 SCENARIOS = {
     "class weights": (lambda fabric: Supervised(ce("weighted_cross_entropy"), None), PLAIN, {}),
     "deferred weights, balanced, streamed": (
-        lambda fabric: Supervised(ce(), Deferred(torch.tensor([0.5, 1.0, 1.5]), 1)), PLAIN, {"sampler": "balanced", "residence": "streamed"},
+        lambda fabric: Supervised(ce(), Deferred(torch.tensor([0.5, 1.0, 1.5]), 1)), PLAIN,
+        {"sampler": "balanced", "residence": "streamed"},
     ),
     "kd": (lambda fabric: taught("kd", fabric), PLAIN, {}),
     "a method's own layer": (lambda fabric: taught("cbd", fabric), PLAIN, {}),
@@ -270,3 +277,118 @@ def test_an_infinite_loss_in_one_process_ends_all_and_names_the_whole_batch(coho
 def test_all_processes_keep_the_running_statistics_of_the_first(two):
     first, second = two[1]["kept"]
     assert np.array_equal(first, second)
+
+
+RUN = {"name": "shared", "model": "test_vit", "training": {"stage": "tau_norm", "devices": 2}}
+TRAINING = {"epochs": 4, "batch_size": 15, "optimizer": "sgd", "learning_rate": 0.02, "accelerator": "cpu", "schedule": "constant"}
+
+
+class Watcher:
+    """Does something at the end of the first epoch that it sees."""
+
+    def __init__(self, act=lambda: None):
+        self.act, self.epochs = act, []
+
+    def run_started(self, run, epochs):
+        pass
+
+    def view_kept(self, run, done, total):
+        pass
+
+    def epoch_done(self, run, record):
+        self.epochs.append(record["epoch"])
+        self.act()
+
+    def run_done(self, run, record, *, reused):
+        pass
+
+
+def kill_one():
+    os.kill(max(child.pid for child in multiprocessing.active_children()), signal.SIGKILL)
+
+
+def press():
+    """What Ctrl-C in a terminal does: every process gets the signal, not the first alone."""
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGINT)
+    raise KeyboardInterrupt
+
+
+def first_run(cohort, entry):
+    raw = {"name": "s", "cohort": str(cohort.root), "channels": ["flair"], "splits": {"folds": 2, "validation_share": 0.34},
+           "training": TRAINING, "runs": [entry]}  # fmt: skip
+    return make_study(StudyConfig.model_validate(raw), cohort, "test").plan()[:1]
+
+
+def test_a_run_on_two_devices_outlives_kill_9_of_one_and_an_interruption_and_ends_where_one_device_does(cohort, tmp_path):
+    plan, seen = first_run(cohort, RUN), []
+    began = time.monotonic()
+    [failed] = execute(plan, cohort, tmp_path, Watcher(kill_one), seen.append)
+    assert failed["status"] == "failed"
+    assert re.match(r"process \d of the 2 of this run was killed \(SIGKILL\); what was kept is intact", failed["error"])
+    assert not multiprocessing.active_children()
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, cohort, tmp_path, Watcher(press), seen.append)
+    assert not multiprocessing.active_children()
+    kept = Keeper(tmp_path / "runs" / f"{plan[0].id}.unfinished").load()
+    assert len(kept.facts["fitted"]["epochs"]) in (1, 2)
+    watcher = Watcher()
+    [done] = execute(plan, cohort, tmp_path, watcher, seen.append)
+    assert done["status"] == "done"
+    assert watcher.epochs == [0, 1, 2, 3]  # those that were kept are told again
+    assert time.monotonic() - began < 120
+    single = first_run(cohort, {**RUN, "training": {**RUN["training"], "devices": 1}})
+    [alone] = execute(single, cohort, tmp_path, Watcher(), seen.append)
+    tables = [predictions.read(tmp_path / "runs" / record["id"] / "predictions.parquet").table for record in (done, alone)]
+    assert tables[0]["sample"].tolist() == tables[1]["sample"].tolist()
+    np.testing.assert_allclose(*(np.stack(table["logits"]) for table in tables), atol=1e-5)
+    assert done["stage_tau"] == alone["stage_tau"]
+    assert not done["remarks"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training": {"devices": 3, "batch_size": 2}}, "devices: 3 cannot share a batch of 2"),
+        ({"training": {"devices": 2, "accelerator": "mps"}}, "mps is one device"),
+        ({"teacher": "large", "method": "crd", "training": {"devices": 2}}, "method crd relates the samples of a batch to each other"),
+        ({"teacher": "large", "method": "dist", "training": {"devices": 2}}, "devices: 2 divides it"),
+    ],
+)
+def test_what_several_devices_cannot_do_is_refused_before_the_first_step(cohort, changes, said):
+    entry = {"name": "shared", "model": "small_cnn", **changes}
+    raw = {"name": "s", "cohort": str(cohort.root), "splits": {"folds": 2, "validation_share": 0.34}, "training": TRAINING,
+           "runs": [entry, {"name": "large", "model": "cifar_resnet8"}]}  # fmt: skip
+    with pytest.raises(ConfigError, match=said):
+        make_study(StudyConfig.model_validate(raw), cohort, "test")
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("raredistill.training.devices.Fabric", lambda **options: SimpleNamespace(device=torch.device("cuda", 0)))
+    with pytest.raises(ConfigError, match="devices: 2, but this machine has 1 of kind cuda; set devices=1"):
+        make_fabric("cuda", "32-true", 2)
+
+
+def test_a_batch_that_has_too_few_samples_for_all_processes_is_refused(cohort):
+    options = {"channels": ("flair",), "batch_size": 16, "device": torch.device("cpu"), "share": (0, 2)}
+    with pytest.raises(ConfigError, match="devices: 2 cannot share a batch of 1"):
+        Batches(cohort, np.arange(33), **options)
+    assert len(Batches(cohort, np.arange(33), **options, drop_last=True)) == 2
+
+
+def test_batch_norms_are_synchronised_on_gpus_and_keep_their_activations():
+    team = Team(SimpleNamespace(global_rank=0, world_size=2, device=torch.device("cuda", 0)))
+    made = create("efficientnet_lite0", channels=1, classes=3, image_size=32).eval()  # whose batch norms hold activations
+    images = torch.rand(2, 1, 32, 32)
+    before, weights = made(images), list(made.parameters())
+    team.synchronise(made)
+    norms = [layer for layer in made.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(layer, nn.SyncBatchNorm) for layer in norms)
+    assert all(ours is theirs for ours, theirs in zip(made.parameters(), weights, strict=True))
+    torch.testing.assert_close(made(images), before)
+    on_cpu = Team(SimpleNamespace(global_rank=0, world_size=2, device=torch.device("cpu")))
+    on_cpu.synchronise(plain := nn.Sequential(nn.BatchNorm2d(1)))
+    assert type(plain[0]) is nn.BatchNorm2d
