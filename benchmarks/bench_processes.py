@@ -1,7 +1,7 @@
 """What several processes for one run cost or gain: epoch time against one process, at the same global batch and the same threads in all.
 
-On the CPU: resnet18, 64 x 64, 512 images, batch 64, two processes against one. With two GPUs or more, also resnet50, 224 x 224, 4,096 images,
-batch 512 in bf16 on 1, 2, 4 ... of them. Each start trains three epochs, of which the first is not counted; starts are interleaved.
+On the CPU: resnet18, 64 x 64, 256 images, batch 64, two processes against one. With two GPUs or more, also resnet50, 224 x 224, 4,096
+images, batch 512 in bf16 on 1, 2, 4 ... of them. Each start trains three epochs, of which the first is not counted; starts are interleaved.
 Command: ``python benchmarks/bench_processes.py``
 """
 
@@ -43,7 +43,7 @@ class Job:
     precision: Any
 
 
-CPU = Job("cpu", "resnet18", 64, 512, 64, "32-true")
+CPU = Job("cpu", "resnet18", 64, 256, 64, "32-true")
 GPU = Job("cuda", "resnet50", 224, 4096, 512, "bf16-mixed")
 
 
@@ -65,6 +65,7 @@ def train(place: Place, cohort: Cohort, job: Job) -> list[float]:
         cohort, np.arange(job.samples), channels=("grey",), batch_size=job.batch, device=fabric.device, augmentation=PRESETS["default"],
         share=(fabric.global_rank, fabric.world_size),
     )  # fmt: skip
+    place.tell("ready")
     fitted = fit(
         network, Supervised(make_loss("cross_entropy", counts=torch.ones(3, device=fabric.device))), batches, None,
         settings=Settings(epochs=EPOCHS, batch_size=job.batch), channels=("grey",), classes=CLASSES, fabric=fabric,
@@ -80,11 +81,13 @@ def compare(root: Path, job: Job, sides: list[int]) -> None:
     for _ in range(ROUNDS):
         for side in sides:
             begin = time.perf_counter()
+            ready: list[float] = []
             seconds = launch(
-                train, (cohort, job), devices=side, accelerator=job.accelerator, precision=job.precision, hear=lambda *event: None
-            )
+                train, (cohort, job), devices=side, accelerator=job.accelerator, precision=job.precision,
+                hear=lambda event, ready=ready: ready.append(time.perf_counter()),
+            )  # fmt: skip
             epochs[side].append(statistics.median(seconds))
-            starts[side].append(time.perf_counter() - begin - sum(seconds) * EPOCHS / (EPOCHS - 1))
+            starts[side].append(ready[0] - begin)
     print(f"\n{job.model}, {job.size} x {job.size}, {job.samples} images, batch {job.batch}, {job.precision}, {job.accelerator}, ", end="")
     print(f"{torch.get_num_threads()} threads in all, medians of {ROUNDS} interleaved starts\n")
     print("| devices | s an epoch | against one | s to start |\n|---|---|---|---|")

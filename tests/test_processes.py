@@ -24,7 +24,7 @@ from raredistill.distill.registry import make_method
 from raredistill.errors import ConfigError
 from raredistill.losses import make_loss
 from raredistill.models import Network, create
-from raredistill.study.execute import execute
+from raredistill.study.execute import _apart, execute
 from raredistill.training import resume
 from raredistill.training.devices import Team, make_fabric
 from raredistill.training.launch import Place, launch
@@ -392,3 +392,13 @@ def test_batch_norms_are_synchronised_on_gpus_and_keep_their_activations():
     on_cpu = Team(SimpleNamespace(global_rank=0, world_size=2, device=torch.device("cpu")))
     on_cpu.synchronise(plain := nn.Sequential(nn.BatchNorm2d(1)))
     assert type(plain[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize(("processes", "kind", "model", "said"), [
+    (2, "cpu", "small_cnn", 1), (2, "cuda", "small_cnn", 0), (1, "cpu", "small_cnn", 0), (2, "cpu", "test_vit", 0),
+])  # fmt: skip
+def test_batch_statistics_of_each_process_are_remarked_upon(processes, kind, model, said):
+    made = create(model, channels=1, classes=3, image_size=16)
+    remarks = _apart(made, SimpleNamespace(world_size=processes, device=torch.device(kind)))
+    assert len(remarks) == said
+    assert all("each of the 2 processes took batch statistics from its own part" in remark for remark in remarks)
