@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ class Batch:
         epoch: that the batch belongs to.
         mixed: partners, where samples are mixed.
         view: number of the random views, a new one each epoch unless training cycles through a few.
+        weight: of a mean over these samples in the mean over all processes, which share a batch in nearly equal parts.
     """
 
     rows: Tensor
@@ -60,6 +62,7 @@ class Batch:
     epoch: int = 0
     mixed: Mixed | None = None
     view: int = 0
+    weight: float = 1.0
 
     def at(self, positions: Tensor) -> Batch:
         """Some samples of the batch; ``positions (M,)`` int64 on the CPU."""
@@ -79,7 +82,7 @@ class Batch:
 
     def _cut(self, part: slice) -> Batch:
         mixed = None if self.mixed is None else Mixed(self.mixed.labels[part], self.mixed.share[part])
-        return Batch(self.rows[part], self.images[part], self.labels[part], self.channels, self.epoch, mixed, self.view)
+        return Batch(self.rows[part], self.images[part], self.labels[part], self.channels, self.epoch, mixed, self.view, self.weight)
 
 
 class Batches:
@@ -89,7 +92,7 @@ class Batches:
         cohort: where pixels and labels are.
         rows: ``(M,)`` rows to serve.
         channels: union of what the networks need.
-        batch_size: samples a batch.
+        batch_size: samples a batch, over all processes.
         device: where batches are made.
         sampler: order of an epoch when ``shuffle``.
         epochs: of the whole training, for a sampler that changes over it.
@@ -100,9 +103,11 @@ class Batches:
         shuffle: otherwise rows come in the given order.
         residence: ``resident``, ``streamed`` or ``auto`` (resident when the pixels take at most 40 % of the device's free memory).
         drop_last: leave out a smaller last batch.
+        share: rank of this process, and how many there are: each serves its part of every batch.
 
     Raises:
-        ConfigError: pixels are to be resident and exceed the device's free memory.
+        ConfigError: pixels are to be resident and exceed the device's free memory, or there are more processes than samples in a batch that
+            is trained on.
     """
 
     def __init__(
@@ -122,10 +127,13 @@ class Batches:
         shuffle: bool = True,
         residence: str = "auto",
         drop_last: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.rows, self.channels, self.batch_size, self.device = rows, tuple(channels), batch_size, device
         self.sampler, self.augmentation, self.seed, self.shuffle, self.drop_last = sampler, augmentation, seed, shuffle, drop_last
-        self.epochs, self.mixing, self.views = epochs, mixing, views
+        self.epochs, self.mixing, self.views, self.share = epochs, mixing, views, share
+        if shuffle and share[1] > self._smallest():
+            raise ConfigError(f"devices: {share[1]} cannot share a batch of {self._smallest()}; set fewer devices or another batch_size")
         self._labels = cohort.labels[rows]
         self._pixels = [cohort.pixels(channel) for channel in self.channels]
         self._labels_there = torch.from_numpy(self._labels).to(device)
@@ -137,11 +145,31 @@ class Batches:
         whole, rest = divmod(len(self.rows), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
+    def _smallest(self) -> int:
+        rest = len(self.rows) % self.batch_size
+        return rest if rest and not self.drop_last else self.batch_size
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Serve an epoch from its batch ``start`` on; order and views are functions of (seed, epoch, row)."""
-        parts = [self._with_partners(part, epoch) for part in self._parts(epoch)[start:]]
-        for part, pixels in self._pixels_of(parts):
-            yield self._batch(part, pixels, epoch)
+        whole = self._parts(epoch)[start:]
+        parts = [self._with_partners(self._own(part, self.share[0]), epoch) for part in whole]
+        for (part, pixels), samples in zip(self._pixels_of(parts), map(len, whole), strict=True):
+            batch = self._batch(part, pixels, epoch)
+            yield replace(batch, weight=self.share[1] * len(batch.labels) / samples)
+
+    def _own(self, part: np.ndarray, rank: int) -> np.ndarray:
+        return np.array_split(part, self.share[1])[rank]
+
+    def undivided(self) -> Batches:
+        """The same batches, each of them whole in this process."""
+        same = copy.copy(self)
+        same.share = (0, 1)
+        return same
+
+    def back(self) -> Tensor:
+        """Where the rows of an unshuffled epoch are, in order, when what the processes serve is put one after the other: ``(M,)`` int64."""
+        served = [self._own(part, rank) for rank in range(self.share[1]) for part in self._parts(0)]
+        return torch.from_numpy(np.argsort(np.concatenate(served)))
 
     def rows_of(self, epoch: int, step: int) -> np.ndarray:
         """Rows of the cohort in one batch of an epoch."""
@@ -261,7 +289,9 @@ class Batches:
         if residence not in ("auto", "resident", "streamed"):
             raise ConfigError(f"unknown residence {residence}; there are auto, resident and streamed")
         size = len(self.rows) * sum(pixels[0].size for pixels in self._pixels) if len(self.rows) else 0
-        return residence == "resident" or (residence == "auto" and size <= RESIDENT_SHARE * _free_memory(self.device))
+        # Each process holds them all: any may be its own in the next epoch. On the CPU they share one memory.
+        holders = self.share[1] if self.device.type == "cpu" else 1
+        return residence == "resident" or (residence == "auto" and holders * size <= RESIDENT_SHARE * _free_memory(self.device))
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:
