@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +17,6 @@ from raredistill.errors import RareDistillError
 if TYPE_CHECKING:
     from raredistill.config import StudyConfig
     from raredistill.study.plan import Run
-    from raredistill.study.run import Study
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
@@ -231,24 +231,54 @@ def study(
         list[str] | None, typer.Argument(help="settings to change, such as training.epochs=5", metavar="[KEY=VALUE]...")
     ] = None,
     out: Out = Path("study"),
+    only: Annotated[
+        str | None, typer.Option(help="one share of the runs, with the teachers they need: 0/4 to 3/4, as for a job array", metavar="I/N")
+    ] = None,
+    on: Annotated[Literal["ray"] | None, typer.Option(help="carry the runs out on a Ray cluster")] = None,
+    address: Annotated[str | None, typer.Option(help="HOST:PORT of its head node; a Ray on this machine by default")] = None,
+    gpus_per_run: Annotated[float | None, typer.Option(min=0.01, max=1, help="share of a GPU for each run on Ray; 1 by default")] = None,
 ) -> None:
     """Train every run of a study that is not done yet, and write its report."""
-    _study(config, out, overrides or [])
+    if on is None and (address is not None or gpus_per_run is not None):
+        raise RareDistillError("--address and --gpus-per-run belong to a cluster; add --on ray")
+    _study(config, out, overrides or [], only=only, on=on and _on_ray(address, gpus_per_run))
 
 
-def _study(config_path: Path, out: Path, overrides: list[str]) -> None:
+def _on_ray(address: str | None, gpus_per_run: float | None) -> Any:
+    from raredistill.study.on_ray import OnRay
+
+    return OnRay(address, 1.0 if gpus_per_run is None else gpus_per_run)
+
+
+def _study(config_path: Path, out: Path, overrides: list[str], *, only: str | None = None, on: Any = None) -> None:
     from raredistill.config import load_config, make_study
     from raredistill.console import records, show_table
-    from raredistill.study.run import elsewhere, run_study
+    from raredistill.study.plan import share_of
+    from raredistill.study.run import HERE, elsewhere, left, run_study
 
     config = load_config(config_path, overrides)
     made = make_study(config, _cohort(config, out), shlex.join(["raredistill", *sys.argv[1:]]))
+    chosen = made.plan() if only is None else share_of(made.plan(), *_share(only))
     show_table(records(made.overview()), "slices (patients) of each class")
     for run in elsewhere(made, out):
         print(f"another process works at {run}: this one takes the other runs, and waits for it at the end", file=sys.stderr)
-    with StudyProgress(made) as watcher:
-        runs = run_study(made, out, watcher)
-    _finish(out, runs)
+    with on or nullcontext(HERE) as engine, StudyProgress(chosen) as watcher:
+        runs = run_study(made, out, watcher, chosen=chosen, engine=engine)
+    if waiting := left(out):
+        _tell_failures(runs)
+        print(f"{len(waiting)} runs are left to other processes: {', '.join(waiting)}; whoever ends the last of them writes the report")
+        _next(shlex.join(["raredistill", "study", str(config_path), *overrides, "--out", str(out)]))
+    else:
+        _finish(out, runs)
+
+
+def _share(only: str) -> tuple[int, int]:
+    number, sign, shares = only.partition("/")
+    if not (sign and number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
+        raise RareDistillError(
+            f"--only {only}: write I/N with I from 0 to N - 1, such as 0/4; in a Slurm array of 4: $SLURM_ARRAY_TASK_ID/4"
+        )
+    return int(number), int(shares)
 
 
 def _cohort(config: StudyConfig, out: Path) -> Any:
@@ -276,6 +306,10 @@ def _finish(out: Path, runs: list[dict[str, Any]]) -> None:
 
     show_table(records(summary_table(out)), "test results, mean over folds and seeds")
     _report(out)
+    _tell_failures(runs)
+
+
+def _tell_failures(runs: list[dict[str, Any]]) -> None:
     for record in runs:
         for remark in record.get("remarks", ()):
             print(f"remark: {record['id']}: {remark}", file=sys.stderr)
@@ -287,12 +321,12 @@ def _finish(out: Path, runs: list[dict[str, Any]]) -> None:
 
 
 class StudyProgress:
-    """Progress over a whole study, in epochs of all its runs."""
+    """Progress over the runs of a study, in their epochs."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, runs: Sequence[Run]) -> None:
         from raredistill.console import Progress
 
-        self.total = sum(run.entry.settings.epochs for run in study.plan())
+        self.total = sum(run.entry.settings.epochs for run in runs)
         self.done = 0
         self.at: dict[str, int] = {}
         self.progress = Progress("epochs")

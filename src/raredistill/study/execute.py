@@ -75,10 +75,9 @@ def execute(plan: Sequence[Run], cohort: Cohort, out: Path, watcher: Watcher, on
     waiting = list(plan)
     while waiting:
         for run in [run for run in waiting if all(teacher.id in records for teacher in run.teachers)]:
-            with lock_if_free(lock_of(out, run.id)) as ours:
-                if not ours:
-                    continue
-                record, reused = _one(run, cohort, out, watcher, records)
+            if (found := attempt(run, cohort, out, watcher, records)) is None:
+                continue
+            record, reused = found
             waiting.remove(run)
             records[run.id] = record
             on_record(record)
@@ -86,6 +85,23 @@ def execute(plan: Sequence[Run], cohort: Cohort, out: Path, watcher: Watcher, on
         if waiting:
             time.sleep(LOOK_AGAIN)
     return [records[run.id] for run in plan]
+
+
+def attempt(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping[str, Record]) -> tuple[Record, bool] | None:
+    """Carry out one run whose teachers are done, under its lock.
+
+    Args:
+        run: what to do.
+        cohort: what it reads.
+        out: study folder.
+        watcher: is told of progress.
+        records: of its teachers at least, by run.
+
+    Returns:
+        Its record, and whether it was done before; None while another process works at it.
+    """
+    with lock_if_free(lock_of(out, run.id)) as ours:
+        return _one(run, cohort, out, watcher, records) if ours else None
 
 
 def refuse_changed(plan: Sequence[Run], out: Path) -> None:
