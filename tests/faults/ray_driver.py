@@ -1,7 +1,8 @@
 """A Ray cluster of two nodes on this machine, one of which is killed half-way; a driver that is interrupted; a node that does not share.
 
-``python ray_driver.py FOLDER`` leaves in FOLDER what each scenario wrote, and in ``outcome.json`` how it ended; ``test_on_ray.py`` looks at
-both. ``python ray_driver.py study FOLDER OUT ADDRESS`` is the command line with slow steps, so that things can happen half-way.
+``main(FOLDER)`` leaves in FOLDER what each scenario wrote, and in ``outcome.json`` how it ended; ``test_on_ray.py`` looks at both.
+``command(FOLDER, OUT, ADDRESS)`` is the command line with slow steps, so that things can happen half-way, and without a report.
+Each is called by ``python -c``: what Python starts beside such a process does not import all this again.
 """
 
 import json
@@ -12,13 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+import ray
 import torch
 import yaml
 from driver import CONFIG
+from ray.cluster_utils import Cluster
 
-import raredistill
 from conftest import write_tiny
 from raredistill import cli
 from raredistill.cohort.store import Cohort
@@ -62,10 +62,11 @@ def slowly(job, run, records, threads, work=on_ray.work):
     return work(job, run, records, threads)
 
 
-def command(folder: Path, out: Path, address: str) -> None:
+def command(folder: str, out: str, address: str) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     torch.set_num_threads(1)
-    on_ray.work = slowly
-    sys.argv = ["raredistill", "study", str(folder / "study.yaml"), "--out", str(out), "--on", "ray", "--address", address]
+    on_ray.work, cli._report = slowly, lambda study: None
+    sys.argv = ["raredistill", "study", f"{folder}/study.yaml", "--out", out, "--on", "ray", "--address", address]
     cli.main()
 
 
@@ -86,8 +87,8 @@ def states(out: Path) -> list[str]:
 def begin(folder: Path, out: Path, address: str, runs: int) -> subprocess.Popen:
     """Start a driver; returns when so many runs are half-way: each has kept two states."""
     seen = len(diary(out))
-    arguments = [sys.executable, __file__, "study", str(folder), str(out), address]
-    child = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    call = f"import ray_driver; ray_driver.command({str(folder)!r}, {str(out)!r}, {address!r})"
+    child = subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while child.poll() is None and not (len(diary(out)) >= seen + runs and len(states(out)) == runs):
         time.sleep(0.02)
     return child
@@ -154,9 +155,7 @@ def alive(cluster) -> list:
 
 
 def main(folder: Path) -> None:
-    from ray.cluster_utils import Cluster
-
-    os.environ.update({**on_ray.ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(raredistill.__file__).parents[1])})
+    os.environ.update({**on_ray.ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     torch.set_num_threads(1)
     cohort = write_tiny(folder / "cohort")
     (folder / "study.yaml").write_text(yaml.safe_dump({**CONFIG, "cohort": str(cohort.root)}))
@@ -176,10 +175,3 @@ def main(folder: Path) -> None:
         cluster.shutdown()
     run_study(study_of(folder), folder / "interrupted", Silent())
     (folder / "outcome.json").write_text(json.dumps(outcome, indent=1))
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "study":
-        command(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
-    else:
-        main(Path(sys.argv[1]))

@@ -276,6 +276,8 @@ class _Unwatched:
 
 def work(job: Job, run: Run, records: dict[str, Record], threads: int) -> Outcome:
     """Carry out one run, on a worker, as a local study does; what would stop a local study comes back as a value."""
+    # Ray's workers block Ctrl-C, which would be put off for good where a step is not to be torn.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         os.chdir(job.here)
         torch.set_num_threads(threads)
