@@ -94,7 +94,7 @@ def test_rotation_and_zoom_equal_scipys_affine(images):
 
 def test_brightness_and_contrast_follow_their_formula(images):
     ours = apply(images, params(2, brightness=0.9, contrast=1.2))
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    mean = images.mean(dim=(2, 3), keepdim=True)
     torch.testing.assert_close(ours, (0.9 * (mean + 1.2 * (images - mean))).clamp(0, 1), atol=1e-5, rtol=0)
 
 
@@ -136,6 +136,22 @@ def test_teacher_and_student_see_the_same_view_in_their_own_channels(tiny_cohort
     batch = next(batches(tiny_cohort).epoch(0))
     assert torch.equal(batch.select(("t1ce",))[:, 0], batch.images[:, 1])
     assert torch.equal(batch.select(("t1ce", "flair")), batch.images.flip(1))
+
+
+def test_a_channels_view_does_not_depend_on_which_channels_are_read_with_it(tiny_cohort):
+    both = next(batches(tiny_cohort).epoch(0))
+    alone = batches(tiny_cohort, channels=("t1ce",))
+    torch.testing.assert_close(next(alone.epoch(0)).images, both.select(("t1ce",)), atol=1e-6, rtol=0)
+
+
+def test_epochs_cycle_through_the_views_but_not_through_the_orders(tiny_cohort):
+    cycling = batches(tiny_cohort, views=2)
+    orders = [torch.cat([batch.rows for batch in cycling.epoch(epoch)]) for epoch in range(3)]
+    images = [torch.cat([batch.images for batch in cycling.epoch(epoch)])[order.argsort()] for epoch, order in enumerate(orders)]
+    assert not torch.equal(orders[0], orders[2])
+    assert torch.equal(images[0], images[2])
+    assert not torch.equal(images[0], images[1])
+    assert [next(cycling.epoch(epoch)).view for epoch in range(4)] == [0, 1, 0, 1]
 
 
 def test_an_abandoned_stream_ends_its_reader(tiny_cohort):

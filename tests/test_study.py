@@ -40,6 +40,9 @@ class Silent:
     def run_started(self, run, epochs):
         self.trained.append(run.id)
 
+    def view_kept(self, run, done, total):
+        pass
+
     def epoch_done(self, run, record):
         pass
 

@@ -23,7 +23,7 @@ class Augmentation:
         vflip: probability of an up-down flip.
         scale: smallest and largest zoom.
         brightness: largest change of the brightness factor (0.2: 0.8 to 1.2).
-        contrast: the same around each image's mean.
+        contrast: the same around the mean of each channel of each image, so that a view does not depend on which channels are read with it.
         crop: largest shift up, down, left and right, in whole pixels; what comes in is 0, as of a random crop after padding.
     """
 
@@ -180,7 +180,7 @@ def apply(images: Tensor, params: Params) -> Tensor:
     for part in parts:
         grid = torch.view_as_real(torch.add(columns[part], rows[part], out=grids[: len(columns[part])]))
         turned = F.grid_sample(views[part].copy_(images[part]), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        mean = turned.mean(dim=(1, 2, 3), keepdim=True)
+        mean = turned.mean(dim=(2, 3), keepdim=True)
         # b (m + c (x - m)) = b c x + b m (1 - c), in place: the picture is touched as few times as can be.
         factor, shift = brightness[part] * contrast[part], brightness[part] * mean * (1 - contrast[part])
         torch.clamp(turned.mul_(factor).add_(shift), 0, 1, out=views[part])

@@ -40,6 +40,7 @@ class Batch:
         channels: names of the C channels.
         epoch: that the batch belongs to.
         mixed: partners, where samples are mixed.
+        view: number of the random views, a new one each epoch unless training cycles through a few.
     """
 
     rows: Tensor
@@ -48,11 +49,12 @@ class Batch:
     channels: tuple[str, ...]
     epoch: int = 0
     mixed: Mixed | None = None
+    view: int = 0
 
     def at(self, positions: Tensor) -> Batch:
         """Some samples of the batch; ``positions (M,)`` int64 on the CPU."""
         there = positions.to(self.labels.device)
-        return Batch(self.rows[positions], self.images[there], self.labels[there], self.channels, self.epoch)
+        return Batch(self.rows[positions], self.images[there], self.labels[there], self.channels, self.epoch, view=self.view)
 
     def select(self, channels: Sequence[str]) -> Tensor:
         """The view of one network: its channels, in its order."""
@@ -67,7 +69,7 @@ class Batch:
 
     def _cut(self, part: slice) -> Batch:
         mixed = None if self.mixed is None else Mixed(self.mixed.labels[part], self.mixed.share[part])
-        return Batch(self.rows[part], self.images[part], self.labels[part], self.channels, self.epoch, mixed)
+        return Batch(self.rows[part], self.images[part], self.labels[part], self.channels, self.epoch, mixed, self.view)
 
 
 class Batches:
@@ -83,6 +85,7 @@ class Batches:
         epochs: of the whole training, for a sampler that changes over it.
         augmentation: strengths, or none.
         mixing: of each sample with a partner, or none.
+        views: random views of a sample that epochs cycle through; a new one each epoch when not given.
         seed: of order and views.
         shuffle: otherwise rows come in the given order.
         residence: ``resident``, ``streamed`` or ``auto`` (resident when the pixels take at most 40 % of the device's free memory).
@@ -101,6 +104,7 @@ class Batches:
         epochs: int = 1,
         augmentation: Augmentation | None = None,
         mixing: Mixing | None = None,
+        views: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
         residence: str = "auto",
@@ -108,7 +112,7 @@ class Batches:
     ) -> None:
         self.rows, self.channels, self.batch_size, self.device = rows, tuple(channels), batch_size, device
         self.sampler, self.augmentation, self.seed, self.shuffle, self.drop_last = sampler, augmentation, seed, shuffle, drop_last
-        self.epochs, self.mixing = epochs, mixing
+        self.epochs, self.mixing, self.views = epochs, mixing, views
         self._labels = cohort.labels[rows]
         self._pixels = [cohort.pixels(channel) for channel in self.channels]
         self._labels_there = torch.from_numpy(self._labels).to(device)
@@ -197,11 +201,14 @@ class Batches:
         if self.augmentation is None:
             images = pixels.to(torch.float32).mul_(1 / 255)
         else:
-            images = apply(pixels, make_params(self.augmentation, seed=self.seed, epoch=epoch, samples=rows))
+            images = apply(pixels, make_params(self.augmentation, seed=self.seed, epoch=self._view(epoch), samples=rows))
         labels = self._labels_there[torch.from_numpy(positions).to(self.device)]
         if self.mixing is not None:
             return self._mixed(self.mixing, rows, images, labels, epoch)
-        return Batch(torch.from_numpy(rows), images, labels, self.channels, epoch)
+        return Batch(torch.from_numpy(rows), images, labels, self.channels, epoch, view=self._view(epoch))
+
+    def _view(self, epoch: int) -> int:
+        return epoch if self.views is None else epoch % self.views
 
     def _mixed(self, mixing: Mixing, rows: np.ndarray, images: Tensor, labels: Tensor, epoch: int) -> Batch:
         size = len(rows) // 2
@@ -209,7 +216,9 @@ class Batches:
         own = torch.from_numpy(strength.astype(np.float32)).to(self.device)
         images = torch.lerp(images[size:], images[:size], own[:, None, None, None])
         share = mixing.label_share(own, labels[:size], labels[size:], self._counts_there) if mixing.remix else own
-        return Batch(torch.from_numpy(rows[:size]), images, labels[:size], self.channels, epoch, Mixed(labels[size:], share))
+        return Batch(
+            torch.from_numpy(rows[:size]), images, labels[:size], self.channels, epoch, Mixed(labels[size:], share), self._view(epoch)
+        )
 
     def _fits(self, residence: str) -> bool:
         if residence not in ("auto", "resident", "streamed"):

@@ -342,6 +342,10 @@ class StudyProgress:
         """A run begins to train."""
         self.at[run.id] = 0
 
+    def view_kept(self, run: Run, done: int, total: int) -> None:
+        """Show how far the teacher cache is."""
+        self.progress(self.done, self.total, f"{run.id.rsplit('-', 1)[0]} asks its teacher, view {done} of {total}")
+
     def epoch_done(self, run: Run, record: dict[str, Any]) -> None:
         """Count an epoch and show where the study is."""
         self.at[run.id] += 1

@@ -275,6 +275,15 @@ def _check_together(entry: Entry) -> None:
         f"method {entry.method} brings its own loss on labels, but loss is {settings.loss}; leave loss at cross_entropy": (
             method is not None and bool(method.own_loss) and (settings.loss, settings.deferred) != ("cross_entropy", "none")
         ),
+        f"teacher_cache keeps what a teacher says of each sample's views, but mixing: {settings.mixing} shows two samples in one": (
+            settings.teacher_cache is not None and mixing
+        ),
+        f"teacher_cache keeps logits and pooled features, but method {entry.method} compares feature maps; leave teacher_cache out": (
+            settings.teacher_cache is not None and "maps" in needs
+        ),
+        f"teacher_cache keeps what a trained teacher says, but online: {entry.online} trains it beside the student": (
+            settings.teacher_cache is not None and entry.online != "no"
+        ),
         f"method {entry.method} looks at labels, but mixing: {settings.mixing} gives each sample two; use kd or mixing: none": (
             mixing and "labels" in needs
         ),

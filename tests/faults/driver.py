@@ -57,6 +57,9 @@ class Diary:
         with self.path.open("a") as handle:
             handle.write(f"{run.id}\n")
 
+    def view_kept(self, run, done, total):
+        pass
+
     def epoch_done(self, run, record):
         pass
 

@@ -93,10 +93,12 @@ class Network(nn.Module):
         self.mean, self.std = list(mean), list(std)
         self.register_buffer("_mean", torch.tensor(self.mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).reshape(1, -1, 1, 1), persistent=False)
+        # Channels last: what convolutions compute on anyway, on CPUs (a fifth to a third of a step) as on GPUs with tensor cores.
+        self.to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
         """Map images ``(N, C, H, W)`` in [0, 1] to pooled features ``(N, F)``."""
-        features: Tensor = self.body((images - self._mean) / self._std)
+        features: Tensor = self.body(((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last))
         return features
 
     def see(self, images: Tensor, *, maps: bool = False) -> Seen:

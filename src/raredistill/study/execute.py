@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,11 +28,22 @@ from raredistill.files import lock_if_free, write_text
 from raredistill.losses import class_weights, make_loss
 from raredistill.models import Network, facts, measure_latency, unfold_batch_norm
 from raredistill.study.board import Board
+from raredistill.study.cache import Cache
 from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside
 from raredistill.study.plan import Entry, External, Run
 from raredistill.study.predict import plain_batches, prediction_table
 from raredistill.study.stages import second_stage
-from raredistill.study.teachers import network_of, patients_before, peers_of, prior_of, teach, teacher_channels, teacher_files, teacher_name
+from raredistill.study.teachers import (
+    Taught,
+    network_of,
+    patients_before,
+    peers_of,
+    prior_of,
+    teach,
+    teacher_channels,
+    teacher_files,
+    teacher_name,
+)
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import DivergedError, Fitted, fit, predict_logits
 from raredistill.training.objectives import Deferred, Distilled, Objective, Supervised
@@ -48,6 +60,9 @@ class Watcher(Protocol):
 
     def run_started(self, run: Run, epochs: int) -> None:
         """A run begins to train."""
+
+    def view_kept(self, run: Run, done: int, total: int) -> None:
+        """So many views of the teacher cache are there."""
 
     def epoch_done(self, run: Run, record: Record) -> None:
         """An epoch is over."""
@@ -195,24 +210,25 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: li
     fabric = make_fabric(settings.accelerator, settings.precision)
     now = origin(fabric.device.type, teacher_files(run, folder.parent))
     draft = open_draft(folder, now)
-    torch.manual_seed(fold_seed(run))
+    torch.manual_seed(run.fold_seed)
     patients_before(run.entry, cohort, run.split)  # refused here where they leak
     network = network_of(run.entry, cohort)
-    keeper = Keeper(draft)
+    keeper, cache = Keeper(draft), Cache(run, cohort, fabric, folder.parent, partial(watcher.view_kept, run))
     try:
-        fitted = _fit(run, cohort, network, fabric, draft, watcher, keeper)
+        fitted = _fit(run, cohort, network, fabric, draft, watcher, keeper, cache)
     except DivergedError as error:
         raise FloatingPointError(_told(error, run, cohort, network, draft)) from error
     start = time.perf_counter()
-    stage = second_stage(run, cohort, network, fitted, fabric, seed=fold_seed(run))
+    stage = second_stage(run, cohort, network, fitted, fabric, seed=run.fold_seed)
     _save_checkpoints(run, cohort, network, fitted, draft)
     _save_predictions(run, cohort, network, fitted, fabric, draft)
     latency = measure_latency(network)
     seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
     record = {
         **describe(run, cohort), "status": "done", "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch,
-        "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch, "remarks": [*remarks, *keeper.remarks, *_halved(run, fitted)],
-        "made_with": now, "latency_ms": round(latency.milliseconds, 4), "latency_on": latency.device, **stage,
+        "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch,
+        "remarks": [*remarks, *keeper.remarks, *cache.remarks, *_halved(run, fitted)],
+        "teacher_cache": cache.facts, "made_with": now, "latency_ms": round(latency.milliseconds, 4), "latency_on": latency.device, **stage,
     }  # fmt: skip
     finish(folder, record)
     return record
@@ -238,12 +254,7 @@ def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draf
     return f"{error}. The batch's samples: {samples}. The last good checkpoint: {path} (epoch {error.fitted.best_epoch})"
 
 
-def fold_seed(run: Run) -> int:
-    """The seed of a run: the same for every entry of a fold, repeat and seed, so that comparisons are paired."""
-    return run.seed + 1000 * run.split.fold + 100_000 * run.split.repeat
-
-
-def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path, watcher: Watcher, keeper: Keeper) -> Fitted:
+def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path, watcher: Watcher, keeper: Keeper, cache: Cache) -> Fitted:
     with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, Board(draft / "tensorboard") as board:
 
         def on_epoch(record: Record) -> None:
@@ -256,7 +267,7 @@ def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path
         if run.entry.pretrained and unfold_batch_norm(fabric.to_device(network), next(train.epoch(0)).select(channels)):
             keeper.remarks.append("the batch norms of the pre-trained weights were folded: they were measured anew on the first batch")
         return fit(
-            network, make_objective(run, cohort, network, fabric, draft.parent), train, validation, settings=run.entry.settings,
+            network, make_objective(run, cohort, network, fabric, draft.parent, keep=cache), train, validation, settings=run.entry.settings,
             channels=channels, classes=cohort.classes, fabric=fabric, on_epoch=on_epoch, keeper=keeper,
         )  # fmt: skip
 
@@ -272,19 +283,22 @@ def _scalars(record: Record) -> dict[str, float]:
 
 def _batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...], Batches, Batches | None]:
     settings, channels = run.entry.settings, run.entry.channels
-    wanted = (*channels, *(name for name in teacher_channels(run) if name not in channels))
+    teachers = teacher_channels(run) if settings.views is None else ()  # a teacher that was kept needs no pixels
+    wanted = (*channels, *(name for name in teachers if name not in channels))
     train = Batches(
         cohort, run.split.train, channels=wanted, batch_size=settings.batch_size, device=fabric.device, sampler=settings.sampler,
-        epochs=settings.epochs, augmentation=PRESETS[settings.augmentation], mixing=MIXINGS[settings.mixing],
-        seed=fold_seed(run), residence=settings.residence,
+        epochs=settings.epochs, augmentation=PRESETS[settings.augmentation], mixing=MIXINGS[settings.mixing], views=settings.views,
+        seed=run.fold_seed, residence=settings.residence,
         drop_last=len(run.split.train) > settings.batch_size,
     )  # fmt: skip
     validation = plain_batches(cohort, run.split.validation, channels, fabric, settings.residence) if len(run.split.validation) else None
     return channels, train, validation
 
 
-def make_objective(run: Run, cohort: Cohort, network: Network, fabric: Fabric, runs: Path) -> Objective:
-    """The terms that a run minimises, with its teachers loaded and checked."""
+def make_objective(
+    run: Run, cohort: Cohort, network: Network, fabric: Fabric, runs: Path, *, keep: Callable[[Taught], Taught]
+) -> Objective:
+    """The terms that a run minimises, with its teachers loaded and checked; ``keep`` may put what they said in their place."""
     entry, settings = run.entry, run.entry.settings
     counts = torch.from_numpy(_counts(run, cohort)).to(fabric.device)
     loss = make_loss(settings.loss, counts=counts, **settings.loss_options)
@@ -298,7 +312,7 @@ def make_objective(run: Run, cohort: Cohort, network: Network, fabric: Fabric, r
         return Together(loss, method, peers, fabric, mutual=entry.online == "mutual", deferred=deferred, **weights)
     teacher, facts = teach(run, cohort, network, fabric, runs, counts=counts)
     method = make_method(entry.method, facts, **entry.method_options)
-    return Distilled(loss, method, teacher, deferred=deferred, **weights)
+    return Distilled(loss, method, keep(teacher), deferred=deferred, **weights)
 
 
 def _counts(run: Run, cohort: Cohort) -> np.ndarray:

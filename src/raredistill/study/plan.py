@@ -124,6 +124,11 @@ class Run:
         """The first of its teachers."""
         return self.teachers[0] if self.teachers else None
 
+    @property
+    def fold_seed(self) -> int:
+        """Of everything random: the same for every entry of a fold, repeat and seed, so that comparisons are paired."""
+        return self.seed + 1000 * self.split.fold + 100_000 * self.split.repeat
+
 
 def make_plan(
     entries: Sequence[Entry],
@@ -207,7 +212,7 @@ class _Cell:
 def _name(entry: Entry, split: Split, seed: int, teachers: Sequence[Run], peers: Sequence[Entry], cohort_hash: str) -> str:
     determines: dict[str, Any] = {
         "entry": _settings_of(entry),
-        "teacher": [teacher.id.rsplit("-", 1)[1] for teacher in teachers] or _external(entry.teacher if not peers else None),
+        "teacher": [teacher.id.rsplit("-", 1)[1] for teacher in teachers] or external_facts(entry.teacher if not peers else None),
         "peers": [{**_settings_of(peer), "pretrained": _file_of(peer.pretrained)} for peer in peers],
         "pretrained": _file_of(entry.pretrained),
         "cohort": cohort_hash,
@@ -221,7 +226,7 @@ def _settings_of(entry: Entry) -> dict[str, Any]:
     return {key: value for key, value in asdict(entry).items() if key not in ("name", "teacher")}
 
 
-def _external(teacher: Any) -> Any:
+def external_facts(teacher: Any) -> Any:
     """All that is said of a teacher from elsewhere: a corrected list of patients is another run, and is looked at."""
     return {key: _file_of(value) for key, value in asdict(teacher).items()} if isinstance(teacher, External) else str(teacher)
 

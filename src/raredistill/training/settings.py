@@ -6,11 +6,28 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le
+from pydantic import BeforeValidator
+
+from raredistill.augment import PRESETS
 
 Share = Annotated[float, Interval(ge=0, lt=1)]
 Positive = Annotated[float, Gt(0)]
 Count = Annotated[int, Ge(1)]
 Metric = Literal["macro_f1", "balanced_accuracy", "accuracy", "loss", "last"]
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """How many random views of each sample training cycles through, so that a teacher needs to look at each only once."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    views: Count
+
+
+def _cache(value: Any) -> Any:
+    key, sign, number = value.partition("=") if isinstance(value, str) else ("", "", "")
+    return {key.strip(): number.strip()} if sign else value
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,8 @@ class Settings:
         precision: ``32-true`` or ``bf16-mixed`` (Lightning Fabric's names).
         accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         residence: whether pixels stay on the device: ``auto``, ``resident`` or ``streamed``.
+        teacher_cache: ``views=V``: cycle through V random views instead of a new one each epoch, and keep what teachers say of them; a run
+            without a teacher cycles too, so that it stays a fair control.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -75,6 +94,14 @@ class Settings:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     residence: Literal["auto", "resident", "streamed"] = "auto"
+    teacher_cache: Annotated[TeacherCache | None, BeforeValidator(_cache)] = None
+
+    @property
+    def views(self) -> int | None:
+        """How many views training cycles through: one where nothing is random; None for a new one each epoch."""
+        if self.teacher_cache is None:
+            return None
+        return 1 if PRESETS[self.augmentation] is None else min(self.teacher_cache.views, self.epochs)
 
     @property
     def recipe(self) -> str:
@@ -86,6 +113,7 @@ class Settings:
             f"{self.sampler} sampling": self.sampler != "natural",
             self.mixing: self.mixing != "none",
             "sam": self.sam_rho is not None,
+            f"{self.views} views": self.views is not None,
             self.stage: self.stage != "none",
         }
         return ", ".join([f"{self.loss} ({options})" if options else self.loss, *(extra for extra, given in extras.items() if given)])
