@@ -23,13 +23,13 @@ from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort
 from raredistill.distill.contract import Facts
 from raredistill.distill.registry import METHODS, make_method
-from raredistill.errors import DataError
+from raredistill.errors import DataError, RareDistillError
 from raredistill.files import lock_if_free, write_text
 from raredistill.losses import class_weights, make_loss
 from raredistill.models import Network, facts, measure_latency, unfold_batch_norm
 from raredistill.study.board import Board
 from raredistill.study.cache import Cache
-from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside
+from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside, unfinished
 from raredistill.study.plan import Entry, External, Run
 from raredistill.study.predict import plain_batches, prediction_table
 from raredistill.study.stages import second_stage
@@ -149,6 +149,11 @@ def _one(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping
             remarks.append(f"{error}; the run was made again, what was there is in {set_aside(folder)}")
     try:
         record = _train(run, cohort, folder, watcher, remarks)
+    except torch.AcceleratorError as error:
+        raise RareDistillError(
+            f"the device failed in {run.id} ({str(error).splitlines()[0]}); what was kept of the run is in {unfinished(folder)}; "
+            "see that the device answers (nvidia-smi), then run the same command again"
+        ) from error  # every other run would meet it too
     except OSError:
         raise  # a full disk or a vanished folder is not this run's failure: every other run would meet it too
     except Exception as error:
