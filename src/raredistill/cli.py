@@ -16,6 +16,7 @@ from raredistill.errors import RareDistillError
 
 if TYPE_CHECKING:
     from raredistill.config import StudyConfig
+    from raredistill.study.estimate import Forecast
     from raredistill.study.plan import Run
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -237,8 +238,12 @@ def study(
     on: Annotated[Literal["ray"] | None, typer.Option(help="carry the runs out on a Ray cluster")] = None,
     address: Annotated[str | None, typer.Option(help="HOST:PORT of its head node; a Ray on this machine by default")] = None,
     gpus_per_run: Annotated[float | None, typer.Option(min=0.01, max=1, help="share of a GPU for each run on Ray; 1 by default")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="train nothing: measure a few steps, and tell time, memory and disk")] = False,
 ) -> None:
     """Train every run of a study that is not done yet, and write its report."""
+    if dry_run:
+        _dry_run(config, out, overrides or [], only)
+        return
     if on is None and (address is not None or gpus_per_run is not None):
         raise RareDistillError("--address and --gpus-per-run belong to a cluster; add --on ray")
     _study(config, out, overrides or [], only=only, on=on and _on_ray(address, gpus_per_run))
@@ -267,9 +272,59 @@ def _study(config_path: Path, out: Path, overrides: list[str], *, only: str | No
     if waiting := left(out):
         _tell_failures(runs)
         print(f"{len(waiting)} runs are left to other processes: {', '.join(waiting)}; whoever ends the last of them writes the report")
-        _next(shlex.join(["raredistill", "study", str(config_path), *overrides, "--out", str(out)]))
+        _next(_same_study(config_path, out, overrides))
     else:
         _finish(out, runs)
+
+
+def _dry_run(config_path: Path, out: Path, overrides: list[str], only: str | None) -> None:
+    from raredistill.config import load_config, make_study
+    from raredistill.console import Progress
+    from raredistill.study.estimate import forecast
+    from raredistill.study.plan import share_of
+
+    made = make_study(load_config(config_path, overrides), _prepared(config_path, out, overrides), "")
+    chosen = made.plan() if only is None else share_of(made.plan(), *_share(only))
+    with Progress("kinds of runs measured") as progress:
+        expected = forecast(chosen, made.cohort, out, progress)
+    _show_forecast(expected, out)
+    if problems := {each.problem: each.run.id for each in expected if each.problem}:
+        _stop("; ".join(f"{run} does not fit on this machine: {problem}" for problem, run in problems.items()), 2)
+    _next(_same_study(config_path, out, overrides) + (f" --only {only}" if only else ""))
+
+
+def _prepared(config_path: Path, out: Path, overrides: list[str]) -> Any:
+    from raredistill.cohort.store import DESCRIPTION, Cohort
+    from raredistill.config import cohort_folder, load_config
+
+    config = load_config(config_path, overrides)
+    folder, raw = cohort_folder(config, out), config.cohort
+    if isinstance(raw, Path) or (folder / DESCRIPTION).exists():
+        return Cohort.load(folder)
+    options = [f"{key}={value}" for key, value in raw.options.items()]
+    prepare = shlex.join(["raredistill", "prepare", raw.source, str(raw.path), *options, "--size", str(raw.size), "--out", "cohort"])
+    raise RareDistillError(
+        f"the cohort of this study is not prepared yet, and a dry run writes nothing; prepare it with: {prepare}\n"
+        f"then: {_same_study(config_path, out, [*overrides, 'cohort=cohort'])} --dry-run"
+    )
+
+
+def _same_study(config_path: Path, out: Path, overrides: list[str]) -> str:
+    return shlex.join(["raredistill", "study", str(config_path), *overrides, "--out", str(out)])
+
+
+def _show_forecast(expected: list[Forecast], out: Path) -> None:
+    from raredistill.console import duration, show_table
+    from raredistill.study.estimate import device_rows, disk_free, disk_needed, longest_chain, run_rows, size
+
+    show_table(run_rows(expected), f"{len(expected)} runs in order; minutes that are left, at most where a run may stop early")
+    show_table(device_rows(expected), "with more devices: GPUs, or machines like this one (processes on one CPU share its cores)")
+    seconds, chain = longest_chain(expected)
+    print(f"one device: about {duration(sum(each.seconds for each in expected))}")
+    if seconds:
+        print(f"any number of devices: at least {duration(seconds)}, for {' then '.join(chain)}")
+    print(f"memory: {size(max(each.memory for each in expected))} for the largest run")
+    print(f"disk: {size(disk_needed(expected))}, and {size(disk_free(out))} are free")
 
 
 def _share(only: str) -> tuple[int, int]:

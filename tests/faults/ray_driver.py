@@ -35,6 +35,9 @@ class Silent:
     def run_started(self, run, epochs):
         pass
 
+    def view_kept(self, run, done, total):
+        pass
+
     def epoch_done(self, run, record):
         pass
 

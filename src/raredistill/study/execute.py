@@ -255,7 +255,7 @@ def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draf
     if not error.fitted.best:
         return f"{error}. The batch's samples: {samples}. No epoch had ended before"
     path = draft / "best.safetensors"
-    checkpoint.save(path, error.fitted.best, _promise(run, cohort, network))
+    checkpoint.save(path, error.fitted.best, promise_of(run, cohort, network))
     return f"{error}. The batch's samples: {samples}. The last good checkpoint: {path} (epoch {error.fitted.best_epoch})"
 
 
@@ -268,7 +268,7 @@ def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path
             board.add(record["epoch"], _scalars(record))
             watcher.epoch_done(run, record)
 
-        channels, train, validation = _batches(run, cohort, fabric)
+        channels, train, validation = make_batches(run, cohort, fabric)
         if run.entry.pretrained and unfold_batch_norm(fabric.to_device(network), next(train.epoch(0)).select(channels)):
             keeper.remarks.append("the batch norms of the pre-trained weights were folded: they were measured anew on the first batch")
         return fit(
@@ -286,7 +286,8 @@ def _scalars(record: Record) -> dict[str, float]:
     return found
 
 
-def _batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...], Batches, Batches | None]:
+def make_batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...], Batches, Batches | None]:
+    """The channels of a run's network, the batches that it trains on, and those of its validation part, if it has one."""
     settings, channels = run.entry.settings, run.entry.channels
     teachers = teacher_channels(run) if settings.views is None else ()  # a teacher that was kept needs no pixels
     wanted = (*channels, *(name for name in teachers if name not in channels))
@@ -325,12 +326,13 @@ def _counts(run: Run, cohort: Cohort) -> np.ndarray:
 
 
 def _save_checkpoints(run: Run, cohort: Cohort, network: Network, fitted: Fitted, draft: Path) -> None:
-    promise = _promise(run, cohort, network)
+    promise = promise_of(run, cohort, network)
     checkpoint.save(draft / "best.safetensors", fitted.best, promise)
     checkpoint.save(draft / "last.safetensors", fitted.last, promise)
 
 
-def _promise(run: Run, cohort: Cohort, network: Network) -> Promise:
+def promise_of(run: Run, cohort: Cohort, network: Network) -> Promise:
+    """What the checkpoints of a run promise."""
     entry = run.entry
     patients = {*cohort.samples["patient"].to_numpy()[run.split.train], *patients_before(entry, cohort, run.split)}
     return Promise(

@@ -267,6 +267,9 @@ class _Unwatched:
     def run_started(self, run: Run, epochs: int) -> None:
         """Nobody is told."""
 
+    def view_kept(self, run: Run, done: int, total: int) -> None:
+        """Nobody is told."""
+
     def epoch_done(self, run: Run, record: Record) -> None:
         """Nobody is told."""
 
