@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from raredistill import cli
 from raredistill.study import estimate
+from raredistill.study import measure as measuring
 from raredistill.study.measure import Cost, kind_of, measure
 from raredistill.study.plan import share_of
 from raredistill.study.run import left, run_study
@@ -24,6 +25,14 @@ KNOWN = Cost(
     step=2.0, image=0.1, load=0.01, view=0.5, once=7.0, memory=10**9, state=4_000, results=50_000, row=40.0, view_row=3.0,
     device=torch.device("cpu"),
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def briefly():
+    """No test compares times, so that a few steps are enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "GROUP_SECONDS", 0.01)
+        yield
 
 
 def foretell(made, out, **replaced):

@@ -202,13 +202,18 @@ def test_an_external_teacher_that_saw_tested_patients_is_refused_before_training
         study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": {"weights": weights}}])
 
 
-def test_an_external_teacher_that_fits_teaches(tiny_cohort, tmp_path):
+@pytest.fixture
+def elsewhere(tiny_cohort, tmp_path):
+    """A teacher of somebody else's, and what is said of it."""
     weights = tmp_path / "elsewhere.safetensors"
     safetensors.torch.save_file(timm.create_model("test_resnet", num_classes=3, in_chans=1).state_dict(), weights)
-    elsewhere = {
+    return {
         "weights": str(weights), "model": "test_resnet", "classes": tiny_cohort.classes, "channels": ["t1ce"],
         "image_size": tiny_cohort.size[0], "external": True,
     }  # fmt: skip
+
+
+def test_an_external_teacher_that_fits_teaches(tiny_cohort, tmp_path, elsewhere):
     made = study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": elsewhere}])
     records = run_study(made, tmp_path / "out", Silent())
     assert {(record["status"], record["external_teacher"], record["teacher_name"]) for record in records} == {("done", True, "elsewhere")}
@@ -327,14 +332,7 @@ def test_a_second_correction_is_refused_with_the_configuration_and_both_sides_ar
         study(tiny_cohort, grid)
 
 
-def test_a_teacher_from_elsewhere_may_state_the_prior_that_its_file_does_not(tiny_cohort, tmp_path):
-    weights = tmp_path / "elsewhere.safetensors"
-    safetensors.torch.save_file(timm.create_model("test_resnet", num_classes=3, in_chans=1).state_dict(), weights)
-    elsewhere = {
-        "weights": str(weights), "model": "test_resnet", "classes": tiny_cohort.classes, "channels": ["t1ce"],
-        "image_size": tiny_cohort.size[0], "external": True,
-    }  # fmt: skip
-
+def test_a_teacher_from_elsewhere_may_state_the_prior_that_its_file_does_not(tiny_cohort, tmp_path, elsewhere):
     def taught(method, **options):
         entry = {"name": "s", "model": "small_cnn", "teacher": {**elsewhere, **options}, "method": method}
         return study(tiny_cohort, [entry])

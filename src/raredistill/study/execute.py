@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.fabric import Fabric
+from torch import nn
 
 from raredistill import checkpoint, predictions
 from raredistill.augment import MIXINGS, PRESETS
@@ -44,7 +45,8 @@ from raredistill.study.teachers import (
     teacher_files,
     teacher_name,
 )
-from raredistill.training.devices import make_fabric
+from raredistill.training.devices import first_before, make_fabric
+from raredistill.training.launch import Place, launch
 from raredistill.training.loop import DivergedError, Fitted, fit, predict_logits
 from raredistill.training.objectives import Deferred, Distilled, Objective, Supervised
 from raredistill.training.online import Together
@@ -127,7 +129,7 @@ def refuse_changed(plan: Sequence[Run], out: Path) -> None:
     """
     for run in plan:
         settings = run.entry.settings
-        now = origin(make_fabric(settings.accelerator, settings.precision).device.type, {})
+        now = origin(make_fabric(settings.accelerator, settings.precision, settings.devices).device.type, {})
         # Its teacher's weights are compared when its turn comes: until then they may be made anew.
         check_origin(out / "runs" / run.id, {part: now[part] for part in ("versions", "code")})
 
@@ -212,31 +214,61 @@ def direction(run: Run, cohort: Cohort) -> str:
 def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: list[str]) -> Record:
     settings = run.entry.settings
     watcher.run_started(run, settings.epochs)
-    fabric = make_fabric(settings.accelerator, settings.precision)
+    fabric = make_fabric(settings.accelerator, settings.precision, settings.devices)
     now = origin(fabric.device.type, teacher_files(run, folder.parent))
     draft = open_draft(folder, now)
-    torch.manual_seed(run.fold_seed)
     patients_before(run.entry, cohort, run.split)  # refused here where they leak
-    network = network_of(run.entry, cohort)
-    keeper, cache = Keeper(draft), Cache(run, cohort, fabric, folder.parent, partial(watcher.view_kept, run))
-    try:
-        fitted = _fit(run, cohort, network, fabric, draft, watcher, keeper, cache)
-    except DivergedError as error:
-        raise FloatingPointError(_told(error, run, cohort, network, draft)) from error
-    start = time.perf_counter()
-    stage = second_stage(run, cohort, network, fitted, fabric, seed=run.fold_seed)
-    _save_checkpoints(run, cohort, network, fitted, draft)
-    _save_predictions(run, cohort, network, fitted, fabric, draft)
-    latency = measure_latency(network)
-    seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
-    record = {
-        **describe(run, cohort), "status": "done", "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch,
-        "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch,
-        "remarks": [*remarks, *keeper.remarks, *cache.remarks, *_halved(run, fitted)],
-        "teacher_cache": cache.facts, "made_with": now, "latency_ms": round(latency.milliseconds, 4), "latency_on": latency.device, **stage,
-    }  # fmt: skip
+    with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, Board(draft / "tensorboard") as board:
+
+        def on_epoch(record: Record) -> None:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            board.add(record["epoch"], _scalars(record))
+            watcher.epoch_done(run, record)
+
+        heard: dict[str, Callable[..., None]] = {"epoch": on_epoch, "view": partial(watcher.view_kept, run)}
+        made = launch(
+            _make, (run, cohort, draft), devices=settings.devices, accelerator=settings.accelerator, precision=settings.precision,
+            hear=lambda event, *facts: heard[event](*facts),
+        )  # fmt: skip
+    record = {**describe(run, cohort), "status": "done", **made, "remarks": [*remarks, *made["remarks"]], "made_with": now}
     finish(folder, record)
     return record
+
+
+def _make(place: Place, run: Run, cohort: Cohort, draft: Path) -> Record:
+    """All that a run computes, in one of its processes: the first writes what is kept of it, and its answer counts."""
+    torch.manual_seed(run.fold_seed)
+    network, fabric = network_of(run.entry, cohort), place.fabric
+    keeper, cache = Keeper(draft), Cache(run, cohort, fabric, draft.parent, partial(place.tell, "view"))
+    try:
+        fitted = _fit(run, cohort, network, draft, place, keeper, cache)
+    except DivergedError as error:
+        raise FloatingPointError(_told(error, run, cohort, network, draft, write=fabric.is_global_zero)) from error
+    start = time.perf_counter()
+    stage = second_stage(run, cohort, network, fitted, fabric, seed=run.fold_seed)
+    tables = _predictions(run, cohort, network, fitted, fabric)
+    if not fabric.is_global_zero:
+        return {}
+    _save_checkpoints(run, cohort, network, fitted, draft)
+    predictions.write(draft / "predictions.parquet", tables, cohort.classes, cohort.background)
+    latency = measure_latency(network)
+    seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
+    return {
+        "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch, "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch,
+        "remarks": [*keeper.remarks, *cache.remarks, *_halved(run, fitted), *_apart(network, fabric)], "teacher_cache": cache.facts,
+        "latency_ms": round(latency.milliseconds, 4), "latency_on": latency.device, **stage,
+    }  # fmt: skip
+
+
+def _apart(network: Network, fabric: Fabric) -> list[str]:
+    norms = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
+    if fabric.world_size == 1 or fabric.device.type == "cuda" or not norms:
+        return []
+    return [
+        f"each of the {fabric.world_size} processes took batch statistics from its own part of a batch, and those of the first were kept: "
+        "on the CPU torch cannot take them over all"
+    ]
 
 
 def _halved(run: Run, fitted: Fitted) -> list[str]:
@@ -249,32 +281,28 @@ def _halved(run: Run, fitted: Fitted) -> list[str]:
     ]
 
 
-def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draft: Path) -> str:
+def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draft: Path, *, write: bool) -> str:
     """What a run diverged on, and what is left of it: its best epoch so far becomes a checkpoint of its own."""
     samples = ", ".join(cohort.samples["sample"].to_numpy()[error.rows])
     if not error.fitted.best:
         return f"{error}. The batch's samples: {samples}. No epoch had ended before"
     path = draft / "best.safetensors"
-    checkpoint.save(path, error.fitted.best, promise_of(run, cohort, network))
+    if write:
+        checkpoint.save(path, error.fitted.best, promise_of(run, cohort, network))
     return f"{error}. The batch's samples: {samples}. The last good checkpoint: {path} (epoch {error.fitted.best_epoch})"
 
 
-def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path, watcher: Watcher, keeper: Keeper, cache: Cache) -> Fitted:
-    with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, Board(draft / "tensorboard") as board:
-
-        def on_epoch(record: Record) -> None:
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            board.add(record["epoch"], _scalars(record))
-            watcher.epoch_done(run, record)
-
-        channels, train, validation = make_batches(run, cohort, fabric)
-        if run.entry.pretrained and unfold_batch_norm(fabric.to_device(network), next(train.epoch(0)).select(channels)):
-            keeper.remarks.append("the batch norms of the pre-trained weights were folded: they were measured anew on the first batch")
-        return fit(
-            network, make_objective(run, cohort, network, fabric, draft.parent, keep=cache), train, validation, settings=run.entry.settings,
-            channels=channels, classes=cohort.classes, fabric=fabric, on_epoch=on_epoch, keeper=keeper,
-        )  # fmt: skip
+def _fit(run: Run, cohort: Cohort, network: Network, draft: Path, place: Place, keeper: Keeper, cache: Cache) -> Fitted:
+    fabric = place.fabric
+    channels, train, validation = make_batches(run, cohort, fabric)
+    if run.entry.pretrained and unfold_batch_norm(fabric.to_device(network), next(train.undivided().epoch(0)).select(channels)):
+        keeper.remarks.append("the batch norms of the pre-trained weights were folded: they were measured anew on the first batch")
+    with first_before(fabric):  # what it keeps of a teacher is there for the others
+        objective = make_objective(run, cohort, network, fabric, draft.parent, keep=cache)
+    return fit(
+        network, objective, train, validation, settings=run.entry.settings, channels=channels, classes=cohort.classes, fabric=fabric,
+        on_epoch=partial(place.tell, "epoch"), keeper=keeper, interrupted=place.interrupted, micro_batches=place.micro_batches,
+    )  # fmt: skip
 
 
 def _scalars(record: Record) -> dict[str, float]:
@@ -295,7 +323,7 @@ def make_batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, .
         cohort, run.split.train, channels=wanted, batch_size=settings.batch_size, device=fabric.device, sampler=settings.sampler,
         epochs=settings.epochs, augmentation=PRESETS[settings.augmentation], mixing=MIXINGS[settings.mixing], views=settings.views,
         seed=run.fold_seed, residence=settings.residence,
-        drop_last=len(run.split.train) > settings.batch_size,
+        drop_last=len(run.split.train) > settings.batch_size, share=(fabric.global_rank, fabric.world_size),
     )  # fmt: skip
     validation = plain_batches(cohort, run.split.validation, channels, fabric, settings.residence) if len(run.split.validation) else None
     return channels, train, validation
@@ -343,7 +371,7 @@ def promise_of(run: Run, cohort: Cohort, network: Network) -> Promise:
     )  # fmt: skip
 
 
-def _save_predictions(run: Run, cohort: Cohort, network: Network, fitted: Fitted, fabric: Fabric, draft: Path) -> None:
+def _predictions(run: Run, cohort: Cohort, network: Network, fitted: Fitted, fabric: Fabric) -> pd.DataFrame:
     where, channels = (run.split.repeat, run.split.fold, run.seed), run.entry.channels
     tables = []
     for part, rows in (("validation", run.split.validation), ("test", run.split.test)):
@@ -354,4 +382,4 @@ def _save_predictions(run: Run, cohort: Cohort, network: Network, fitted: Fitted
             network.load_state_dict(weights)
             logits, _ = predict_logits(network, batches, channels=channels, fabric=fabric)
             tables.append(prediction_table(cohort, rows, logits.numpy(), run=run.id, split=part, checkpoint=name, where=where))
-    predictions.write(draft / "predictions.parquet", pd.concat(tables, ignore_index=True), cohort.classes, cohort.background)
+    return pd.concat(tables, ignore_index=True)
