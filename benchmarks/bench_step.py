@@ -1,4 +1,5 @@
-"""What the machinery costs: a training step and a distillation step against the bare step on data already in memory.
+"""What the machinery costs: steps of training, distillation (live and cached teacher) and evaluation, against the bare ones.
+
 
 resnet18, 128 x 128, one channel, batch 32, augmentation included. Interleaved medians. Command: ``python benchmarks/bench_step.py``
 """
@@ -10,10 +11,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from lightning.fabric import Fabric
 from torch.nn import functional as F
 
 from raredistill.augment import PRESETS
@@ -24,14 +27,15 @@ from raredistill.distill.contract import Facts
 from raredistill.distill.registry import make_method
 from raredistill.losses import make_loss
 from raredistill.models import create
+from raredistill.training.cache import Kept, look
 from raredistill.training.devices import make_fabric
-from raredistill.training.loop import Tally, Trainer
+from raredistill.training.loop import Tally, Trainer, predict_logits
 from raredistill.training.objectives import Distilled, Supervised
 from raredistill.training.optimizers import make_optimizer
 from raredistill.training.settings import Settings
 from raredistill.training.teacher import Teacher
 
-CLASSES, SIZE, BATCH, ROUNDS = ("a", "b", "c"), 128, 32, 15
+CLASSES, SIZE, BATCH, ROUNDS, VIEWS = ("a", "b", "c"), 128, 32, 15, 2
 SETTINGS = Settings(batch_size=BATCH)
 
 
@@ -67,17 +71,21 @@ def bare() -> Callable[[], None]:
     return step
 
 
-def whole(cohort: Cohort, *, taught: bool) -> Callable[[], None]:
-    """What a study does in a step: gather, augment, forward, terms, backward, optimiser, tally."""
+def whole(cohort: Cohort, taught: str) -> Callable[[], None]:
+    """What a study does in a step: gather, augment, forward, terms, backward, optimiser, tally; ``live``, ``cached`` or ``no`` teacher."""
     fabric = make_fabric("cpu", "32-true")
     loss = make_loss("cross_entropy", counts=torch.ones(3))
-    objective = (
-        Distilled(loss, make_method("kd", Facts(torch.ones(3))), teacher(fabric), ce_weight=1, kd_weight=1) if taught else Supervised(loss)
-    )
+    objective: Any = Supervised(loss)
+    if taught != "no":
+        teaches = teacher(fabric) if taught == "live" else cached(cohort, fabric)
+        objective = Distilled(loss, make_method("kd", Facts(torch.ones(3))), teaches, ce_weight=1, kd_weight=1)
     trainer = Trainer(create("resnet18", channels=1, classes=3, image_size=SIZE), objective, SETTINGS, ("grey",), CLASSES, fabric)
     trainer.model.train()
     rows = np.arange(len(cohort.samples))
-    stream = endless(Batches(cohort, rows, channels=("grey",), batch_size=BATCH, device=fabric.device, augmentation=PRESETS["default"]))
+    views = VIEWS if taught == "cached" else None
+    stream = endless(
+        Batches(cohort, rows, channels=("grey",), batch_size=BATCH, device=fabric.device, augmentation=PRESETS["default"], views=views)
+    )
     tally = Tally(CLASSES, fabric.device)
 
     def step() -> None:
@@ -88,11 +96,40 @@ def whole(cohort: Cohort, *, taught: bool) -> Callable[[], None]:
     return step
 
 
-def teacher(fabric: object) -> Teacher:
+def teacher(fabric: Fabric) -> Teacher:
     network = create("resnet18", channels=1, classes=3, image_size=SIZE)
     promise = Promise(model="resnet18", head="linear", dropout=0.0, classes=CLASSES, channels=("grey",), image_size=SIZE,
                       mean=(0.5,), std=(0.25,), prior=None, training_patients=None, external=True, split_hash="")  # fmt: skip
-    return Teacher(network, promise, fabric)  # type: ignore[arg-type]
+    return Teacher(network, promise, fabric)
+
+
+def cached(cohort: Cohort, fabric: Fabric) -> Kept:
+    """What a live teacher says of all views, and what it took to ask."""
+    rows = np.arange(len(cohort.samples))
+    plain = Batches(
+        cohort, rows, channels=("grey",), batch_size=BATCH, device=fabric.device, augmentation=PRESETS["default"], shuffle=False
+    )
+    start, live = time.perf_counter(), teacher(fabric)
+    tables = [look(live, plain, view, features=False) for view in range(VIEWS)]
+    seconds = time.perf_counter() - start
+    print(f"filling the cache: {1000 * seconds / VIEWS / len(plain):.0f} ms a batch and view, once for all students of a fold")
+    return Kept(tables, rows, fabric.device)
+
+
+def evaluation(cohort: Cohort, *, bare: bool) -> Callable[[], None]:
+    """Logits of a batch of pixels as a study predicts them, and the forward pass alone."""
+    fabric, network = make_fabric("cpu", "32-true"), create("resnet18", channels=1, classes=3, image_size=SIZE).eval()
+    plain = Batches(cohort, np.arange(BATCH), channels=("grey",), batch_size=BATCH, device=fabric.device, shuffle=False)
+    images = torch.rand(BATCH, 1, SIZE, SIZE)
+
+    @torch.no_grad()
+    def step() -> None:
+        if bare:
+            network(images)
+        else:
+            predict_logits(network, plain, channels=("grey",), fabric=fabric)
+
+    return step
 
 
 def teacher_forward() -> Callable[[], None]:
@@ -118,9 +155,12 @@ def main() -> None:
         cohort = make_cohort(Path(folder))
         steps = {
             "bare step": bare(),
-            "training step": whole(cohort, taught=False),
+            "training step": whole(cohort, "no"),
             "teacher forward": teacher_forward(),
-            "distillation step": whole(cohort, taught=True),
+            "distillation step": whole(cohort, "live"),
+            "distillation step, cached teacher": whole(cohort, "cached"),
+            "bare forward": evaluation(cohort, bare=True),
+            "evaluation": evaluation(cohort, bare=False),
         }
         times: dict[str, list[float]] = {name: [] for name in steps}
         for round_ in range(ROUNDS + 2):
@@ -129,12 +169,17 @@ def main() -> None:
                 if round_ >= 2:
                     times[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    floors = {"training step": medians["bare step"], "distillation step": medians["bare step"] + medians["teacher forward"]}
+    floors = {
+        "training step": ["bare step"], "distillation step": ["bare step", "teacher forward"],
+        "distillation step, cached teacher": ["training step"], "evaluation": ["bare forward"],
+    }  # fmt: skip
     print(f"resnet18, {SIZE} x {SIZE}, batch {BATCH}, {torch.get_num_threads()} threads, medians of {ROUNDS} interleaved steps\n")
-    print("| step | ms | against its floor |\n|---|---|---|")
+    print("| step | ms | against its floor (median of rounds) | floor |\n|---|---|---|---|")
     for name, value in medians.items():
-        ratio = f"{value / floors[name]:.3f}" if name in floors else "-"
-        print(f"| {name} | {1000 * value:.0f} | {ratio} |")
+        parts = floors.get(name, [])
+        under = [sum(times[part][round_] for part in parts) for round_ in range(ROUNDS)]
+        ratio = f"{statistics.median(own / floor for own, floor in zip(times[name], under, strict=True)):.3f}" if parts else ""
+        print(f"| {name} | {1000 * value:.0f} | {ratio} | {' + '.join(parts)} |")
 
 
 if __name__ == "__main__":
