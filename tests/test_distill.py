@@ -56,7 +56,7 @@ def dist_oracle(s, t, _):
 
 
 def standardised_oracle(s, t, _):
-    s, t = ((z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True) for z in (s, t))
+    s, t = ((z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True, ddof=1) for z in (s, t))
     return kl(softmax(t / T), softmax(s / T)) * T**2
 
 
@@ -133,6 +133,36 @@ def test_xerm_weighs_the_two_risks_sample_by_sample(logits):
     assert float(found["xerm"]) == pytest.approx((weight * -(balanced * log).sum(axis=1)).mean(), abs=1e-5)
 
 
+@pytest.mark.parametrize("keep", ["soft", "hard"])
+def test_of_two_heads_on_the_same_features_one_learns_labels_and_the_other_the_teacher(keep, logits):
+    student, teacher, target = logits
+    features = np.random.default_rng(4).normal(size=(10, 5))
+    method = make_method("ssd", Facts(COUNTS, student_shape=Shape(5)), keep=keep, temperature=T)
+    weight = np.random.default_rng(5).normal(size=(3, 5))
+    with torch.no_grad():
+        method.head.weight.copy_(torch.tensor(weight))
+        method.head.bias.copy_(torch.tensor([0.5, 0.0, -0.5]))
+    beside = features @ weight.T + [0.5, 0.0, -0.5]
+    hard, soft = (beside, student) if keep == "soft" else (student, beside)
+    outputs = Outputs(torch.tensor(student), torch.tensor(features))
+    found = method.terms(SimpleNamespace(labels=torch.tensor(target)), outputs, Outputs(torch.tensor(teacher)))
+    assert float(found["ce"].detach()) == pytest.approx(-np.log(softmax(hard))[np.arange(10), target].mean(), abs=1e-5)
+    assert float(found["ssd"].detach()) == pytest.approx(kl(softmax(teacher / T), softmax(soft / T)) * T**2, abs=1e-5)
+
+
+def test_labels_reach_a_student_that_keeps_its_soft_head_only_through_the_features(logits):
+    student, teacher, target = (torch.tensor(each) for each in logits)
+    student.requires_grad_()
+    features = torch.randn(10, 5, dtype=torch.float64, requires_grad=True)
+    method = make_method("ssd", Facts(COUNTS, student_shape=Shape(5)))
+    torch.nn.init.normal_(method.head.weight)
+    found = method.terms(SimpleNamespace(labels=target), Outputs(student, features), Outputs(teacher))
+    for term, reached, spared in (("ce", features, student), ("ssd", student, features)):
+        there, not_there = torch.autograd.grad(found[term], (reached, spared), allow_unused=True, retain_graph=True)
+        assert there.abs().max() > 0
+        assert not_there is None
+
+
 def test_reliable_distillation_weighs_each_sample_by_its_class(logits):
     student, teacher, target = logits
     recalls = np.array([0.9, 0.5, 0.1])
@@ -205,9 +235,13 @@ def test_class_balanced_distillation_and_contrast_equal_their_formulas():
     assert float(distill.cosine_distance(torch.tensor(student), torch.tensor(teacher))) == pytest.approx(
         (1 - (unit[0] * unit[1]).sum(axis=1)).mean(), abs=1e-5
     )
+    target = np.array([0, 1, 1, 2, 0, 1])
     cosines = unit[0] @ unit[1].T / 0.2
-    expected = -(np.log(np.diag(softmax(cosines))) + np.log(np.diag(softmax(cosines.T)))).mean() / 2
-    assert float(distill.contrastive(torch.tensor(student), torch.tensor(teacher), temperature=0.2)) == pytest.approx(expected, abs=1e-5)
+    # Of the others in the batch, those of the same class are no negatives.
+    rivals = [[j for j in range(6) if j == i or target[j] != target[i]] for i in range(6)]
+    ways = [[-side[i, i] + np.log(np.exp(side[i, rivals[i]]).sum()) for i in range(6)] for side in (cosines, cosines.T)]
+    found = distill.contrastive(torch.tensor(student), torch.tensor(teacher), torch.tensor(target), temperature=0.2)
+    assert float(found) == pytest.approx(np.mean(ways), abs=1e-5)
 
 
 # Three values of x, three classes: p(x | y), and what follows under two priors.

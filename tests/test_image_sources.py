@@ -293,6 +293,27 @@ def test_an_archive_of_many_blocks_is_hashed_once(tmp_path, monkeypatch):
     assert hashed == [tmp_path / "a.npz"]
 
 
+def test_blocks_in_order_are_decompressed_once_and_any_order_gives_the_same_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr("raredistill.cohort.sources.arrays._CHUNK_SAMPLES", 4)
+    images, opened = noise(0, 14, 6, 8), []
+    np.savez_compressed(tmp_path / "a.npz", x_train=images, y_train=np.arange(14) % 2)
+    source = Arrays(tmp_path / "a.npz")
+    original = zipfile.ZipFile.open
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda self, name, *rest: opened.append(name) or original(self, name, *rest))
+    units = source.units()
+
+    def pixels(of, order):
+        return {number: of.read(units[number], (6, 8)).pixels["grey"] for number in order}
+
+    for order, opens in (((0, 1, 2, 3), 1), ((1, 3), 1), ((3, 2, 0), 3), ((0, 0), 2)):
+        opened.clear()
+        for number, found in pixels(source, order).items():
+            np.testing.assert_array_equal(found, images[4 * number : 4 * number + 4])
+        assert opened == ["x_train.npy"] * opens
+    # A worker's copy of a source that has read half-way.
+    np.testing.assert_array_equal(pixels(pickle.loads(pickle.dumps(source)), (1,))[1], images[4:8])
+
+
 def test_arrays_in_the_keras_layout_take_names_from_the_file_and_any_memory_order(tmp_path):
     images = noise(0, 5, 6, 8, 3)
     np.savez(

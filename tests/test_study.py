@@ -16,7 +16,7 @@ from raredistill.cohort.prepare import prepare
 from raredistill.cohort.sources.registry import open_source
 from raredistill.cohort.store import Cohort
 from raredistill.config import StudyConfig, make_study
-from raredistill.errors import CheckpointError, ConfigError, DataError
+from raredistill.errors import CheckpointError, ConfigError, DataError, RareDistillError
 from raredistill.models import create
 from raredistill.phantom import write_phantom
 from raredistill.report.pairs import control_of
@@ -181,6 +181,19 @@ def test_a_failed_run_is_told_and_the_others_go_on(tiny_cohort, tmp_path):
     assert not list((tmp_path / "runs").glob("*.unfinished"))
 
 
+class Unplugging(Silent):
+    def epoch_done(self, run, record):
+        if run.entry.name == "large":
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+
+
+def test_a_device_that_fails_stops_the_study_with_its_cure_and_the_next_start_goes_on(tiny_cohort, tmp_path):
+    # No test can unplug a GPU: this is the error that torch raises then, in the middle of a run.
+    with pytest.raises(RareDistillError, match=r"the device failed in large-.*\(CUDA error: unspecified launch failure\).*nvidia-smi"):
+        run_study(study(tiny_cohort), tmp_path, Unplugging())
+    assert {record["status"] for record in run_study(study(tiny_cohort), tmp_path, Silent())} == {"done"}
+
+
 def test_an_external_teacher_that_saw_tested_patients_is_refused_before_training(finished, tiny_cohort):
     out, records = finished
     # The teacher of fold 0 fits the students of fold 0 only: in fold 1 its training patients are tested.
@@ -189,13 +202,18 @@ def test_an_external_teacher_that_saw_tested_patients_is_refused_before_training
         study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": {"weights": weights}}])
 
 
-def test_an_external_teacher_that_fits_teaches(tiny_cohort, tmp_path):
+@pytest.fixture
+def elsewhere(tiny_cohort, tmp_path):
+    """A teacher of somebody else's, and what is said of it."""
     weights = tmp_path / "elsewhere.safetensors"
     safetensors.torch.save_file(timm.create_model("test_resnet", num_classes=3, in_chans=1).state_dict(), weights)
-    elsewhere = {
+    return {
         "weights": str(weights), "model": "test_resnet", "classes": tiny_cohort.classes, "channels": ["t1ce"],
         "image_size": tiny_cohort.size[0], "external": True,
     }  # fmt: skip
+
+
+def test_an_external_teacher_that_fits_teaches(tiny_cohort, tmp_path, elsewhere):
     made = study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": elsewhere}])
     records = run_study(made, tmp_path / "out", Silent())
     assert {(record["status"], record["external_teacher"], record["teacher_name"]) for record in records} == {("done", True, "elsewhere")}
@@ -314,14 +332,7 @@ def test_a_second_correction_is_refused_with_the_configuration_and_both_sides_ar
         study(tiny_cohort, grid)
 
 
-def test_a_teacher_from_elsewhere_may_state_the_prior_that_its_file_does_not(tiny_cohort, tmp_path):
-    weights = tmp_path / "elsewhere.safetensors"
-    safetensors.torch.save_file(timm.create_model("test_resnet", num_classes=3, in_chans=1).state_dict(), weights)
-    elsewhere = {
-        "weights": str(weights), "model": "test_resnet", "classes": tiny_cohort.classes, "channels": ["t1ce"],
-        "image_size": tiny_cohort.size[0], "external": True,
-    }  # fmt: skip
-
+def test_a_teacher_from_elsewhere_may_state_the_prior_that_its_file_does_not(tiny_cohort, tmp_path, elsewhere):
     def taught(method, **options):
         entry = {"name": "s", "model": "small_cnn", "teacher": {**elsewhere, **options}, "method": method}
         return study(tiny_cohort, [entry])

@@ -3,11 +3,15 @@
 import copy
 import json
 import math
+import resource
+import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from raredistill.batches import Batch, Batches, Mixed
@@ -359,3 +363,56 @@ def test_peers_learn_in_one_pass_each_from_detached_targets(mutual, tiny_cohort,
         slopes = torch.autograd.grad(objective_alone, list(twin.parameters()))
         for weight, slope, found in zip(twin.parameters(), slopes, networks[number].parameters(), strict=True):
             torch.testing.assert_close(found, weight - 0.1 * slope, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_body_takes_the_same_steps_and_keeps_its_names(tiny_cohort, fabric):
+    counters.clear()
+    trainers = []
+    for mode in ("none", "default"):
+        settings = Settings(epochs=1, batch_size=16, ema_decay=0.5, compile=mode)
+        trainers.append(Trainer(small(), supervised(), settings, ("flair",), CLASSES, fabric))
+        trainers[-1].epoch(batches(tiny_cohort, drop_last=True), batches(tiny_cohort, shuffle=False))
+    assert counters["frames"]["ok"] > 0  # it was compiled
+    assert list(trainers[0].weights()) == list(trainers[1].weights())
+    for name, values in trainers[0].weights().items():
+        torch.testing.assert_close(values, trainers[1].weights()[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"clip_norm": 0.05}, {"clip_norm": 0.05, "sam_rho": 0.3}, {"sam_rho": 0.3}])
+def test_each_peer_has_a_gradient_norm_of_its_own(changes, tiny_cohort, fabric):
+    # One peer's loss is a thousand times the other's: a norm over both would leave the student hardly any step, and hardly any climb.
+    networks = [small(seed=seed) for seed in (1, 2)]
+    loss, method = make_loss("cross_entropy", counts=torch.ones(3)), make_method("kd", Facts(torch.ones(3)), temperature=1)
+
+    def loud(*args, **options):
+        return 1000 * loss(*args, **options)
+
+    settings = Settings(optimizer="sgd", momentum=0.0, learning_rate=0.1, weight_decay=0.0, **changes)
+    batch = next(iter(batches(tiny_cohort).epoch(0)))
+    alone = [copy.deepcopy(network) for network in networks]
+    for network, its_loss in zip(alone, (loss, loud), strict=True):
+        trainer = Trainer(network, Supervised(its_loss), settings, ("flair",), CLASSES, fabric)
+        trainer.model.train()
+        trainer.step(batch)
+    objective = Together(loss, method, [Peer(networks[1], ("flair",), loud)], fabric, mutual=False, ce_weight=1, kd_weight=0)
+    trainer = Trainer(networks[0], objective, settings, ("flair",), CLASSES, fabric)
+    trainer.model.train()
+    trainer.step(batch)
+    for found, wanted in zip(networks, alone, strict=True):
+        for weight, expected in zip(found.parameters(), wanted.parameters(), strict=True):
+            torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of other systems has no such switch")
+def test_a_step_on_the_cpu_reuses_memory_instead_of_asking_the_system_for_new_pages(fabric):
+    Trainer(small(), supervised(), Settings(), ("flair",), CLASSES, fabric)
+
+    def new_pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MiB: 16,384 pages of 4 KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    new_pages()
+    assert min(new_pages() for _ in range(3)) < 1000

@@ -293,9 +293,15 @@ def csv_reader(folder):
 
     def read(raw, number):
         (folder / "t.csv").write_bytes(raw)
+        # No table of images is one of grades, so an input counts as refused when it is neither.
+        refusals = []
         for attempt in (lambda: open_source("table", folder / "t.csv").problems(), lambda: read_grades(folder, folder / "t.csv")):
-            with contextlib.suppress(RareDistillError):
+            try:
                 attempt()
+            except RareDistillError as error:
+                refusals.append(error)
+        if len(refusals) == 2:
+            raise refusals[0]
 
     return read
 
@@ -386,7 +392,7 @@ def test_a_few_hundred_damaged_inputs_are_read_or_refused(name, tmp_path):
     wrong, outcomes = trial(name, tmp_path, FAST, None)
     assert wrong == []
     assert sum(outcomes.values()) == FAST
-    assert outcomes["refused"] > FAST // 20 or name == "csv"  # the damage is felt
+    assert outcomes["refused"] > FAST // 20  # the damage is felt
 
 
 @pytest.mark.fuzz

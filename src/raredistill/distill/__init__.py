@@ -2,10 +2,10 @@
 
 from raredistill.distill.consistent import pckd
 from raredistill.distill.features import attention_transfer, contrastive, cosine_distance, hint, relational
-from raredistill.distill.imbalance import ltkd, xerm
+from raredistill.distill.imbalance import ltkd, two_heads, xerm
 from raredistill.distill.logits import bkd, dist, dive, dkd, kd, standardised_kd
 
 __all__ = [
     "attention_transfer", "bkd", "contrastive", "cosine_distance", "dist", "dive", "dkd", "hint", "kd", "ltkd", "pckd", "relational",
-    "standardised_kd", "xerm",
+    "standardised_kd", "two_heads", "xerm",
 ]  # fmt: skip

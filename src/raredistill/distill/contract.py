@@ -117,6 +117,11 @@ def above_zero(default: float, *, high: float = math.inf) -> Any:
     return dataclasses.field(default=default, metadata={"option": Option(default, high=high, closed=False)})
 
 
+def choice(default: str, *others: str) -> Any:
+    """A hyper-parameter of a method that takes one of a few values."""
+    return dataclasses.field(default=default, metadata={"option": Choice(default, (default, *others))})
+
+
 def switch(default: bool) -> Any:
     """A part of a method that can be turned off."""
     return dataclasses.field(default=default, metadata={"option": Choice(default, (True, False))})

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raredistill.distill.contract import Checked, Facts, Labelled, Outputs, above_zero, not_negative
+from raredistill.distill.contract import Checked, Facts, Labelled, Outputs, above_zero, choice, not_negative
 from raredistill.distill.softened import divergence, mean_divergence, softened
 
 
@@ -154,6 +154,69 @@ class XERM(Checked):
         if teacher.log_prior is None:
             raise ValueError("the prior of the teacher is not known")
         return xerm(student.logits, teacher.logits, batch.labels, log_prior=teacher.log_prior, gamma=self.gamma)
+
+
+def two_heads(hard_logits: Tensor, soft_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> dict[str, Tensor]:
+    """Labels teach one classifier and the teacher another, so that the features serve both and neither pulls at the other's boundaries.
+
+    Args:
+        hard_logits: ``(N, K)`` of the classifier that learns the labels.
+        soft_logits: ``(N, K)`` of the classifier that learns from the teacher; both read the same features.
+        teacher_logits: ``(N, K)``.
+        target: ``(N,)`` class indices.
+        temperature: T, positive.
+
+    Returns:
+        ``ce`` and ``ssd``, scalars in nats, means over the batch; ``ssd`` includes T squared.
+
+    References:
+        Li, Wang, Wu: Self Supervision to Distillation for Long-Tailed Visual Recognition, ICCV 2021 (its joint training with two heads).
+    """
+    soft = mean_divergence(softened(teacher_logits, temperature), softened(soft_logits, temperature)) * temperature**2
+    return {"ce": F.cross_entropy(hard_logits.float(), target), "ssd": soft}
+
+
+@dataclass(frozen=True, eq=False)
+class SSD(Checked):
+    """See ``two_heads``; one head is the student's own and stays, the other is trained beside it.
+
+    Attributes:
+        head: the other head.
+        keep: which one the student's own is: the teacher's pupil (``soft``), or the one that learns the labels (``hard``).
+        temperature: T.
+    """
+
+    head: nn.Linear
+    keep: str = choice("soft", "hard")
+    temperature: float = above_zero(2.0)
+    name: ClassVar[str] = "ssd"
+    family: ClassVar[str] = "logits, imbalance-aware (two heads)"
+    source: ClassVar[str] = "Li et al. 2021"
+    needs: ClassVar[tuple[str, ...]] = ("logits", "labels")
+    own_loss: ClassVar[str] = "cross_entropy"
+
+    @classmethod
+    def make(cls, facts: Facts, **options: Any) -> Self:
+        """Build the other head, at zero: before its first step it prefers no class."""
+        if facts.student_shape is None:
+            raise ValueError("it adds a second head to the student's features, but their width is not known")
+        head = nn.Linear(facts.student_shape.features, len(facts.counts))
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
+        return cls(head.to(facts.counts.device), **options)
+
+    @property
+    def trainable(self) -> nn.Module:
+        """The other head."""
+        return self.head
+
+    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """The loss on labels of one head and the teacher's term of the other."""
+        if student.features is None:
+            raise ValueError("features were not asked for")
+        beside = self.head(student.features.float())
+        hard, soft = (beside, student.logits) if self.keep == "soft" else (student.logits, beside)
+        return two_heads(hard, soft, teacher.logits, batch.labels, temperature=self.temperature)
 
 
 @dataclass(frozen=True, eq=False)

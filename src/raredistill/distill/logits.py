@@ -38,7 +38,7 @@ def standardised_kd(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
     """Distillation of z-scored logits: the student need not match the teacher's scale and shift.
 
     Args:
-        student_logits: ``(N, K)``, K at least 3: with two classes a z-scored row is always +-1.
+        student_logits: ``(N, K)``, K at least 3: with two classes a z-scored row is always the same up to its sign.
         teacher_logits: ``(N, K)``.
         temperature: T, positive.
 
@@ -46,7 +46,7 @@ def standardised_kd(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
         Scalar in nats, a mean over the batch, times T squared.
 
     References:
-        Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024.
+        Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024; the variance divides by K - 1, as in the authors' code.
     """
     return kd(_standardised(student_logits), _standardised(teacher_logits), temperature=temperature)
 
@@ -54,7 +54,7 @@ def standardised_kd(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
 def _standardised(logits: Tensor) -> Tensor:
     centred = logits.float() - logits.float().mean(dim=1, keepdim=True)
     # The small constant keeps the gradient finite for rows without variance.
-    return centred * (centred.square().mean(dim=1, keepdim=True) + 1e-12).rsqrt()
+    return centred * (centred.square().sum(dim=1, keepdim=True) / (logits.shape[1] - 1) + 1e-12).rsqrt()
 
 
 def dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float, beta: float, temperature: float) -> Tensor:

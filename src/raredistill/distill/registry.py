@@ -10,7 +10,7 @@ from torch import Tensor
 from raredistill.distill.consistent import PCKD
 from raredistill.distill.contract import Facts, Method, hyperparameters
 from raredistill.distill.features import CBD, CRD, RKD, AttentionTransfer, FitNet
-from raredistill.distill.imbalance import LTKD, XERM, ReliableKD
+from raredistill.distill.imbalance import LTKD, SSD, XERM, ReliableKD
 from raredistill.distill.logits import BKD, DIST, DKD, KD, DiVE, StandardisedKD
 from raredistill.errors import ConfigError
 from raredistill.losses import did_you_mean
@@ -18,7 +18,7 @@ from raredistill.losses import did_you_mean
 METHODS: dict[str, Any] = {
     method.name: method
     for method in (
-        KD, StandardisedKD, DKD, DIST, FitNet, AttentionTransfer, RKD, CRD, BKD, DiVE, LTKD, XERM, CBD, ReliableKD, PCKD,
+        KD, StandardisedKD, DKD, DIST, FitNet, AttentionTransfer, RKD, CRD, BKD, DiVE, LTKD, XERM, CBD, SSD, ReliableKD, PCKD,
     )
 }  # fmt: skip
 

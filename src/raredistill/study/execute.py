@@ -24,13 +24,13 @@ from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort
 from raredistill.distill.contract import Facts
 from raredistill.distill.registry import METHODS, make_method
-from raredistill.errors import DataError
+from raredistill.errors import DataError, RareDistillError
 from raredistill.files import lock_if_free, write_text
 from raredistill.losses import class_weights, make_loss
 from raredistill.models import Network, facts, measure_latency, unfold_batch_norm
 from raredistill.study.board import Board
 from raredistill.study.cache import Cache
-from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside
+from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside, unfinished
 from raredistill.study.plan import Entry, External, Run
 from raredistill.study.predict import plain_batches, prediction_table
 from raredistill.study.stages import second_stage
@@ -92,10 +92,9 @@ def execute(plan: Sequence[Run], cohort: Cohort, out: Path, watcher: Watcher, on
     waiting = list(plan)
     while waiting:
         for run in [run for run in waiting if all(teacher.id in records for teacher in run.teachers)]:
-            with lock_if_free(lock_of(out, run.id)) as ours:
-                if not ours:
-                    continue
-                record, reused = _one(run, cohort, out, watcher, records)
+            if (found := attempt(run, cohort, out, watcher, records)) is None:
+                continue
+            record, reused = found
             waiting.remove(run)
             records[run.id] = record
             on_record(record)
@@ -103,6 +102,23 @@ def execute(plan: Sequence[Run], cohort: Cohort, out: Path, watcher: Watcher, on
         if waiting:
             time.sleep(LOOK_AGAIN)
     return [records[run.id] for run in plan]
+
+
+def attempt(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping[str, Record]) -> tuple[Record, bool] | None:
+    """Carry out one run whose teachers are done, under its lock.
+
+    Args:
+        run: what to do.
+        cohort: what it reads.
+        out: study folder.
+        watcher: is told of progress.
+        records: of its teachers at least, by run.
+
+    Returns:
+        Its record, and whether it was done before; None while another process works at it.
+    """
+    with lock_if_free(lock_of(out, run.id)) as ours:
+        return _one(run, cohort, out, watcher, records) if ours else None
 
 
 def refuse_changed(plan: Sequence[Run], out: Path) -> None:
@@ -135,6 +151,11 @@ def _one(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping
             remarks.append(f"{error}; the run was made again, what was there is in {set_aside(folder)}")
     try:
         record = _train(run, cohort, folder, watcher, remarks)
+    except torch.AcceleratorError as error:
+        raise RareDistillError(
+            f"the device failed in {run.id} ({str(error).splitlines()[0]}); what was kept of the run is in {unfinished(folder)}; "
+            "see that the device answers (nvidia-smi), then run the same command again"
+        ) from error  # every other run would meet it too
     except OSError:
         raise  # a full disk or a vanished folder is not this run's failure: every other run would meet it too
     except Exception as error:
@@ -267,13 +288,13 @@ def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draf
         return f"{error}. The batch's samples: {samples}. No epoch had ended before"
     path = draft / "best.safetensors"
     if write:
-        checkpoint.save(path, error.fitted.best, _promise(run, cohort, network))
+        checkpoint.save(path, error.fitted.best, promise_of(run, cohort, network))
     return f"{error}. The batch's samples: {samples}. The last good checkpoint: {path} (epoch {error.fitted.best_epoch})"
 
 
 def _fit(run: Run, cohort: Cohort, network: Network, draft: Path, place: Place, keeper: Keeper, cache: Cache) -> Fitted:
     fabric = place.fabric
-    channels, train, validation = _batches(run, cohort, fabric)
+    channels, train, validation = make_batches(run, cohort, fabric)
     if run.entry.pretrained and unfold_batch_norm(fabric.to_device(network), next(train.undivided().epoch(0)).select(channels)):
         keeper.remarks.append("the batch norms of the pre-trained weights were folded: they were measured anew on the first batch")
     with first_before(fabric):  # what it keeps of a teacher is there for the others
@@ -293,7 +314,8 @@ def _scalars(record: Record) -> dict[str, float]:
     return found
 
 
-def _batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...], Batches, Batches | None]:
+def make_batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...], Batches, Batches | None]:
+    """The channels of a run's network, the batches that it trains on, and those of its validation part, if it has one."""
     settings, channels = run.entry.settings, run.entry.channels
     teachers = teacher_channels(run) if settings.views is None else ()  # a teacher that was kept needs no pixels
     wanted = (*channels, *(name for name in teachers if name not in channels))
@@ -332,12 +354,13 @@ def _counts(run: Run, cohort: Cohort) -> np.ndarray:
 
 
 def _save_checkpoints(run: Run, cohort: Cohort, network: Network, fitted: Fitted, draft: Path) -> None:
-    promise = _promise(run, cohort, network)
+    promise = promise_of(run, cohort, network)
     checkpoint.save(draft / "best.safetensors", fitted.best, promise)
     checkpoint.save(draft / "last.safetensors", fitted.last, promise)
 
 
-def _promise(run: Run, cohort: Cohort, network: Network) -> Promise:
+def promise_of(run: Run, cohort: Cohort, network: Network) -> Promise:
+    """What the checkpoints of a run promise."""
     entry = run.entry
     patients = {*cohort.samples["patient"].to_numpy()[run.split.train], *patients_before(entry, cohort, run.split)}
     return Promise(

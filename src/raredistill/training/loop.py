@@ -19,6 +19,7 @@ from raredistill.distill.contract import Outputs
 from raredistill.metrics import metrics_from_confusion
 from raredistill.models import Network
 from raredistill.training.devices import MemoryEndedError, Team
+from raredistill.training.memory import keep_freed_memory
 from raredistill.training.objectives import Objective
 from raredistill.training.optimizers import Plateau, check_schedule, climb, learning_rate, make_optimizer, set_learning_rate
 from raredistill.training.resume import (
@@ -143,7 +144,10 @@ class Trainer:
         self.team.synchronise(objective.trainable)
         self.model, self.optimizer = fabric.setup(network, make_optimizer(network, settings, objective.trainable))
         self.model.mark_forward_method("see")
+        if fabric.device.type == "cpu":
+            keep_freed_memory()
         self.average = _moving_average(network, settings.ema_decay)
+        network.compile_body(settings.compile, training=True)
         self.plateau = Plateau(settings) if settings.schedule == "plateau" else None
         self.fitted = Fitted()
         self.micro_batches = 1
@@ -221,17 +225,25 @@ class Trainer:
         """One optimiser step on a batch; returns the detached terms and logits, still on the device."""
         terms, logits = self._slope(batch)
         if self.settings.sam_rho is not None:
-            back = climb(self.network.parameters(), self.settings.sam_rho)
+            backs = [climb(learner, self.settings.sam_rho) for learner in self._learners()]
             self._slope(batch)
-            back()
-        self.team.mean_gradients(self.objective.trainable)
+            for back in backs:
+                back()
         if self.settings.clip_norm is not None:
-            # What is not finite shows in the loss, which is looked at without stopping the device at every step.
-            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.settings.clip_norm, error_if_nonfinite=False)
+            for learner in self._learners():
+                # What is not finite shows in the loss, which is looked at without stopping the device at every step.
+                nn.utils.clip_grad_norm_(learner, self.settings.clip_norm, error_if_nonfinite=False)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.network)
         return terms, logits
+
+    def _learners(self) -> list[list[nn.Parameter]]:
+        """Weights that share a gradient norm: the student's with the layers of its method, and those of each peer."""
+        own, beside = list(self.network.parameters()), self.objective.trainable
+        if beside is None or not self.objective.apart:
+            return [[*own, *([] if beside is None else beside.parameters())]]
+        return [own, *(list(peer.parameters()) for peer in beside.children())]
 
     def _slope(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of the terms; when the device's memory ends, again in micro-batches of half the size, and so from now on."""
@@ -272,6 +284,7 @@ class Trainer:
                 terms, seen = self._pass(part, len(part.labels) / samples)
             sums = {name: sums[name] + term if name in sums else term for name, term in terms.items()}
             logits.append(seen)
+        self.team.mean_gradients(self.objective.trainable)
         return sums, torch.cat(logits)
 
     def _pass(self, batch: Batch, share: float) -> tuple[dict[str, Tensor], Tensor]:

@@ -24,6 +24,10 @@ class Objective(Protocol):
     def trainable(self) -> nn.Module | None:
         """Layers of its own, trained beside the student; a resumed training needs their state too."""
 
+    @property
+    def apart(self) -> bool:
+        """Whether those are networks by themselves, with a gradient norm each, rather than a part of what the student learns."""
+
     def __call__(self, batch: Batch, student: Outputs) -> dict[str, Tensor]:
         """Return the terms whose sum is minimised."""
 
@@ -66,6 +70,7 @@ class Supervised:
 
     maps = False
     trainable = None
+    apart = False
 
     def __init__(self, loss: Loss, deferred: Deferred | None = None) -> None:
         self.loss = OnLabels(loss, deferred)
@@ -77,6 +82,8 @@ class Supervised:
 
 class Distilled:
     """``ce_weight`` x the loss on labels + ``kd_weight`` x the method's terms, taught by frozen teachers on the same view."""
+
+    apart = False
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class Together:
     """
 
     maps = False
+    apart = True
 
     def __init__(
         self,

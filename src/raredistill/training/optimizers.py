@@ -30,9 +30,9 @@ def make_optimizer(network: nn.Module, settings: Settings, beside: nn.Module | N
         {"params": [p for name, p in named if name.endswith("bias")], "weight_decay": bias_decay},
     ]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=True)
     family = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return family(groups, lr=settings.learning_rate)
+    return family(groups, lr=settings.learning_rate, fused=True)
 
 
 @torch.no_grad()

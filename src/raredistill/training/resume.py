@@ -120,6 +120,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str,
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
+    for parameter, own in optimizer.state.items():
+        # Files hold plain layouts; in another layout than the weight's, a sum would be rounded in another order.
+        own.update({key: torch.empty_like(parameter).copy_(value) for key, value in own.items() if _is_like(value, parameter)})
+
+
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

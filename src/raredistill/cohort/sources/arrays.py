@@ -39,18 +39,22 @@ _CHUNK_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class _Part:
-    """One part of the file: its split, the member with its images, their shape and type, and their class names."""
+    """One part of the file: its split, the member with its images, their shape, type and order, and their class names."""
 
     split: str
     images: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    fortran: bool
     labels: tuple[str, ...]
+
+    def bytes_each(self) -> int:
+        """Size of one sample."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
     def chunk(self) -> int:
         """Samples that a worker reads at a time, so that memory stays small."""
-        size = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        return max(1, min(_CHUNK_SAMPLES, _CHUNK_BYTES // max(size, 1)))
+        return max(1, min(_CHUNK_SAMPLES, _CHUNK_BYTES // max(self.bytes_each(), 1)))
 
 
 class Arrays:
@@ -84,12 +88,13 @@ class Arrays:
             names = classes if classes is not None else _names(archive, members, self._path)
         self._classes = _class_names([labels for _, _, labels in raw], names, self._path)
         self._parts = {split: self._part(split, images, labels) for split, images, labels in raw}
+        self._images = {split: _Images(self._path, part) for split, part in self._parts.items()}
         colour = any(len(part.shape) == 4 and part.shape[3] == 3 for part in self._parts.values())
         self._decoder = Decoder(("rgb" if colour else "grey") if mode == "auto" else mode, checked_window(window))
         self.channels = self._decoder.channels
 
     def _part(self, split: str, images: str, labels: np.ndarray) -> _Part:
-        with _member(self._path, images) as (_, shape, dtype, _):
+        with _member(self._path, images) as (_, shape, dtype, fortran):
             if len(shape) != 3 and not (len(shape) == 4 and shape[3] in (1, 3)):
                 raise DataError(f"{self._path}: {images} has the shape {shape}; it must be (N, H, W), (N, H, W, 1) or (N, H, W, 3)")
             if min(shape) < 1 or np.prod(shape[1:], dtype=np.float64) > _LARGEST_SAMPLE or dtype.kind not in "uifb":
@@ -99,7 +104,7 @@ class Arrays:
             if shape[0] != len(labels):
                 raise DataError(f"{self._path}: {images} has {shape[0]} samples but {len(labels)} labels; export it again")
         named = labels if labels.dtype.kind == "U" else np.array(self._classes)[labels]
-        return _Part(split, images, shape, dtype, tuple(map(str, named)))
+        return _Part(split, images, shape, dtype, fortran, tuple(map(str, named)))
 
     def units(self) -> list[Unit]:
         """Chunks of samples, part by part; a unit's patient names the chunk, each row its own patient."""
@@ -126,7 +131,7 @@ class Arrays:
         split, start = unit.patient.rsplit("/", 1)
         part, first = self._parts[split], int(start)
         last = min(first + part.chunk(), len(part.labels))
-        images = _rows(self._path, part, first, last)
+        images = self._images[split].rows(first, last)
         images = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
         pixels = np.empty((len(self.channels), len(images), *size), dtype=np.uint8)
         for index, image in enumerate(images):
@@ -224,27 +229,69 @@ def _class_names(labels: list[np.ndarray], names: Sequence[str] | None, path: Pa
 
 
 @contextmanager
-def _member(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any], bool]]:
-    """Open one array of the file as a stream behind its header: stream, shape, type, Fortran order."""
+def _told(path: Path, name: str) -> Iterator[None]:
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-            version = np.lib.format.read_magic(stream)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = header(stream)
-            if dtype.hasobject:
-                raise DataError(f"{path}: {name} is pickled, which is not safe to read; save it as numbers")
-            yield stream, shape, dtype, fortran
+        yield
     except _UNREADABLE as error:
         raise DataError(f"{path}: {name} cannot be read ({error}); fetch or export the file again") from None
 
 
-def _rows(path: Path, part: _Part, first: int, last: int) -> np.ndarray:
-    """Samples ``first`` to ``last`` of a part without holding the rest in memory."""
-    with _member(path, part.images) as (stream, shape, dtype, fortran):
-        if fortran and np.prod(shape, dtype=np.float64) * dtype.itemsize > _LARGEST_ARRAY:
-            raise DataError(f"{path}: {part.images} is too large to be read in Fortran order; save it in C order")
-        if fortran:
-            return np.frombuffer(stream.read(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape, order="F")[first:last]
-        size = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-        stream.seek(first * size, 1)
-        return np.frombuffer(stream.read((last - first) * size), dtype).reshape(last - first, *shape[1:])
+@contextmanager
+def _member(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any], bool]]:
+    """Open one array of the file as a stream behind its header: stream, shape, type, Fortran order."""
+    with _told(path, name), _stream(path, name) as stream:
+        yield stream, *_header(stream, path, name)
+
+
+def _stream(path: Path, name: str) -> IO[bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return archive.open(f"{name}.npy")  # has the file open for as long as it is open itself
+
+
+def _header(stream: IO[bytes], path: Path, name: str) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
+    version = np.lib.format.read_magic(stream)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = header(stream)
+    if dtype.hasobject:
+        raise DataError(f"{path}: {name} is pickled, which is not safe to read; save it as numbers")
+    return shape, dtype, fortran
+
+
+class _Images:
+    """The images of one part: decompressed once for all blocks that are asked for in order, with no more than one in memory."""
+
+    def __init__(self, path: Path, part: _Part) -> None:
+        self._path, self._part = path, part
+        self._open: IO[bytes] | None = None
+        self._next = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}  # an open file stays in its process
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """Samples ``first`` to ``last``."""
+        part = self._part
+        with _told(self._path, part.images):
+            if part.fortran:
+                return self._whole()[first:last]
+            # Not kept where reading fails: nothing would say how far it came.
+            stream, self._open = self._at(first), None
+            rows = np.frombuffer(stream.read((last - first) * part.bytes_each()), part.dtype).reshape(last - first, *part.shape[1:])
+            if last < part.shape[0]:
+                self._open, self._next = stream, last
+            return rows
+
+    def _at(self, first: int) -> IO[bytes]:
+        stream, start = self._open, self._next
+        if stream is None or first < start:
+            stream, start = _stream(self._path, self._part.images), 0
+            _header(stream, self._path, self._part.images)
+        stream.seek((first - start) * self._part.bytes_each(), 1)
+        return stream
+
+    def _whole(self) -> np.ndarray:
+        part = self._part
+        if part.shape[0] * part.bytes_each() > _LARGEST_ARRAY:
+            raise DataError(f"{self._path}: {part.images} is too large to be read in Fortran order; save it in C order")
+        with _member(self._path, part.images) as (stream, *_):
+            return np.frombuffer(stream.read(part.shape[0] * part.bytes_each()), part.dtype).reshape(part.shape, order="F")
