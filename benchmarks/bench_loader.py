@@ -1,7 +1,8 @@
 """Augmented 224 x 224 batches of 64: ours against a per-sample loader as the thesis had it, interleaved medians.
 
 The thesis' way: one ``.npy`` a sample, np.load, PIL rotation and scale, flips and colour jitter, a DataLoader: in the process, as is its
-default, and with a worker a core. Both make views of the same kind, in float32.
+default, and with a worker a core. Both make views of the same kind, in float32. Then epochs of training the thesis' small network, from
+memory and from the cohort's files.
 Command: ``python benchmarks/bench_loader.py``
 """
 
@@ -24,8 +25,14 @@ from torchvision import transforms
 from raredistill.augment import PRESETS
 from raredistill.batches import Batches
 from raredistill.cohort.store import Cohort, save
+from raredistill.losses import make_loss
+from raredistill.models import create
+from raredistill.training.devices import make_fabric
+from raredistill.training.loop import Trainer
+from raredistill.training.objectives import Supervised
+from raredistill.training.settings import Settings
 
-SIZE, NUMBER, BATCH, ROUNDS, WORKERS = 224, 1024, 64, 9, 2
+SIZE, NUMBER, BATCH, ROUNDS, WORKERS, TRAININGS = 224, 1024, 64, 9, 2, 5
 
 
 class PerSample(Dataset[tuple[torch.Tensor, int]]):
@@ -71,6 +78,25 @@ def rate(batches: Iterable[object]) -> float:
     return NUMBER / (time.perf_counter() - start)
 
 
+def compare_training(ours: dict[str, Batches]) -> None:
+    """Print seconds of whole epochs of training, first batches, interleaved."""
+    fabric, classes, settings = make_fabric("cpu", "32-true"), ("class0", "class1", "class2"), Settings(batch_size=BATCH)
+    network = create("small_cnn", channels=1, classes=3, image_size=SIZE)
+    trainer = Trainer(network, Supervised(make_loss("cross_entropy", counts=torch.ones(3))), settings, ("grey",), classes, fabric)
+    seconds: dict[str, list[float]] = {residence: [] for residence in ours}
+    for turn in range(TRAININGS + 1):
+        for residence, batches in ours.items():
+            start = time.perf_counter()
+            trainer.epoch(batches, None)
+            if turn:
+                seconds[residence].append(time.perf_counter() - start)
+    ratio = statistics.median(a / b for a, b in zip(seconds["resident"], seconds["streamed"], strict=True))
+    print(f"an epoch of training small_cnn on {NUMBER} images, medians of {TRAININGS} interleaved epochs\n\n| pixels | s |\n|---|---|")
+    for residence, values in seconds.items():
+        print(f"| {residence} | {statistics.median(values):.3f} |")
+    print(f"| resident / streamed (median of pairs) | {ratio:.3f} |\n")
+
+
 def main() -> None:
     """Print a table of medians and ratios."""
     in_process, with_workers = "per sample, in the process", f"per sample, {WORKERS} workers"
@@ -91,6 +117,7 @@ def main() -> None:
             rates[with_workers].append(rate(pooled))
             for residence, batches in ours.items():
                 rates[residence].append(rate(batches.epoch(epoch)))
+        compare_training(ours)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     print(f"{NUMBER} images of {SIZE} x {SIZE}, batch {BATCH}, {os.cpu_count()} cores, medians of {ROUNDS} interleaved epochs\n")
     print(f"| loader | images / s | times {in_process} | times {with_workers} |\n|---|---|---|---|")

@@ -1,20 +1,25 @@
 """Order, views and pixels of an epoch: functions of (seed, epoch, sample), against scipy and a plain loop."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage, stats
 
+from raredistill import memory
 from raredistill.augment import MIXINGS, PRESETS, Augmentation, Mixing, Params, apply, make_params, mix_params, uniform
 from raredistill.batches import Batches
-from raredistill.errors import ConfigError
+from raredistill.cohort.store import Cohort, PixelReader
+from raredistill.errors import ConfigError, DataError
 from raredistill.sampling import epoch_order
 
 CPU = torch.device("cpu")
 
 
 def params(number, **changes):
-    ones, zeros = np.ones(number, np.float32), np.zeros(number, np.float32)
+    ones, zeros = torch.ones(number), torch.zeros(number)
     plain = {
         "angle": zeros,
         "zoom": ones,
@@ -25,7 +30,7 @@ def params(number, **changes):
         "right": zeros,
         "down": zeros,
     }
-    return Params(**{**plain, **{name: np.full(number, value, np.float32) for name, value in changes.items()}})
+    return Params(**{**plain, **{name: torch.full((number,), float(value)) for name, value in changes.items()}})
 
 
 @pytest.fixture
@@ -154,6 +159,53 @@ def test_epochs_cycle_through_the_views_but_not_through_the_orders(tiny_cohort):
     assert [next(cycling.epoch(epoch)).view for epoch in range(4)] == [0, 1, 0, 1]
 
 
+def test_rows_are_read_from_the_files_as_numpy_indexes_them(tiny_cohort, monkeypatch):
+    rows = np.concatenate([np.arange(10, 40), [3, 99, 3], np.arange(60, 55, -1)])
+    expected = np.stack([tiny_cohort.pixels(channel)[rows] for channel in ("t1ce", "flair")], axis=1)
+    monkeypatch.setattr("raredistill.cohort.store.AT_ONCE", 7)  # so that runs of rows are cut, too
+    with PixelReader(tiny_cohort, ("t1ce", "flair")) as reader:
+        out = np.zeros_like(expected)
+        reader.read(rows, out)
+        reader.read(rows[:0], out[:0])
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_a_file_that_is_cut_while_it_is_streamed_is_told(tiny_cohort, tmp_path):
+    shutil.copytree(tiny_cohort.root, tmp_path / "copy")
+    served = batches(Cohort.load(tmp_path / "copy"), "streamed")
+    os.truncate(tmp_path / "copy" / "pixels" / "t1ce.u8", 1000)
+    with pytest.raises(DataError, match=r"t1ce\.u8 was cut short"):
+        list(served.epoch(0))
+
+
+def test_pixels_that_exceed_the_memory_are_streamed_or_refused_before_training(tiny_cohort, monkeypatch):
+    needed = 90 * 2 * tiny_cohort.size[0] * tiny_cohort.size[1]
+    monkeypatch.setattr("raredistill.memory.available", lambda: needed - 1)
+    with pytest.raises(ConfigError, match=r"residence: 90 samples of 2 channel.* set residence=auto or streamed, .*--size, or name fewer"):
+        batches(tiny_cohort, "resident")
+    assert len(list(batches(tiny_cohort, "auto").epoch(0))) == 6
+    monkeypatch.setattr("raredistill.memory.available", lambda: needed)
+    assert len(list(batches(tiny_cohort, "resident").epoch(0))) == 6
+
+
+def test_free_memory_is_the_least_of_the_machines_and_what_a_container_grants(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable: 700 kB\n")
+    (tmp_path / "group").write_text("0::/outer/inner\n")
+    inner = tmp_path / "groups" / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for folder, limit in ((inner, "max"), (inner.parent, "600000")):
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text("500000")
+        (folder / "memory.stat").write_text("anon 300000\ninactive_file 200000\n")
+    for name, value in (("MEMINFO", "meminfo"), ("GROUP", "group"), ("GROUPS", "groups")):
+        monkeypatch.setattr(memory, name, tmp_path / value)
+    assert memory.available() == 600000 - 500000 + 200000
+    (inner.parent / "memory.max").write_text("9000000")
+    assert memory.available() == 700 * 1024
+    (tmp_path / "group").unlink()
+    assert memory.available() == 700 * 1024
+
+
 def test_an_abandoned_stream_ends_its_reader(tiny_cohort):
     import threading
     import time
@@ -181,8 +233,8 @@ def test_crops_are_whole_pixels_of_the_padded_image(images):
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)))
     np.testing.assert_allclose(shifted.numpy(), padded[:, :, 2 : 2 + 32, 7 : 7 + 24], atol=1e-5)
     drawn = make_params(PRESETS["cifar"], seed=0, epoch=0, samples=np.arange(9000))
-    assert stats.chisquare(np.bincount((drawn.right + 4).astype(int), minlength=9)).pvalue > 0.001
-    assert set(drawn.down) == set(range(-4, 5))
+    assert stats.chisquare(np.bincount((drawn.right + 4).int().numpy(), minlength=9)).pvalue > 0.001
+    assert set(drawn.down.tolist()) == set(range(-4, 5))
 
 
 def test_partners_and_strengths_are_functions_of_the_sample():

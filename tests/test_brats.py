@@ -5,6 +5,7 @@ import h5py
 import nibabel
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from raredistill import phantom
@@ -185,6 +186,20 @@ def test_pixels_are_percentiles_of_the_brain_resized_as_pillow_does():
     assert np.abs(small.astype(int) - oracle).max() <= 1
 
 
+@pytest.mark.parametrize("size", [(224, 224), (128, 96), (240, 155), (101, 90), (300, 480)])
+def test_only_the_brain_is_resized_to_the_same_bytes_as_the_whole(size):
+    rng = np.random.default_rng(size[0])
+    for top, bottom, left, right in ((0, 240, 0, 240), (45, 216, 46, 191), (1, 239, 100, 101), (238, 240, 0, 3)):
+        volume = np.zeros((6, 240, 240), np.int16)
+        volume[1:5, top:bottom, left:right] = rng.integers(1, 3000, (4, bottom - top, right - left))
+        rendered = volumes.Renderer()
+        rendered.add("t1", volume)
+        whole = torch.from_numpy(rendered.resized(np.arange(6), (240, 240))["t1"])[:, None].expand(-1, 4, -1, -1)
+        interleaved = whole.contiguous(memory_format=torch.channels_last)
+        expected = torch.nn.functional.interpolate(interleaved, size, mode="bilinear", antialias=True)[:, 0]
+        np.testing.assert_array_equal(rendered.resized(np.arange(6), size)["t1"], expected.numpy())
+
+
 def test_a_volume_without_contrast_or_brain():
     volume = np.zeros((3, 4, 4), np.int16)
     with pytest.raises(DataError, match="nothing above its background"):
@@ -202,10 +217,9 @@ def test_a_stray_voxel_beyond_single_precision_is_white_and_the_rest_as_without_
     volume = np.zeros((2, 30, 30), np.float32)
     volume[:, 5:25, 5:25] = np.random.default_rng(0).uniform(1e-6, 2e-6, (2, 20, 20))
     limits = volumes.window(volume)
-    plain, stray = np.zeros(volume.shape, np.uint8), np.zeros(volume.shape, np.uint8)
-    volumes.to_bytes(volume, limits.low, limits.high, plain)
+    plain = volumes.to_bytes(volume, limits.low, limits.high)
     volume[0, 7, 7] = 3e38
-    volumes.to_bytes(volume, limits.low, limits.high, stray)
+    stray = volumes.to_bytes(volume, limits.low, limits.high)
     assert stray[0, 7, 7] == 255
     plain[0, 7, 7] = 255
     np.testing.assert_array_equal(stray, plain)

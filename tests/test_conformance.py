@@ -120,7 +120,24 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(name, classes):
     assert number(name, labels, teacher, teacher) == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize(("name", "classes"), [(name, classes) for name, classes in SOUND if not METHODS[name].within_batch])
+@pytest.mark.parametrize(("name", "classes"), SOUND)
+def test_only_a_method_that_relates_samples_to_each_other_cannot_be_shared_by_devices(name, classes):
+    student, teacher, labels = problem(classes)
+
+    def part(side, rows):
+        return Outputs(side.logits[rows], side.features[rows], tuple(each[rows] for each in side.maps), side.log_prior)
+
+    method = make(name, classes)
+    whole = float(total(name, labels, student, teacher, method).detach())
+    cuts = [slice(0, 4), slice(4, 6)]
+    parts = [float(total(name, labels[cut], part(student, cut), part(teacher, cut), method).detach()) for cut in cuts]
+    same = (4 * parts[0] + 2 * parts[1]) / 6 == pytest.approx(whole, rel=1e-4)
+    assert same is not METHODS[name].within_batch
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"), [(name, k) for name, k in SOUND if not METHODS[name].within_batch or name in ("dist", "ltkd")]
+)
 def test_a_batch_that_is_repeated_changes_nothing(name, classes):
     student, teacher, labels = problem(classes)
 

@@ -63,6 +63,24 @@ def test_processes_make_the_same_cohort_as_one(tmp_path):
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["cohort.json", "pixels", "samples.parquet"]
 
 
+def test_patients_stand_in_the_sources_order_whichever_is_read_first(tmp_path, monkeypatch):
+    source, write, finished = make_source(tmp_path / "raw"), preparation.write_part, []
+
+    def slow_for_the_first(unit, *arguments):
+        time.sleep(0.5 if unit.patient == "a" else 0)
+        part = write(unit, *arguments)
+        finished.append(unit.patient)
+        return part
+
+    one = prepare(source, tmp_path / "one", size=SIZE, workers=1)
+    monkeypatch.setattr(preparation, "write_part", slow_for_the_first)
+    with ThreadPoolExecutor(3) as threads:
+        other = prepare(source, tmp_path / "other", size=SIZE, executor=threads)
+    assert finished[-1] == "a"
+    assert other.hash == one.hash
+    assert other.samples["patient"].drop_duplicates().tolist() == ["a", "b", "c"]
+
+
 def test_both_layouts_make_cohorts_of_the_same_samples(tmp_path):
     for number in (1, 2):
         write_nifti(tmp_path / "nifti", f"BraTS20_Training_{number:03d}", number)
@@ -127,7 +145,7 @@ def test_a_damaged_part_is_never_put_into_a_cohort(tmp_path):
     source, out = make_source(tmp_path / "raw"), tmp_path / "out"
 
     def damage(done, total):
-        if done == total:
+        if done == 2:
             part = preparation._part_file(out / ".parts", source.units()[1], "t2.u8")
             part.write_bytes(bytes(part.stat().st_size))
 

@@ -16,7 +16,7 @@ from raredistill.cohort.prepare import prepare
 from raredistill.cohort.sources.registry import open_source
 from raredistill.cohort.store import Cohort
 from raredistill.config import StudyConfig, make_study
-from raredistill.errors import CheckpointError, ConfigError, DataError
+from raredistill.errors import CheckpointError, ConfigError, DataError, RareDistillError
 from raredistill.models import create
 from raredistill.phantom import write_phantom
 from raredistill.report.pairs import control_of
@@ -179,6 +179,19 @@ def test_a_failed_run_is_told_and_the_others_go_on(tiny_cohort, tmp_path):
     assert json.loads((tmp_path / "study.json").read_text())["runs"] == records
     # Nothing was kept that the failed run could go on with.
     assert not list((tmp_path / "runs").glob("*.unfinished"))
+
+
+class Unplugging(Silent):
+    def epoch_done(self, run, record):
+        if run.entry.name == "large":
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+
+
+def test_a_device_that_fails_stops_the_study_with_its_cure_and_the_next_start_goes_on(tiny_cohort, tmp_path):
+    # No test can unplug a GPU: this is the error that torch raises then, in the middle of a run.
+    with pytest.raises(RareDistillError, match=r"the device failed in large-.*\(CUDA error: unspecified launch failure\).*nvidia-smi"):
+        run_study(study(tiny_cohort), tmp_path, Unplugging())
+    assert {record["status"] for record in run_study(study(tiny_cohort), tmp_path, Silent())} == {"done"}
 
 
 def test_an_external_teacher_that_saw_tested_patients_is_refused_before_training(finished, tiny_cohort):

@@ -4,12 +4,14 @@ import copy
 import json
 import math
 import resource
+import shutil
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from raredistill.batches import Batch, Batches, Mixed
@@ -361,6 +363,21 @@ def test_peers_learn_in_one_pass_each_from_detached_targets(mutual, tiny_cohort,
         slopes = torch.autograd.grad(objective_alone, list(twin.parameters()))
         for weight, slope, found in zip(twin.parameters(), slopes, networks[number].parameters(), strict=True):
             torch.testing.assert_close(found, weight - 0.1 * slope, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_body_takes_the_same_steps_and_keeps_its_names(tiny_cohort, fabric):
+    counters.clear()
+    trainers = []
+    for mode in ("none", "default"):
+        settings = Settings(epochs=1, batch_size=16, ema_decay=0.5, compile=mode)
+        trainers.append(Trainer(small(), supervised(), settings, ("flair",), CLASSES, fabric))
+        trainers[-1].epoch(batches(tiny_cohort, drop_last=True), batches(tiny_cohort, shuffle=False))
+    assert counters["frames"]["ok"] > 0  # it was compiled
+    assert list(trainers[0].weights()) == list(trainers[1].weights())
+    for name, values in trainers[0].weights().items():
+        torch.testing.assert_close(values, trainers[1].weights()[name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"clip_norm": 0.05}, {"clip_norm": 0.05, "sam_rho": 0.3}, {"sam_rho": 0.3}])

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import os
+import copy
+import functools
+import itertools
+import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raredistill.augment import Augmentation, Mixing, apply, make_params, mix_params
-from raredistill.cohort.store import Cohort
+from raredistill import memory
+from raredistill.augment import Augmentation, Mixing, Params, apply, make_params, mix_params
+from raredistill.cohort.store import Cohort, PixelReader
 from raredistill.errors import ConfigError
 from raredistill.sampling import epoch_order
 
 RESIDENT_SHARE = 0.4
 AHEAD = 4
+
+
+@dataclass
+class _Buffer:
+    """Memory for the pixels of a batch, and when the device has copied them."""
+
+    pixels: Tensor
+    copied: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class Batch:
         epoch: that the batch belongs to.
         mixed: partners, where samples are mixed.
         view: number of the random views, a new one each epoch unless training cycles through a few.
+        weight: of a mean over these samples in the mean over all processes, which share a batch in nearly equal parts.
     """
 
     rows: Tensor
@@ -50,10 +63,11 @@ class Batch:
     epoch: int = 0
     mixed: Mixed | None = None
     view: int = 0
+    weight: float = 1.0
 
     def at(self, positions: Tensor) -> Batch:
         """Some samples of the batch; ``positions (M,)`` int64 on the CPU."""
-        there = positions.to(self.labels.device)
+        there = positions.to(self.labels.device, non_blocking=True)
         return Batch(self.rows[positions], self.images[there], self.labels[there], self.channels, self.epoch, view=self.view)
 
     def select(self, channels: Sequence[str]) -> Tensor:
@@ -69,7 +83,32 @@ class Batch:
 
     def _cut(self, part: slice) -> Batch:
         mixed = None if self.mixed is None else Mixed(self.mixed.labels[part], self.mixed.share[part])
-        return Batch(self.rows[part], self.images[part], self.labels[part], self.channels, self.epoch, mixed, self.view)
+        return Batch(self.rows[part], self.images[part], self.labels[part], self.channels, self.epoch, mixed, self.view, self.weight)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What an epoch's batches are made of.
+
+    Attributes:
+        parts: positions of each batch, on the CPU.
+        positions: of all batches, one after the other, on the device.
+        params: of their views; None where nothing is random.
+        strength: share of the own image, of each sample that is mixed.
+    """
+
+    parts: list[np.ndarray]
+    positions: Tensor
+    params: Params | None
+    strength: Tensor | None
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(map(len, self.parts), initial=0))
+
+    def place(self, number: int) -> slice:
+        """Where a batch is among all."""
+        return slice(self._ends[number], self._ends[number + 1])
 
 
 class Batches:
@@ -79,7 +118,7 @@ class Batches:
         cohort: where pixels and labels are.
         rows: ``(M,)`` rows to serve.
         channels: union of what the networks need.
-        batch_size: samples a batch.
+        batch_size: samples a batch, over all processes.
         device: where batches are made.
         sampler: order of an epoch when ``shuffle``.
         epochs: of the whole training, for a sampler that changes over it.
@@ -90,6 +129,11 @@ class Batches:
         shuffle: otherwise rows come in the given order.
         residence: ``resident``, ``streamed`` or ``auto`` (resident when the pixels take at most 40 % of the device's free memory).
         drop_last: leave out a smaller last batch.
+        share: rank of this process, and how many there are: each serves its part of every batch.
+
+    Raises:
+        ConfigError: pixels are to be resident and exceed the device's free memory, or there are more processes than samples in a batch that
+            is trained on.
     """
 
     def __init__(
@@ -109,25 +153,49 @@ class Batches:
         shuffle: bool = True,
         residence: str = "auto",
         drop_last: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.rows, self.channels, self.batch_size, self.device = rows, tuple(channels), batch_size, device
         self.sampler, self.augmentation, self.seed, self.shuffle, self.drop_last = sampler, augmentation, seed, shuffle, drop_last
-        self.epochs, self.mixing, self.views = epochs, mixing, views
+        self.epochs, self.mixing, self.views, self.share = epochs, mixing, views, share
+        if shuffle and share[1] > self._smallest():
+            raise ConfigError(f"devices: {share[1]} cannot share a batch of {self._smallest()}; set fewer devices or another batch_size")
         self._labels = cohort.labels[rows]
         self._pixels = [cohort.pixels(channel) for channel in self.channels]
         self._labels_there = torch.from_numpy(self._labels).to(device)
         self._counts_there = torch.bincount(self._labels_there, minlength=len(cohort.classes))
-        self._resident = self._gather(np.arange(len(rows))).to(device) if self._fits(residence) else None
+        self._open = functools.partial(PixelReader, cohort, self.channels)
+        self._resident = self._load() if self._fits(residence) else None
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.rows), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
+    def _smallest(self) -> int:
+        rest = len(self.rows) % self.batch_size
+        return rest if rest and not self.drop_last else self.batch_size
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Serve an epoch from its batch ``start`` on; order and views are functions of (seed, epoch, row)."""
-        parts = [self._with_partners(part, epoch) for part in self._parts(epoch)[start:]]
-        for part, pixels in self._pixels_of(parts):
-            yield self._batch(part, pixels, epoch)
+        whole = self._parts(epoch)[start:]
+        served = self._serve([self._own(part, self.share[0]) for part in whole], epoch)
+        for number, (pixels, part) in enumerate(zip(self._pixels_of(served), whole, strict=True)):
+            batch = self._batch(served, number, pixels, epoch)
+            yield replace(batch, weight=self.share[1] * len(batch.labels) / len(part))
+
+    def _own(self, part: np.ndarray, rank: int) -> np.ndarray:
+        return np.array_split(part, self.share[1])[rank]
+
+    def undivided(self) -> Batches:
+        """The same batches, each of them whole in this process."""
+        same = copy.copy(self)
+        same.share = (0, 1)
+        return same
+
+    def back(self) -> Tensor:
+        """Where the rows of an unshuffled epoch are, in order, when what the processes serve is put one after the other: ``(M,)`` int64."""
+        served = [self._own(part, rank) for rank in range(self.share[1]) for part in self._parts(0)]
+        return torch.from_numpy(np.argsort(np.concatenate(served)))
 
     def rows_of(self, epoch: int, step: int) -> np.ndarray:
         """Rows of the cohort in one batch of an epoch."""
@@ -142,92 +210,130 @@ class Batches:
             return np.arange(len(self.rows))
         return epoch_order(self._labels, sampler=self.sampler, seed=self.seed, epoch=epoch, epochs=self.epochs)
 
-    def _with_partners(self, positions: np.ndarray, epoch: int) -> np.ndarray:
-        # A mixed batch is read as its samples followed by their partners.
-        if self.mixing is None:
-            return positions
-        partners, _ = mix_params(self.mixing, seed=self.seed, epoch=epoch, samples=self.rows[positions], population=len(self.rows))
-        return np.concatenate([positions, partners])
+    def _serve(self, parts: list[np.ndarray], epoch: int) -> _Served:
+        """Draw an epoch's views and partners at once, and put them on the device before its first step: no step waits for a transfer."""
+        strength = None
+        if self.mixing is not None and parts:
+            samples = self.rows[np.concatenate(parts)]
+            partners, shares = mix_params(self.mixing, seed=self.seed, epoch=epoch, samples=samples, population=len(self.rows))
+            strength = torch.from_numpy(shares.astype(np.float32)).to(self.device)
+            # A mixed batch is read as its samples followed by their partners.
+            cuts = np.split(partners, np.cumsum([len(part) for part in parts])[:-1])
+            parts = [np.concatenate(pair) for pair in zip(parts, cuts, strict=True)]
+        positions = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        params = None
+        if self.augmentation is not None:
+            view, rows = self._view(epoch), self.rows[positions]
+            params = make_params(self.augmentation, seed=self.seed, epoch=view, samples=rows, device=self.device)
+        return _Served(parts, torch.from_numpy(positions).to(self.device), params, strength)
 
-    def _pixels_of(self, parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def _pixels_of(self, served: _Served) -> Iterator[Tensor]:
         if self._resident is None:
-            yield from self._stream(parts)
+            yield from self._stream(served.parts)
             return
         # One buffer for all: what is made of it is always a copy, and fresh memory costs page faults.
-        size = self.batch_size * (1 if self.mixing is None else 2)
+        size = max(map(len, served.parts), default=0)
         buffer = torch.empty((size, *self._resident.shape[1:]), dtype=torch.uint8, device=self.device)
-        for part in parts:
-            yield part, torch.index_select(self._resident, 0, torch.from_numpy(part).to(self.device), out=buffer[: len(part)])
+        for number, part in enumerate(served.parts):
+            yield torch.index_select(self._resident, 0, served.positions[served.place(number)], out=buffer[: len(part)])
 
-    def _stream(self, parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
-        waiting: queue.Queue[tuple[np.ndarray, Tensor] | BaseException] = queue.Queue(AHEAD)
-        stop = threading.Event()
-        reader = threading.Thread(target=self._read, args=(parts, waiting, stop), daemon=True)
+    def _stream(self, parts: list[np.ndarray]) -> Iterator[Tensor]:
+        # A reader fills a few buffers in turn: each comes back when what was in it has been copied to the device or made into views.
+        free: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
+        ready: queue.SimpleQueue[_Buffer | BaseException] = queue.SimpleQueue()
+        shape = (max(map(len, parts), default=0), *self._image_shape())
+        for _ in range(min(AHEAD, len(parts))):
+            free.put(_Buffer(torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")))
+        reader = threading.Thread(target=self._read, args=(parts, free, ready), daemon=True)
         reader.start()
         try:
-            for _ in parts:
-                item = waiting.get()
+            for part in parts:
+                item = ready.get()
                 if isinstance(item, BaseException):
                     raise item
-                yield item[0], item[1].to(self.device, non_blocking=True)
+                pixels = item.pixels[: len(part)].to(self.device, non_blocking=True)
+                item.copied = _event(self.device)
+                yield pixels
+                free.put(item)
         finally:
-            stop.set()
+            free.put(None)
 
     def _read(
-        self, parts: list[np.ndarray], waiting: queue.Queue[tuple[np.ndarray, Tensor] | BaseException], stop: threading.Event
+        self, parts: list[np.ndarray], free: queue.SimpleQueue[_Buffer | None], ready: queue.SimpleQueue[_Buffer | BaseException]
     ) -> None:
-        for part in parts:
-            item: tuple[np.ndarray, Tensor] | BaseException
-            try:
-                item = (part, self._pinned(self._gather(part)))
-            except (OSError, ValueError) as error:
-                item = error
-            while not stop.is_set():
-                try:
-                    waiting.put(item, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
+        try:
+            with self._open() as files:
+                for part in parts:
+                    if (buffer := free.get()) is None:
+                        return
+                    if buffer.copied is not None:
+                        buffer.copied.synchronize()
+                    files.read(self.rows[part], buffer.pixels[: len(part)].numpy())
+                    ready.put(buffer)
+        except Exception as error:  # whatever it is, it is raised where the batch is waited for
+            ready.put(error)
 
-    def _gather(self, positions: np.ndarray) -> Tensor:
-        rows = self.rows[positions]
-        return torch.from_numpy(np.stack([pixels[rows] for pixels in self._pixels], axis=1))
+    def _load(self) -> Tensor:
+        """All pixels on the device, a few at a time, so that they are in memory once."""
+        shape = (len(self.rows), *self._image_shape())
+        self._refuse_too_many(math.prod(shape))
+        there = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        with self._open() as files:
+            for start in range(0, len(self.rows), self.batch_size):
+                rows = self.rows[start : start + self.batch_size]
+                pixels = np.empty((len(rows), *shape[1:]), np.uint8)
+                files.read(rows, pixels)
+                there[start : start + len(rows)] = torch.from_numpy(pixels)
+        return there
 
-    def _pinned(self, pixels: Tensor) -> Tensor:
-        return pixels.pin_memory() if self.device.type == "cuda" else pixels
+    def _refuse_too_many(self, size: int) -> None:
+        free = _free_memory(self.device)
+        if size > free:
+            raise ConfigError(
+                f"residence: {len(self.rows)} samples of {len(self.channels)} channel(s) take {size / 1e9:.3g} GB, and {self.device} has "
+                f"{free / 1e9:.3g} GB free; set residence=auto or streamed, prepare a cohort with a smaller --size, or name fewer channels"
+            )
 
-    def _batch(self, positions: np.ndarray, pixels: Tensor, epoch: int) -> Batch:
-        rows = self.rows[positions]
-        if self.augmentation is None:
-            images = pixels.to(torch.float32).mul_(1 / 255)
-        else:
-            images = apply(pixels, make_params(self.augmentation, seed=self.seed, epoch=self._view(epoch), samples=rows))
-        labels = self._labels_there[torch.from_numpy(positions).to(self.device)]
-        if self.mixing is not None:
-            return self._mixed(self.mixing, rows, images, labels, epoch)
-        return Batch(torch.from_numpy(rows), images, labels, self.channels, epoch, view=self._view(epoch))
+    def _image_shape(self) -> tuple[int, ...]:
+        return (len(self._pixels), *self._pixels[0].shape[1:])
+
+    def _batch(self, served: _Served, number: int, pixels: Tensor, epoch: int) -> Batch:
+        own, rows = served.place(number), torch.from_numpy(self.rows[served.parts[number]])
+        images = pixels.to(torch.float32).mul_(1 / 255) if served.params is None else apply(pixels, served.params.part(own))
+        labels = self._labels_there[served.positions[own]]
+        if self.mixing is None or served.strength is None:
+            return Batch(rows, images, labels, self.channels, epoch, view=self._view(epoch))
+        size = len(rows) // 2
+        return self._mixed(self.mixing, rows[:size], images, labels, served.strength[own.start // 2 : own.stop // 2], epoch)
 
     def _view(self, epoch: int) -> int:
         return epoch if self.views is None else epoch % self.views
 
-    def _mixed(self, mixing: Mixing, rows: np.ndarray, images: Tensor, labels: Tensor, epoch: int) -> Batch:
-        size = len(rows) // 2
-        _, strength = mix_params(mixing, seed=self.seed, epoch=epoch, samples=rows[:size], population=len(self.rows))
-        own = torch.from_numpy(strength.astype(np.float32)).to(self.device)
+    def _mixed(self, mixing: Mixing, rows: Tensor, images: Tensor, labels: Tensor, own: Tensor, epoch: int) -> Batch:
+        size = len(rows)
         images = torch.lerp(images[size:], images[:size], own[:, None, None, None])
         share = mixing.label_share(own, labels[:size], labels[size:], self._counts_there) if mixing.remix else own
-        return Batch(
-            torch.from_numpy(rows[:size]), images, labels[:size], self.channels, epoch, Mixed(labels[size:], share), self._view(epoch)
-        )
+        return Batch(rows, images, labels[:size], self.channels, epoch, Mixed(labels[size:], share), self._view(epoch))
 
     def _fits(self, residence: str) -> bool:
         if residence not in ("auto", "resident", "streamed"):
             raise ConfigError(f"unknown residence {residence}; there are auto, resident and streamed")
         size = len(self.rows) * sum(pixels[0].size for pixels in self._pixels) if len(self.rows) else 0
-        return residence == "resident" or (residence == "auto" and size <= RESIDENT_SHARE * _free_memory(self.device))
+        # Each process holds them all: any may be its own in the next epoch. On the CPU they share one memory.
+        holders = self.share[1] if self.device.type == "cpu" else 1
+        return residence == "resident" or (residence == "auto" and holders * size <= RESIDENT_SHARE * _free_memory(self.device))
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """What marks the device's work up to now; None where work is done when it is called."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory.available()

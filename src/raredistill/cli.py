@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,8 +16,8 @@ from raredistill.errors import RareDistillError
 
 if TYPE_CHECKING:
     from raredistill.config import StudyConfig
+    from raredistill.study.estimate import Forecast
     from raredistill.study.plan import Run
-    from raredistill.study.run import Study
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
@@ -231,24 +232,108 @@ def study(
         list[str] | None, typer.Argument(help="settings to change, such as training.epochs=5", metavar="[KEY=VALUE]...")
     ] = None,
     out: Out = Path("study"),
+    only: Annotated[
+        str | None, typer.Option(help="one share of the runs, with the teachers they need: 0/4 to 3/4, as for a job array", metavar="I/N")
+    ] = None,
+    on: Annotated[Literal["ray"] | None, typer.Option(help="carry the runs out on a Ray cluster")] = None,
+    address: Annotated[str | None, typer.Option(help="HOST:PORT of its head node; a Ray on this machine by default")] = None,
+    gpus_per_run: Annotated[float | None, typer.Option(min=0.01, max=1, help="share of a GPU for each run on Ray; 1 by default")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="train nothing: measure a few steps, and tell time, memory and disk")] = False,
 ) -> None:
     """Train every run of a study that is not done yet, and write its report."""
-    _study(config, out, overrides or [])
+    if dry_run:
+        _dry_run(config, out, overrides or [], only)
+        return
+    if on is None and (address is not None or gpus_per_run is not None):
+        raise RareDistillError("--address and --gpus-per-run belong to a cluster; add --on ray")
+    _study(config, out, overrides or [], only=only, on=on and _on_ray(address, gpus_per_run))
 
 
-def _study(config_path: Path, out: Path, overrides: list[str]) -> None:
+def _on_ray(address: str | None, gpus_per_run: float | None) -> Any:
+    from raredistill.study.on_ray import OnRay
+
+    return OnRay(address, 1.0 if gpus_per_run is None else gpus_per_run)
+
+
+def _study(config_path: Path, out: Path, overrides: list[str], *, only: str | None = None, on: Any = None) -> None:
     from raredistill.config import load_config, make_study
     from raredistill.console import records, show_table
-    from raredistill.study.run import elsewhere, run_study
+    from raredistill.study.plan import share_of
+    from raredistill.study.run import HERE, elsewhere, left, run_study
 
     config = load_config(config_path, overrides)
     made = make_study(config, _cohort(config, out), shlex.join(["raredistill", *sys.argv[1:]]))
+    chosen = made.plan() if only is None else share_of(made.plan(), *_share(only))
     show_table(records(made.overview()), "slices (patients) of each class")
     for run in elsewhere(made, out):
         print(f"another process works at {run}: this one takes the other runs, and waits for it at the end", file=sys.stderr)
-    with StudyProgress(made) as watcher:
-        runs = run_study(made, out, watcher)
-    _finish(out, runs)
+    with on or nullcontext(HERE) as engine, StudyProgress(chosen) as watcher:
+        runs = run_study(made, out, watcher, chosen=chosen, engine=engine)
+    if waiting := left(out):
+        _tell_failures(runs)
+        print(f"{len(waiting)} runs are left to other processes: {', '.join(waiting)}; whoever ends the last of them writes the report")
+        _next(_same_study(config_path, out, overrides))
+    else:
+        _finish(out, runs)
+
+
+def _dry_run(config_path: Path, out: Path, overrides: list[str], only: str | None) -> None:
+    from raredistill.config import load_config, make_study
+    from raredistill.console import Progress
+    from raredistill.study.estimate import forecast
+    from raredistill.study.plan import share_of
+
+    made = make_study(load_config(config_path, overrides), _prepared(config_path, out, overrides), "")
+    chosen = made.plan() if only is None else share_of(made.plan(), *_share(only))
+    with Progress("kinds of runs measured") as progress:
+        expected = forecast(chosen, made.cohort, out, progress)
+    _show_forecast(expected, out)
+    if problems := {each.problem: each.run.id for each in expected if each.problem}:
+        _stop("; ".join(f"{run} does not fit on this machine: {problem}" for problem, run in problems.items()), 2)
+    _next(_same_study(config_path, out, overrides) + (f" --only {only}" if only else ""))
+
+
+def _prepared(config_path: Path, out: Path, overrides: list[str]) -> Any:
+    from raredistill.cohort.store import DESCRIPTION, Cohort
+    from raredistill.config import cohort_folder, load_config
+
+    config = load_config(config_path, overrides)
+    folder, raw = cohort_folder(config, out), config.cohort
+    if isinstance(raw, Path) or (folder / DESCRIPTION).exists():
+        return Cohort.load(folder)
+    options = [f"{key}={value}" for key, value in raw.options.items()]
+    prepare = shlex.join(["raredistill", "prepare", raw.source, str(raw.path), *options, "--size", str(raw.size), "--out", "cohort"])
+    raise RareDistillError(
+        f"the cohort of this study is not prepared yet, and a dry run writes nothing; prepare it with: {prepare}\n"
+        f"then: {_same_study(config_path, out, [*overrides, 'cohort=cohort'])} --dry-run"
+    )
+
+
+def _same_study(config_path: Path, out: Path, overrides: list[str]) -> str:
+    return shlex.join(["raredistill", "study", str(config_path), *overrides, "--out", str(out)])
+
+
+def _show_forecast(expected: list[Forecast], out: Path) -> None:
+    from raredistill.console import duration, show_table
+    from raredistill.study.estimate import device_rows, disk_free, disk_needed, longest_chain, run_rows, size
+
+    show_table(run_rows(expected), f"{len(expected)} runs in order; minutes that are left, at most where a run may stop early")
+    show_table(device_rows(expected), "with more devices: GPUs, or machines like this one (processes on one CPU share its cores)")
+    seconds, chain = longest_chain(expected)
+    print(f"one device: about {duration(sum(each.seconds for each in expected))}")
+    if seconds:
+        print(f"any number of devices: at least {duration(seconds)}, for {' then '.join(chain)}")
+    print(f"memory: {size(max(each.memory for each in expected))} for the largest run")
+    print(f"disk: {size(disk_needed(expected))}, and {size(disk_free(out))} are free")
+
+
+def _share(only: str) -> tuple[int, int]:
+    number, sign, shares = only.partition("/")
+    if not (sign and number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
+        raise RareDistillError(
+            f"--only {only}: write I/N with I from 0 to N - 1, such as 0/4; in a Slurm array of 4: $SLURM_ARRAY_TASK_ID/4"
+        )
+    return int(number), int(shares)
 
 
 def _cohort(config: StudyConfig, out: Path) -> Any:
@@ -276,6 +361,10 @@ def _finish(out: Path, runs: list[dict[str, Any]]) -> None:
 
     show_table(records(summary_table(out)), "test results, mean over folds and seeds")
     _report(out)
+    _tell_failures(runs)
+
+
+def _tell_failures(runs: list[dict[str, Any]]) -> None:
     for record in runs:
         for remark in record.get("remarks", ()):
             print(f"remark: {record['id']}: {remark}", file=sys.stderr)
@@ -287,12 +376,12 @@ def _finish(out: Path, runs: list[dict[str, Any]]) -> None:
 
 
 class StudyProgress:
-    """Progress over a whole study, in epochs of all its runs."""
+    """Progress over the runs of a study, in their epochs."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, runs: Sequence[Run]) -> None:
         from raredistill.console import Progress
 
-        self.total = sum(run.entry.settings.epochs for run in study.plan())
+        self.total = sum(run.entry.settings.epochs for run in runs)
         self.done = 0
         self.at: dict[str, int] = {}
         self.progress = Progress("epochs")

@@ -257,9 +257,11 @@ def _check_teaching(entry: Entry, teachers: Sequence[Entry], cohort: Cohort, spl
     for split in splits:
         facts_of = expected_facts(entry, teachers, cohort, split, shapes if len(shapes) == 2 else shapes[:1])
         try:
-            make_method(entry.method, facts_of, **entry.method_options)
+            method = make_method(entry.method, facts_of, **entry.method_options)
         except ConfigError as error:
             raise ConfigError(f"runs {entry.name}: {error}") from None
+        if entry.settings.devices > 1 and method.trainable is not None and any(True for _ in method.trainable.buffers()):
+            raise ConfigError(f"runs {entry.name}: method {entry.method} keeps what it sees of whole batches; set devices: 1")
 
 
 def _check_together(entry: Entry) -> None:
@@ -279,11 +281,23 @@ def _check_together(entry: Entry) -> None:
         f"teacher_cache keeps what a teacher says of each sample's views, but mixing: {settings.mixing} shows two samples in one": (
             settings.teacher_cache is not None and mixing
         ),
+        f"compile: {settings.compile} compiles bodies whole, but method {entry.method} looks into them; use compile: none": (
+            settings.compile != "none" and "maps" in needs
+        ),
         f"teacher_cache keeps logits and pooled features, but method {entry.method} compares feature maps; leave teacher_cache out": (
             settings.teacher_cache is not None and "maps" in needs
         ),
         f"teacher_cache keeps what a trained teacher says, but online: {entry.online} trains it beside the student": (
             settings.teacher_cache is not None and entry.online != "no"
+        ),
+        f"devices: {settings.devices} cannot share a batch of {settings.batch_size}; set fewer devices or another batch_size": (
+            settings.devices > settings.batch_size
+        ),
+        f"devices: {settings.devices}, but accelerator: mps is one device; set devices: 1": (
+            settings.devices > 1 and settings.accelerator == "mps"
+        ),
+        f"method {entry.method} relates the samples of a batch to each other, but devices: {settings.devices} divides it; set devices: 1": (
+            settings.devices > 1 and method is not None and method.within_batch
         ),
         f"method {entry.method} looks at labels, but mixing: {settings.mixing} gives each sample two; use kd or mixing: none": (
             mixing and "labels" in needs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import multiprocessing
 import os
@@ -20,6 +21,8 @@ from raredistill.errors import DataError
 from raredistill.processes import end_with_parent
 
 Outcome = TypeVar("Outcome")
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's ``mallopt``."""
 
 
 def cores() -> int:
@@ -95,4 +98,16 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
+    keep_memory()
     torch.set_num_threads(1)
+
+
+def keep_memory() -> None:
+    """Let freed volumes be used again: what goes back to the system comes back empty page by page, a tenth of a worker's time.
+
+    Only where the C library is glibc; elsewhere nothing changes.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+    if adjust is not None:
+        adjust(TRIM_THRESHOLD, 2**31 - 1)
+        adjust(MMAP_THRESHOLD, 2**25)

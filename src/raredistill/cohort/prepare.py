@@ -77,9 +77,12 @@ def prepare(
         if (out / store.DESCRIPTION).exists():  # or while this one waited
             return _finished(out, job)
         _claim_job(out, job)
-        parts, unreadable = _read_parts(source, out / WORK, size, progress, workers=workers, executor=executor)
-        _refuse(source, unreadable, leave_out_bad)
-        return _assemble(source, out, size, job, parts, [*problems, *unreadable])
+        with store.Writer(out, source.channels) as writer:
+            parts, unreadable = _read_parts(source, writer, size, progress, workers=workers, executor=executor)
+            _refuse(source, unreadable, leave_out_bad)
+            table = store.checked(_samples(parts), source.classes())
+            provenance = _provenance(job, parts, [*problems, *unreadable])
+            return writer.finish(table, classes=source.classes(), size=size, provenance=provenance)
 
 
 def _job(source: Source, size: tuple[int, int]) -> dict[str, Any]:
@@ -137,20 +140,24 @@ def _refuse(source: Source, problems: list[Problem], leave_out_bad: bool) -> Non
 
 
 def _read_parts(
-    source: Source, folder: Path, size: tuple[int, int], progress: Progress | None, **processes: Any
+    source: Source, writer: store.Writer, size: tuple[int, int], progress: Progress | None, **processes: Any
 ) -> tuple[list[dict[str, Any]], list[Problem]]:
-    """Bring every patient's part to disk; parts come back in the order of the units."""
-    units = source.units()
+    """Bring every patient's part to disk and into the cohort, in the order of the units, while workers read the next."""
+    units, folder = source.units(), writer.root / WORK
     done = {unit.patient: part for unit in units if (part := _load_part(folder, unit, source.channels, size))}
     missing = [unit for unit in units if unit.patient not in done]
     unreadable: list[Problem] = []
+    assembly = _Assembly(writer, [unit.patient for unit in units])
     _tell(progress, len(done), len(units))
+    for patient, part in done.items():
+        assembly.add(patient, part)
     for count, (patient, part, problem) in enumerate(over_units(write_part, missing, (source, folder, size), **processes), 1):
         if part is not None:
             done[patient] = part
         if problem is not None:
             unreadable.append(problem)
         _tell(progress, len(units) - len(missing) + count, len(units))
+        assembly.add(patient, part)
     return [done[unit.patient] for unit in units if unit.patient in done], unreadable
 
 
@@ -219,22 +226,35 @@ def _load_part(folder: Path, unit: Unit, channels: tuple[str, ...], size: tuple[
     return part if whole and part["stamps"] == _stamps(unit) and part["label"] == unit.label else None
 
 
-def _assemble(
-    source: Source, out: Path, size: tuple[int, int], job: dict[str, Any], parts: list[dict[str, Any]], problems: list[Problem]
-) -> Cohort:
+class _Assembly:
+    """Appends the parts to the cohort in the order of the patients, each as soon as all before it are there."""
+
+    def __init__(self, writer: store.Writer, patients: list[str]) -> None:
+        self._writer, self._waiting = writer, iter(patients)
+        self._next = next(self._waiting, None)
+        self._settled: dict[str, dict[str, Any] | None] = {}
+
+    def add(self, patient: str, part: dict[str, Any] | None) -> None:
+        """Take a patient's part, or None where the patient cannot be read."""
+        self._settled[patient] = part
+        while self._next in self._settled:
+            if (known := self._settled.pop(self._next)) is not None:
+                folder = self._writer.root / WORK
+                self._writer.append({channel: _blocks(folder, known, channel) for channel in known["checks"]})
+            self._next = next(self._waiting, None)
+
+
+def _blocks(folder: Path, part: dict[str, Any], channel: str) -> Iterator[np.ndarray]:
+    path = folder / f"{part['key']}.{channel}.u8"
+    block = np.memmap(path, dtype=np.uint8, mode="r") if part["rows"] else np.zeros(0, np.uint8)
+    if isal_zlib.crc32(block.data) != part["checks"][channel]:
+        raise DataError(f"{path} was damaged, perhaps when the machine stopped; delete {folder.parent} and prepare it anew")
+    yield block
+
+
+def _samples(parts: list[dict[str, Any]]) -> pd.DataFrame:
     rows = [{"patient": part["patient"], "patient_label": part["label"], **row} for part in parts for row in part["rows"]]
-    table = pd.DataFrame(rows, columns=list(store.COLUMNS))
-    pixels = {channel: _blocks(out / WORK, parts, channel) for channel in source.channels}
-    return store.save(out, table, pixels, classes=source.classes(), size=size, provenance=_provenance(job, parts, problems))
-
-
-def _blocks(folder: Path, parts: list[dict[str, Any]], channel: str) -> Iterator[np.ndarray]:
-    for part in parts:
-        path = folder / f"{part['key']}.{channel}.u8"
-        block = np.memmap(path, dtype=np.uint8, mode="r") if part["rows"] else np.zeros(0, np.uint8)
-        if isal_zlib.crc32(block.data) != part["checks"][channel]:
-            raise DataError(f"{path} was damaged, perhaps when the machine stopped; delete {folder.parent} and prepare it anew")
-        yield block
+    return pd.DataFrame(rows, columns=list(store.COLUMNS))
 
 
 def _provenance(job: dict[str, Any], parts: list[dict[str, Any]], problems: list[Problem]) -> dict[str, Any]:

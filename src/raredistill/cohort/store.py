@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ MASK = "mask"
 """Channel that holds the segmentation: at hand in training only, so a run takes it only where it is named."""
 CONTENT = ("classes", "channels", "size", "pixels", "samples")
 """Entries of the description that the cohort's hash covers."""
+AT_ONCE = 256
+"""Images that one call of the system reads; it takes at most 1,024."""
 WORK = ".parts"
 """Folder inside an unfinished cohort: its presence says that the folder is ours to go on with."""
 
@@ -124,6 +128,47 @@ class Cohort:
         return table.rename_axis("class").reset_index()
 
 
+class PixelReader:
+    """Reads rows of some channels from the cohort's files into memory of the caller.
+
+    Reading instead of mapping: Python's lock is free meanwhile, and nothing of the files counts as the process' own memory.
+
+    Args:
+        cohort: an open cohort.
+        channels: in the order in which images are to hold them.
+
+    Raises:
+        OSError: a channel's file cannot be opened.
+    """
+
+    def __init__(self, cohort: Cohort, channels: Iterable[str]) -> None:
+        self._image = cohort.size[0] * cohort.size[1]
+        with ExitStack() as opened:
+            self._files = [opened.enter_context(pixel_file(cohort.root, channel).open("rb", buffering=0)) for channel in channels]
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> PixelReader:
+        """The reader itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        self._opened.close()
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Fill ``out (M, C, height, width)`` uint8 with the images of ``rows (M,)``; rows that follow each other are read at once.
+
+        Raises:
+            DataError: a file is shorter than it was.
+        """
+        cuts = np.flatnonzero((np.diff(rows) != 1) | (np.arange(1, len(rows)) % AT_ONCE == 0)) + 1
+        for start, stop in pairwise([0, *cuts.tolist(), len(rows)] if len(rows) else []):
+            for channel, file in enumerate(self._files):
+                images = list(out[start:stop, channel])
+                if os.preadv(file.fileno(), images, int(rows[start]) * self._image) != len(images) * self._image:
+                    raise DataError(f"{file.name} was cut short after the cohort was made; prepare the cohort again")
+
+
 def save(
     root: Path,
     samples: pd.DataFrame,
@@ -146,20 +191,104 @@ def save(
     Raises:
         DataError: the table and pixels do not fit together, or the folder holds something else.
     """
-    root, names = Path(root), tuple(classes)
-    table = _tidy(samples)
-    _check_samples(table, names)
-    if (root / DESCRIPTION).exists():
-        raise DataError(f"{root} already holds a cohort; name another folder or delete it")
-    files.claim_folder(root, WORK)
-    (root / WORK).mkdir(exist_ok=True)
-    hashes = _write_channels(root, pixels, len(table) * size[0] * size[1])
+    names = tuple(classes)
+    table = checked(samples, names)
+    with Writer(root, tuple(pixels)) as writer:
+        writer.append(pixels)
+        return writer.finish(table, classes=names, size=size, provenance=provenance or {})
+
+
+class Writer:
+    """Writes a cohort block by block, while its other blocks are still being made.
+
+    Pixels gather in the folder ``.parts`` and take their place at the end; until then there is no cohort, and the next writer begins anew.
+
+    Args:
+        root: a new or empty folder, or one whose preparation was interrupted.
+        channels: their names.
+
+    Raises:
+        DataError: the folder holds a cohort or something else.
+    """
+
+    def __init__(self, root: Path, channels: tuple[str, ...]) -> None:
+        self.root = Path(root)
+        if (self.root / DESCRIPTION).exists():
+            raise DataError(f"{root} already holds a cohort; name another folder or delete it")
+        files.claim_folder(self.root, WORK)
+        (self.root / WORK).mkdir(exist_ok=True)
+        self._growing = {channel: self.root / WORK / f"{channel}.u8" for channel in channels}
+        self._handles = {channel: path.open("wb") for channel, path in self._growing.items()}
+        self._digests = {channel: hashlib.sha256() for channel in channels}
+        self._threads = ThreadPoolExecutor()
+
+    def __enter__(self) -> Writer:
+        """The writer itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files, whatever became of them."""
+        self._threads.shutdown()
+        for handle in self._handles.values():
+            handle.close()
+
+    def append(self, pixels: Mapping[str, Iterable[np.ndarray]]) -> None:
+        """Append images, channels side by side: hashing and writing leave Python's lock.
+
+        Args:
+            pixels: channel -> uint8 arrays, blocks of its images in order.
+
+        Raises:
+            DataError: pixels are not uint8.
+        """
+        list(self._threads.map(self._extend, pixels, pixels.values()))
+
+    def _extend(self, channel: str, blocks: Iterable[np.ndarray]) -> None:
+        handle, path = self._handles[channel], pixel_file(self.root, channel)
+        start = handle.tell()
+        for block in blocks:
+            raw = _bytes(block, path)
+            self._digests[channel].update(raw)
+            handle.write(raw)
+        files.start_writing(handle, start)
+
+    def finish(self, table: pd.DataFrame, *, classes: tuple[str, ...], size: tuple[int, int], provenance: Mapping[str, Any]) -> Cohort:
+        """Bring all to the disk; ``cohort.json`` comes last, so that a folder with it is complete.
+
+        Args:
+            table: as :func:`checked` gives it.
+            classes: as :func:`save` takes them.
+            size: ``(height, width)``.
+            provenance: JSON-like facts to carry.
+
+        Raises:
+            DataError: a channel holds more or less than the table and size ask for.
+        """
+        expected = len(table) * size[0] * size[1]
+        waiting = [self._threads.submit(self._settle, channel, expected) for channel in self._handles]
+        waiting.append(self._threads.submit(_write_samples, self.root, table))  # the disk is waited for once, not file by file
+        for future in waiting:
+            future.result()
+        hashes = {channel: digest.hexdigest() for channel, digest in self._digests.items()}
+        content = {"classes": classes, "channels": tuple(hashes), "size": tuple(size), "pixels": hashes, "samples": _table_hash(table)}
+        files.write_json(self.root / DESCRIPTION, _describe(self.root, table, content, classes, provenance))
+        list(self._threads.map(Path.unlink, (self.root / WORK).iterdir()))
+        (self.root / WORK).rmdir()
+        return Cohort.load(self.root)
+
+    def _settle(self, channel: str, expected: int) -> None:
+        path, handle = pixel_file(self.root, channel), self._handles[channel]
+        if (written := handle.tell()) != expected:
+            raise DataError(f"{path}: {written} bytes of pixels where the sample table and size ask for {expected}")
+        handle.flush()
+        os.fsync(handle.fileno())
+        path.parent.mkdir(exist_ok=True)
+        self._growing[channel].replace(path)
+
+
+def _write_samples(root: Path, table: pd.DataFrame) -> None:
     with files.atomic(root / SAMPLES) as temporary:
         table.to_parquet(temporary, index=False)
-    content = {"classes": names, "channels": tuple(pixels), "size": tuple(size), "pixels": hashes, "samples": _table_hash(table)}
-    files.write_json(root / DESCRIPTION, _describe(root, table, content, names, provenance or {}))
-    shutil.rmtree(root / WORK)
-    return Cohort.load(root)
 
 
 def background_of(samples: pd.DataFrame, classes: tuple[str, ...]) -> str | None:
@@ -186,12 +315,19 @@ def _describe(
     }
 
 
-def _tidy(samples: pd.DataFrame) -> pd.DataFrame:
+def checked(samples: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
+    """The sample table with the columns and types of a cohort.
+
+    Raises:
+        DataError: a column is missing, no sample is left, one occurs twice, or one is of an unknown class.
+    """
     missing = [column for column in COLUMNS if column not in samples]
     if missing:
         raise DataError(f"the sample table lacks the column(s) {', '.join(missing)}")
     table = samples[list(COLUMNS)].reset_index(drop=True)
-    return table.astype({column: "int64" if column == "slice" else str for column in COLUMNS})
+    table = table.astype({column: "int64" if column == "slice" else str for column in COLUMNS})
+    _check_samples(table, classes)
+    return table
 
 
 def _check_samples(samples: pd.DataFrame, classes: tuple[str, ...]) -> None:
@@ -203,28 +339,6 @@ def _check_samples(samples: pd.DataFrame, classes: tuple[str, ...]) -> None:
     twice = samples["sample"][samples["sample"].duplicated()]
     if len(twice):
         raise DataError(f"sample '{twice.iloc[0]}' occurs twice; give every sample a name of its own")
-
-
-def _write_channels(root: Path, pixels: Mapping[str, Iterable[np.ndarray]], expected: int) -> dict[str, str]:
-    """Write all channels side by side (hashing and writing leave Python's lock); channel -> hash."""
-
-    def write(channel: str) -> str:
-        return _write_pixels(pixel_file(root, channel), pixels[channel], expected)
-
-    with ThreadPoolExecutor() as threads:
-        return dict(zip(pixels, threads.map(write, pixels), strict=True))
-
-
-def _write_pixels(path: Path, blocks: Iterable[np.ndarray], expected: int) -> str:
-    digest, written = hashlib.sha256(), 0
-    with files.atomic(path) as temporary, temporary.open("wb") as handle:
-        for block in blocks:
-            raw = _bytes(block, path)
-            digest.update(raw)
-            written += handle.write(raw)
-        if written != expected:
-            raise DataError(f"{path}: {written} bytes of pixels where the sample table and size ask for {expected}")
-    return digest.hexdigest()
 
 
 def _bytes(block: np.ndarray, path: Path) -> memoryview:

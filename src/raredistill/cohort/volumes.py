@@ -6,6 +6,7 @@ formats is one patient.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ FARTHEST = 1e30
 """Greatest value, and one over the smallest range, that single precision can scale."""
 LANES = 4
 """PyTorch's fast path for bytes resizes up to four interleaved channels at about the cost of one."""
+TOGETHER = 4
+"""Slices resized at a time: what one step writes is still in the processor's cache when the next reads it."""
 
 
 @dataclass(frozen=True)
@@ -119,25 +122,29 @@ def _quantiles(values: np.ndarray) -> tuple[float, float]:
     return float(ordered[first]), float(ordered[second])
 
 
-def to_bytes(volume: np.ndarray, low: float, high: float, out: np.ndarray) -> None:
+def to_bytes(volume: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map ``low`` .. ``high`` to 0 .. 255, saturating.
 
     Args:
         volume: ``(n, height, width)``.
         low: becomes 0, and so does everything below, background included.
         high: becomes 255, and so does everything above.
-        out: ``(n, height, width)`` uint8, written in place; may be strided.
+
+    Returns:
+        ``(n, height, width)`` uint8.
     """
     precision = np.result_type(volume.dtype, np.float32).type
-    buffer = np.empty(volume.shape[1:], precision)
     scale = 255 / (high - low)
     slope, intercept = precision(scale), precision(0.5 - low * scale)
-    for plane, target in zip(volume, out, strict=True):
+    outcome, buffer = np.empty(volume.shape, np.uint8), np.empty(volume.shape[1:], precision)
+    for plane, target in zip(volume, outcome, strict=True):
+        np.copyto(buffer, plane)  # numpy converts and multiplies faster than it multiplies numbers of two kinds
         with np.errstate(over="ignore"):  # a stray voxel may overflow to infinity, which saturates as it should
-            np.multiply(plane, slope, out=buffer)
+            np.multiply(buffer, slope, out=buffer)
         np.add(buffer, intercept, out=buffer)
         np.clip(buffer, 0, 255, out=buffer)
         target[...] = buffer
+    return outcome
 
 
 class Renderer:
@@ -145,7 +152,8 @@ class Renderer:
 
     def __init__(self) -> None:
         self._windows: dict[str, Window] = {}
-        self._bytes = np.zeros((0, 0, 0, LANES), np.uint8)
+        self._boxes: list[np.ndarray] = []
+        self._native = (0, 0)
 
     def add(self, channel: str, volume: np.ndarray, background: np.ndarray | float | None = None) -> None:
         """Normalise a modality.
@@ -159,10 +167,8 @@ class Renderer:
             DataError: as ``window`` does.
         """
         limits = window(volume, background)
-        if not self._windows:
-            self._bytes = np.zeros((*volume.shape, LANES), np.uint8)
-        to_bytes(volume[limits.box], limits.low, limits.high, self._bytes[(*limits.box, len(self._windows))])
-        self._windows[channel] = limits
+        self._boxes.append(to_bytes(volume[limits.box], limits.low, limits.high))
+        self._windows[channel], self._native = limits, (volume.shape[1], volume.shape[2])
 
     @property
     def brain(self) -> np.ndarray:
@@ -178,8 +184,53 @@ class Renderer:
 
     def resized(self, keep: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
         """Channel -> ``(m, *size)`` uint8: the slices ``keep``; a smaller size averages over the pixels that it covers."""
-        images = _resize(self._bytes[keep], size)
-        return {channel: np.ascontiguousarray(images[..., lane]) for lane, channel in enumerate(self._windows)}
+        pictures = {channel: np.zeros((len(keep), *size), np.uint8) for channel in self._windows}
+        (rows, rows_there), (columns, columns_there) = (self._part(axis, size[axis]) for axis in (0, 1))
+        canvas = np.empty((TOGETHER, rows.stop - rows.start, columns.stop - columns.start, LANES), np.uint8)
+        for start in range(0, len(keep), TOGETHER):
+            some = keep[start : start + TOGETHER]
+            self._paint(canvas, some, rows.start, columns.start)
+            images = _resize(canvas[: len(some)], (rows_there.stop - rows_there.start, columns_there.stop - columns_there.start))
+            for lane, picture in enumerate(pictures.values()):
+                picture[start : start + len(some), rows_there, columns_there] = images[..., lane]
+        return pictures
+
+    def _part(self, axis: int, size: int) -> tuple[slice, slice]:
+        """What to resize of an axis, and where its outcome belongs: all modalities' brain, with a margin of background."""
+        boxes = [limits.box[axis + 1] for limits in self._windows.values()]
+        return aligned(min(box.start for box in boxes), max(box.stop for box in boxes), self._native[axis], size)
+
+    def _paint(self, canvas: np.ndarray, some: np.ndarray, top: int, left: int) -> None:
+        """Put some slices of every modality side by side, lane by lane."""
+        canvas[...] = 0
+        for lane, (limits, pixels) in enumerate(zip(self._windows.values(), self._boxes, strict=True)):
+            depth, rows, columns = limits.box
+            for image, index in zip(canvas, some, strict=False):
+                if depth.start <= index < depth.stop:
+                    inside = image[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left, lane]
+                    inside[...] = pixels[index - depth.start]
+
+
+def aligned(start: int, stop: int, extent: int, size: int) -> tuple[slice, slice]:
+    """Part of an axis that can be resized by itself to the same bytes, where all outside ``start`` .. ``stop`` is 0.
+
+    With ``extent`` and ``size`` in the ratio a : b, every a pixels become b, so a part from a multiple of a to another is a smaller
+    axis of the same ratio. The margin lets no pixel of the part look beyond it at anything but 0.
+
+    Args:
+        start: first pixel that may not be 0.
+        stop: one behind the last.
+        extent: pixels of the whole axis.
+        size: pixels that it is resized to.
+
+    Returns:
+        The part before and after.
+    """
+    blocks = math.gcd(extent, size)
+    before, after = extent // blocks, size // blocks
+    margin = 1 + max(1, -(-extent // size))  # half of the resampling filter's width, rounded up
+    first, last = max(0, start - margin) // before, -(-min(extent, stop + margin) // before)
+    return slice(first * before, last * before), slice(first * after, last * after)
 
 
 def nearest(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:

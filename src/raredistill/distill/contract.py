@@ -83,7 +83,8 @@ class Method(Protocol):
         needs: what it asks for: ``logits``, ``features`` or ``maps`` of the teacher, its ``prior`` or ``reliability``, hard ``labels``.
         min_classes: the fewest classes for which its signal is sound.
         zero_at_equal: it has nothing to teach a student that equals its teacher.
-        within_batch: it contrasts the samples of a batch, so its value depends on which come together.
+        within_batch: it relates the samples of a batch to each other, so its value depends on which come together; of others, the value
+            is the mean of those of a batch's parts, weighted by their sizes.
         balances: it takes the training prior off its teacher without asking which prior that carries.
         own_loss: name of the loss on labels that it brings as the term ``ce``, and that is left of it without a teacher; empty if none.
     """

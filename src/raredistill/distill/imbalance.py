@@ -110,6 +110,7 @@ class LTKD(Checked):
     source: ClassVar[str] = "Kim 2026"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
     balances: ClassVar[bool] = True
+    within_batch: ClassVar[bool] = True
     min_classes: ClassVar[int] = 3
 
     @classmethod

@@ -256,6 +256,7 @@ class DIST(Checked):
     needs: ClassVar[tuple[str, ...]] = ("logits",)
     min_classes: ClassVar[int] = 3
     zero_at_equal: ClassVar[bool] = True
+    within_batch: ClassVar[bool] = True
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.body, self.head = body, head
+        self._compiled: dict[bool, Callable[[Tensor], Tensor]] = {}
         self.name, self.channels, self.classes, self.image_size = name, channels, classes, image_size
         self.mean, self.std = list(mean), list(std)
         self.register_buffer("_mean", torch.tensor(self.mean).reshape(1, -1, 1, 1), persistent=False)
@@ -98,8 +99,13 @@ class Network(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Map images ``(N, C, H, W)`` in [0, 1] to pooled features ``(N, F)``."""
-        features: Tensor = self.body(((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last))
-        return features
+        body = self._compiled.get(self.training, self.body)
+        return body(((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last))
+
+    def compile_body(self, mode: Literal["none", "default", "reduce-overhead"], *, training: bool) -> None:
+        """Let torch compile the body for one mode: whatever comes in the other mode, in batches of all sizes, is computed as before."""
+        if mode != "none":
+            self._compiled[training] = torch.compile(self.body, mode=None if mode == "default" else mode)
 
     def see(self, images: Tensor, *, maps: bool = False) -> Seen:
         """Map images ``(N, C, H, W)`` in [0, 1] to logits and what they came from.

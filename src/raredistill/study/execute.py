@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.fabric import Fabric
+from torch import nn
 
 from raredistill import checkpoint, predictions
 from raredistill.augment import MIXINGS, PRESETS
@@ -23,13 +24,13 @@ from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort
 from raredistill.distill.contract import Facts
 from raredistill.distill.registry import METHODS, make_method
-from raredistill.errors import DataError
+from raredistill.errors import DataError, RareDistillError
 from raredistill.files import lock_if_free, write_text
 from raredistill.losses import class_weights, make_loss
 from raredistill.models import Network, facts, measure_latency, unfold_batch_norm
 from raredistill.study.board import Board
 from raredistill.study.cache import Cache
-from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside
+from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside, unfinished
 from raredistill.study.plan import Entry, External, Run
 from raredistill.study.predict import plain_batches, prediction_table
 from raredistill.study.stages import second_stage
@@ -44,7 +45,8 @@ from raredistill.study.teachers import (
     teacher_files,
     teacher_name,
 )
-from raredistill.training.devices import make_fabric
+from raredistill.training.devices import first_before, make_fabric
+from raredistill.training.launch import Place, launch
 from raredistill.training.loop import DivergedError, Fitted, fit, predict_logits
 from raredistill.training.objectives import Deferred, Distilled, Objective, Supervised
 from raredistill.training.online import Together
@@ -90,10 +92,9 @@ def execute(plan: Sequence[Run], cohort: Cohort, out: Path, watcher: Watcher, on
     waiting = list(plan)
     while waiting:
         for run in [run for run in waiting if all(teacher.id in records for teacher in run.teachers)]:
-            with lock_if_free(lock_of(out, run.id)) as ours:
-                if not ours:
-                    continue
-                record, reused = _one(run, cohort, out, watcher, records)
+            if (found := attempt(run, cohort, out, watcher, records)) is None:
+                continue
+            record, reused = found
             waiting.remove(run)
             records[run.id] = record
             on_record(record)
@@ -101,6 +102,23 @@ def execute(plan: Sequence[Run], cohort: Cohort, out: Path, watcher: Watcher, on
         if waiting:
             time.sleep(LOOK_AGAIN)
     return [records[run.id] for run in plan]
+
+
+def attempt(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping[str, Record]) -> tuple[Record, bool] | None:
+    """Carry out one run whose teachers are done, under its lock.
+
+    Args:
+        run: what to do.
+        cohort: what it reads.
+        out: study folder.
+        watcher: is told of progress.
+        records: of its teachers at least, by run.
+
+    Returns:
+        Its record, and whether it was done before; None while another process works at it.
+    """
+    with lock_if_free(lock_of(out, run.id)) as ours:
+        return _one(run, cohort, out, watcher, records) if ours else None
 
 
 def refuse_changed(plan: Sequence[Run], out: Path) -> None:
@@ -111,7 +129,7 @@ def refuse_changed(plan: Sequence[Run], out: Path) -> None:
     """
     for run in plan:
         settings = run.entry.settings
-        now = origin(make_fabric(settings.accelerator, settings.precision).device.type, {})
+        now = origin(make_fabric(settings.accelerator, settings.precision, settings.devices).device.type, {})
         # Its teacher's weights are compared when its turn comes: until then they may be made anew.
         check_origin(out / "runs" / run.id, {part: now[part] for part in ("versions", "code")})
 
@@ -133,6 +151,11 @@ def _one(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping
             remarks.append(f"{error}; the run was made again, what was there is in {set_aside(folder)}")
     try:
         record = _train(run, cohort, folder, watcher, remarks)
+    except torch.AcceleratorError as error:
+        raise RareDistillError(
+            f"the device failed in {run.id} ({str(error).splitlines()[0]}); what was kept of the run is in {unfinished(folder)}; "
+            "see that the device answers (nvidia-smi), then run the same command again"
+        ) from error  # every other run would meet it too
     except OSError:
         raise  # a full disk or a vanished folder is not this run's failure: every other run would meet it too
     except Exception as error:
@@ -191,31 +214,61 @@ def direction(run: Run, cohort: Cohort) -> str:
 def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: list[str]) -> Record:
     settings = run.entry.settings
     watcher.run_started(run, settings.epochs)
-    fabric = make_fabric(settings.accelerator, settings.precision)
+    fabric = make_fabric(settings.accelerator, settings.precision, settings.devices)
     now = origin(fabric.device.type, teacher_files(run, folder.parent))
     draft = open_draft(folder, now)
-    torch.manual_seed(run.fold_seed)
     patients_before(run.entry, cohort, run.split)  # refused here where they leak
-    network = network_of(run.entry, cohort)
-    keeper, cache = Keeper(draft), Cache(run, cohort, fabric, folder.parent, partial(watcher.view_kept, run))
-    try:
-        fitted = _fit(run, cohort, network, fabric, draft, watcher, keeper, cache)
-    except DivergedError as error:
-        raise FloatingPointError(_told(error, run, cohort, network, draft)) from error
-    start = time.perf_counter()
-    stage = second_stage(run, cohort, network, fitted, fabric, seed=run.fold_seed)
-    _save_checkpoints(run, cohort, network, fitted, draft)
-    _save_predictions(run, cohort, network, fitted, fabric, draft)
-    latency = measure_latency(network)
-    seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
-    record = {
-        **describe(run, cohort), "status": "done", "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch,
-        "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch,
-        "remarks": [*remarks, *keeper.remarks, *cache.remarks, *_halved(run, fitted)],
-        "teacher_cache": cache.facts, "made_with": now, "latency_ms": round(latency.milliseconds, 4), "latency_on": latency.device, **stage,
-    }  # fmt: skip
+    with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, Board(draft / "tensorboard") as board:
+
+        def on_epoch(record: Record) -> None:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            board.add(record["epoch"], _scalars(record))
+            watcher.epoch_done(run, record)
+
+        heard: dict[str, Callable[..., None]] = {"epoch": on_epoch, "view": partial(watcher.view_kept, run)}
+        made = launch(
+            _make, (run, cohort, draft), devices=settings.devices, accelerator=settings.accelerator, precision=settings.precision,
+            hear=lambda event, *facts: heard[event](*facts),
+        )  # fmt: skip
+    record = {**describe(run, cohort), "status": "done", **made, "remarks": [*remarks, *made["remarks"]], "made_with": now}
     finish(folder, record)
     return record
+
+
+def _make(place: Place, run: Run, cohort: Cohort, draft: Path) -> Record:
+    """All that a run computes, in one of its processes: the first writes what is kept of it, and its answer counts."""
+    torch.manual_seed(run.fold_seed)
+    network, fabric = network_of(run.entry, cohort), place.fabric
+    keeper, cache = Keeper(draft), Cache(run, cohort, fabric, draft.parent, partial(place.tell, "view"))
+    try:
+        fitted = _fit(run, cohort, network, draft, place, keeper, cache)
+    except DivergedError as error:
+        raise FloatingPointError(_told(error, run, cohort, network, draft, write=fabric.is_global_zero)) from error
+    start = time.perf_counter()
+    stage = second_stage(run, cohort, network, fitted, fabric, seed=run.fold_seed)
+    tables = _predictions(run, cohort, network, fitted, fabric)
+    if not fabric.is_global_zero:
+        return {}
+    _save_checkpoints(run, cohort, network, fitted, draft)
+    predictions.write(draft / "predictions.parquet", tables, cohort.classes, cohort.background)
+    latency = measure_latency(network)
+    seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
+    return {
+        "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch, "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch,
+        "remarks": [*keeper.remarks, *cache.remarks, *_halved(run, fitted), *_apart(network, fabric)], "teacher_cache": cache.facts,
+        "latency_ms": round(latency.milliseconds, 4), "latency_on": latency.device, **stage,
+    }  # fmt: skip
+
+
+def _apart(network: Network, fabric: Fabric) -> list[str]:
+    norms = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
+    if fabric.world_size == 1 or fabric.device.type == "cuda" or not norms:
+        return []
+    return [
+        f"each of the {fabric.world_size} processes took batch statistics from its own part of a batch, and those of the first were kept: "
+        "on the CPU torch cannot take them over all"
+    ]
 
 
 def _halved(run: Run, fitted: Fitted) -> list[str]:
@@ -228,32 +281,28 @@ def _halved(run: Run, fitted: Fitted) -> list[str]:
     ]
 
 
-def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draft: Path) -> str:
+def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draft: Path, *, write: bool) -> str:
     """What a run diverged on, and what is left of it: its best epoch so far becomes a checkpoint of its own."""
     samples = ", ".join(cohort.samples["sample"].to_numpy()[error.rows])
     if not error.fitted.best:
         return f"{error}. The batch's samples: {samples}. No epoch had ended before"
     path = draft / "best.safetensors"
-    checkpoint.save(path, error.fitted.best, _promise(run, cohort, network))
+    if write:
+        checkpoint.save(path, error.fitted.best, promise_of(run, cohort, network))
     return f"{error}. The batch's samples: {samples}. The last good checkpoint: {path} (epoch {error.fitted.best_epoch})"
 
 
-def _fit(run: Run, cohort: Cohort, network: Network, fabric: Fabric, draft: Path, watcher: Watcher, keeper: Keeper, cache: Cache) -> Fitted:
-    with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, Board(draft / "tensorboard") as board:
-
-        def on_epoch(record: Record) -> None:
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            board.add(record["epoch"], _scalars(record))
-            watcher.epoch_done(run, record)
-
-        channels, train, validation = _batches(run, cohort, fabric)
-        if run.entry.pretrained and unfold_batch_norm(fabric.to_device(network), next(train.epoch(0)).select(channels)):
-            keeper.remarks.append("the batch norms of the pre-trained weights were folded: they were measured anew on the first batch")
-        return fit(
-            network, make_objective(run, cohort, network, fabric, draft.parent, keep=cache), train, validation, settings=run.entry.settings,
-            channels=channels, classes=cohort.classes, fabric=fabric, on_epoch=on_epoch, keeper=keeper,
-        )  # fmt: skip
+def _fit(run: Run, cohort: Cohort, network: Network, draft: Path, place: Place, keeper: Keeper, cache: Cache) -> Fitted:
+    fabric = place.fabric
+    channels, train, validation = make_batches(run, cohort, fabric)
+    if run.entry.pretrained and unfold_batch_norm(fabric.to_device(network), next(train.undivided().epoch(0)).select(channels)):
+        keeper.remarks.append("the batch norms of the pre-trained weights were folded: they were measured anew on the first batch")
+    with first_before(fabric):  # what it keeps of a teacher is there for the others
+        objective = make_objective(run, cohort, network, fabric, draft.parent, keep=cache)
+    return fit(
+        network, objective, train, validation, settings=run.entry.settings, channels=channels, classes=cohort.classes, fabric=fabric,
+        on_epoch=partial(place.tell, "epoch"), keeper=keeper, interrupted=place.interrupted, micro_batches=place.micro_batches,
+    )  # fmt: skip
 
 
 def _scalars(record: Record) -> dict[str, float]:
@@ -265,7 +314,8 @@ def _scalars(record: Record) -> dict[str, float]:
     return found
 
 
-def _batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...], Batches, Batches | None]:
+def make_batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...], Batches, Batches | None]:
+    """The channels of a run's network, the batches that it trains on, and those of its validation part, if it has one."""
     settings, channels = run.entry.settings, run.entry.channels
     teachers = teacher_channels(run) if settings.views is None else ()  # a teacher that was kept needs no pixels
     wanted = (*channels, *(name for name in teachers if name not in channels))
@@ -273,7 +323,7 @@ def _batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...],
         cohort, run.split.train, channels=wanted, batch_size=settings.batch_size, device=fabric.device, sampler=settings.sampler,
         epochs=settings.epochs, augmentation=PRESETS[settings.augmentation], mixing=MIXINGS[settings.mixing], views=settings.views,
         seed=run.fold_seed, residence=settings.residence,
-        drop_last=len(run.split.train) > settings.batch_size,
+        drop_last=len(run.split.train) > settings.batch_size, share=(fabric.global_rank, fabric.world_size),
     )  # fmt: skip
     validation = plain_batches(cohort, run.split.validation, channels, fabric, settings.residence) if len(run.split.validation) else None
     return channels, train, validation
@@ -304,12 +354,13 @@ def _counts(run: Run, cohort: Cohort) -> np.ndarray:
 
 
 def _save_checkpoints(run: Run, cohort: Cohort, network: Network, fitted: Fitted, draft: Path) -> None:
-    promise = _promise(run, cohort, network)
+    promise = promise_of(run, cohort, network)
     checkpoint.save(draft / "best.safetensors", fitted.best, promise)
     checkpoint.save(draft / "last.safetensors", fitted.last, promise)
 
 
-def _promise(run: Run, cohort: Cohort, network: Network) -> Promise:
+def promise_of(run: Run, cohort: Cohort, network: Network) -> Promise:
+    """What the checkpoints of a run promise."""
     entry = run.entry
     patients = {*cohort.samples["patient"].to_numpy()[run.split.train], *patients_before(entry, cohort, run.split)}
     return Promise(
@@ -320,7 +371,7 @@ def _promise(run: Run, cohort: Cohort, network: Network) -> Promise:
     )  # fmt: skip
 
 
-def _save_predictions(run: Run, cohort: Cohort, network: Network, fitted: Fitted, fabric: Fabric, draft: Path) -> None:
+def _predictions(run: Run, cohort: Cohort, network: Network, fitted: Fitted, fabric: Fabric) -> pd.DataFrame:
     where, channels = (run.split.repeat, run.split.fold, run.seed), run.entry.channels
     tables = []
     for part, rows in (("validation", run.split.validation), ("test", run.split.test)):
@@ -331,4 +382,4 @@ def _save_predictions(run: Run, cohort: Cohort, network: Network, fitted: Fitted
             network.load_state_dict(weights)
             logits, _ = predict_logits(network, batches, channels=channels, fabric=fabric)
             tables.append(prediction_table(cohort, rows, logits.numpy(), run=run.id, split=part, checkpoint=name, where=where))
-    predictions.write(draft / "predictions.parquet", pd.concat(tables, ignore_index=True), cohort.classes, cohort.background)
+    return pd.concat(tables, ignore_index=True)

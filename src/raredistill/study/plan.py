@@ -158,6 +158,22 @@ def make_plan(
     return runs
 
 
+def share_of(plan: Sequence[Run], number: int, shares: int) -> list[Run]:
+    """One of several shares of a plan: the runs whose place in it is ``number`` modulo ``shares``, then the teachers that they need.
+
+    The shares' own runs are disjoint and together the plan; a teacher may be needed by several.
+    """
+    own = list(plan[number::shares])
+    needed = {teacher.id for run in own for teacher in _before(run)} - {run.id for run in own}
+    return [*own, *(run for run in plan if run.id in needed)]
+
+
+def _before(run: Run) -> Iterator[Run]:
+    for teacher in run.teachers:
+        yield teacher
+        yield from _before(teacher)
+
+
 class _Cell:
     """The runs of one split and seed."""
 

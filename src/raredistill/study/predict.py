@@ -45,7 +45,10 @@ def predict(run_folder: Path, cohort: Cohort, out: Path, *, which: str = "best",
 
 def plain_batches(cohort: Cohort, rows: np.ndarray, channels: tuple[str, ...], fabric: Fabric, residence: str = "auto") -> Batches:
     """Batches for evaluation: every row once, in order, unaltered."""
-    return Batches(cohort, rows, channels=channels, batch_size=EVALUATION_BATCH, device=fabric.device, shuffle=False, residence=residence)
+    return Batches(
+        cohort, rows, channels=channels, batch_size=EVALUATION_BATCH, device=fabric.device, shuffle=False, residence=residence,
+        share=(fabric.global_rank, fabric.world_size),
+    )  # fmt: skip
 
 
 def prediction_table(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -58,28 +58,74 @@ def _overview(counts: pd.DataFrame) -> pd.DataFrame:
     return wide.reset_index()
 
 
-def run_study(study: Study, out: Path, watcher: Watcher) -> list[Record]:
+class Engine(Protocol):
+    """Where the runs of a study are carried out."""
+
+    def check(self, plan: Sequence[Run], cohort: Cohort, out: Path) -> None:
+        """Refuse what cannot work, before anything is trained or written."""
+
+    def execute(
+        self, plan: Sequence[Run], cohort: Cohort, out: Path, watcher: Watcher, on_record: Callable[[Record], None]
+    ) -> list[Record]:
+        """As :func:`raredistill.study.execute.execute`."""
+
+
+class Here:
+    """Runs are carried out in this process."""
+
+    def check(self, plan: Sequence[Run], cohort: Cohort, out: Path) -> None:
+        """Look at every unfinished run."""
+        refuse_changed(plan, out)
+
+    def execute(
+        self, plan: Sequence[Run], cohort: Cohort, out: Path, watcher: Watcher, on_record: Callable[[Record], None]
+    ) -> list[Record]:
+        """One after the other."""
+        return execute(plan, cohort, out, watcher, on_record)
+
+
+HERE = Here()
+
+
+def run_study(study: Study, out: Path, watcher: Watcher, *, chosen: Sequence[Run] | None = None, engine: Engine = HERE) -> list[Record]:
     """Carry out a study in ``out``; done runs are reused, and ``study.json`` always says how far it is.
+
+    Args:
+        study: what to carry out.
+        out: its folder.
+        watcher: is told of progress.
+        chosen: runs of its plan, with all their teachers; the whole plan when not given.
+        engine: where they are carried out.
+
+    Returns:
+        The records of the chosen runs.
 
     Raises:
         DataError: ``out`` holds something else.
     """
     claim(out)
     plan = study.plan()
-    refuse_changed(plan, out)
+    chosen = plan if chosen is None else chosen
+    engine.check(chosen, study.cohort, out)
     _refuse_company(plan, out)
     study.cohort.check_pixels()
     records = {run.id: describe(run, study.cohort) for run in plan}
     write = _writer(study, out)
     write(records)
-    for split in study.splits:
-        save_split(out / "splits" / f"r{split.repeat}f{split.fold}.json", split, study.cohort)
+    with locked(out / ".lock"):
+        for split in study.splits:
+            save_split(out / "splits" / f"r{split.repeat}f{split.fold}.json", split, study.cohort)
 
     def on_record(record: Record) -> None:
         records[record["id"]] = record
         write(records)
 
-    return execute(plan, study.cohort, out, watcher, on_record)
+    return engine.execute(chosen, study.cohort, out, watcher, on_record)
+
+
+def left(out: Path) -> list[str]:
+    """Runs of a study that no process has ended yet, by its description."""
+    return [record["id"] for record in read_json(out / DESCRIPTION)["runs"] if record["status"] == "waiting"]
 
 
 def elsewhere(study: Study, out: Path) -> list[str]:

@@ -67,6 +67,7 @@ def _teachers(run: Run, cohort: Cohort, fabric: Fabric, runs: Path, *, maps: boo
     made = []
     for name, network, promise, prior in _sources(run, runs):
         _check(promise, name, cohort, run.split)
+        network.compile_body(run.entry.settings.compile, training=False)
         made.append(Teacher(network, promise, fabric, maps=maps, prior=prior))
     return made
 

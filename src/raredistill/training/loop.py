@@ -18,6 +18,7 @@ from raredistill.batches import Batch, Batches
 from raredistill.distill.contract import Outputs
 from raredistill.metrics import metrics_from_confusion
 from raredistill.models import Network
+from raredistill.training.devices import MemoryEndedError, Team
 from raredistill.training.memory import keep_freed_memory
 from raredistill.training.objectives import Objective
 from raredistill.training.optimizers import Plateau, check_schedule, climb, learning_rate, make_optimizer, set_learning_rate
@@ -71,6 +72,8 @@ def fit(
     fabric: Fabric,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     keeper: Keeper | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+    micro_batches: int = 1,
 ) -> Fitted:
     """Train a network; the best epoch is chosen on validation, never on test.
 
@@ -87,21 +90,27 @@ def fit(
         fabric: the device.
         on_epoch: called with each epoch's record, for logs and progress; at first with those of the training that is gone on with.
         keeper: where the state is kept now and then, and found again; nowhere when not given.
+        interrupted: asked after each step; the training is then kept, and ends with ``KeyboardInterrupt``.
+        micro_batches: parts in which this process takes its samples of each batch; more when the device's memory ends.
 
     Raises:
         ConfigError: the schedule watches validation, and there is none.
         DivergedError: the loss is not finite.
+        MemoryEndedError: the device's memory ended in one of several processes.
         OSError: the state cannot be written; what was kept before is intact.
     """
     check_schedule(settings, validated=validation is not None)
     trainer = Trainer(network, objective, settings, channels, classes, fabric)
+    trainer.team.own_generator()
     if keeper is not None and (state := keeper.load()) is not None:
         trainer.load_state(state)
+    if micro_batches > trainer.micro_batches:
+        trainer.divide(micro_batches, -(-min(train.batch_size, len(train.rows)) // trainer.team.size))
     for record in trainer.fitted.epochs:
         on_epoch(record)
     try:
         while not trainer.is_over():
-            on_epoch(trainer.epoch(train, validation, keeper))
+            on_epoch(trainer.epoch(train, validation, keeper, interrupted))
         trainer.fitted.last = trainer.weights()
         trainer.keep(keeper)
     except (KeyboardInterrupt, SystemExit):
@@ -130,13 +139,15 @@ class Trainer:
         fabric: Fabric,
     ) -> None:
         self.settings, self.channels, self.classes, self.fabric = settings, channels, classes, fabric
-        self.objective = objective
-        self.network = network
+        self.team, self.objective, self.network = Team(fabric), objective, network
+        self.team.synchronise(network)
+        self.team.synchronise(objective.trainable)
         self.model, self.optimizer = fabric.setup(network, make_optimizer(network, settings, objective.trainable))
         self.model.mark_forward_method("see")
         if fabric.device.type == "cpu":
             keep_freed_memory()
         self.average = _moving_average(network, settings.ema_decay)
+        network.compile_body(settings.compile, training=True)
         self.plateau = Plateau(settings) if settings.schedule == "plateau" else None
         self.fitted = Fitted()
         self.micro_batches = 1
@@ -150,7 +161,13 @@ class Trainer:
         done, patience = len(self.fitted.epochs), self.settings.patience
         return done >= self.settings.epochs or (patience is not None and done - 1 - self.fitted.best_epoch >= patience)
 
-    def epoch(self, train: Batches, validation: Batches | None, keeper: Keeper | None = None) -> dict[str, Any]:
+    def epoch(
+        self,
+        train: Batches,
+        validation: Batches | None,
+        keeper: Keeper | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
         """Train one epoch, or the rest of one, and look at validation; returns the epoch's record."""
         start = time.perf_counter() - self.seconds
         epoch = len(self.fitted.epochs)
@@ -162,9 +179,12 @@ class Trainer:
                 self.tally.add(*self._counted(batch))
                 self.steps += 1
                 self.seconds = time.perf_counter() - start
-            if keeper is not None and keeper.due():
+            due, stop = self.team.agreed(keeper is not None and keeper.due(), interrupted())
+            if due:
                 self._check_finite(train)
                 self.keep(keeper)
+            if stop:
+                raise KeyboardInterrupt
         self._check_finite(train)
         return self._end_epoch(epoch, validation, start)
 
@@ -177,12 +197,14 @@ class Trainer:
         return logits, batch.labels, terms
 
     def _check_finite(self, train: Batches) -> None:
-        epoch, step = len(self.fitted.epochs), self.tally.first_bad()
+        epoch, step = len(self.fitted.epochs), self.team.earliest(self.tally.first_bad())
         if step is not None:
             raise DivergedError(epoch, step, train.rows_of(epoch, step), self.fitted)
 
     def _end_epoch(self, epoch: int, validation: Batches | None, start: float) -> dict[str, Any]:
-        record: dict[str, Any] = {"epoch": epoch, "train": self.tally.summary(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        self.team.follow_first(*dict.fromkeys((self.network, self._evaluated())))
+        train = self.tally.over(self.team).summary()
+        record: dict[str, Any] = {"epoch": epoch, "train": train, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         if validation is not None:
             record["validation"] = self._look(validation)
         record["seconds"] = round(time.perf_counter() - start, 3)
@@ -232,13 +254,19 @@ class Trainer:
             except torch.OutOfMemoryError:
                 if self.micro_batches >= len(batch.labels):
                     raise
+                if self.team.size > 1:
+                    raise MemoryEndedError(2 * self.micro_batches) from None  # the others wait for these gradients
             # Outside the handler: while it runs, the error holds on to the memory of the failed pass.
             for buffer, value in zip(self._buffers(), before, strict=True):
                 buffer.copy_(value)  # running statistics that the failed pass has moved
-            self.micro_batches *= 2
-            self.fitted.micro_batch = -(-len(batch.labels) // self.micro_batches)
+            self.divide(2 * self.micro_batches, len(batch.labels))
             if self.fabric.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def divide(self, micro_batches: int, samples: int) -> None:
+        """From now on, take this process's ``samples`` of a batch in so many parts."""
+        self.micro_batches = micro_batches
+        self.fitted.micro_batch = -(-samples // micro_batches)
 
     def _buffers(self) -> Iterator[Tensor]:
         yield from self.network.buffers()
@@ -250,10 +278,13 @@ class Trainer:
         samples = sum(len(part.labels) for part in parts)
         sums: dict[str, Tensor] = {}
         logits = []
-        for part in parts:
-            terms, seen = self._pass(part, len(part.labels) / samples)
+        for number, part in enumerate(parts):
+            # Gradients are exchanged between processes with those of the last part, which all have added up by then.
+            with self.fabric.no_backward_sync(self.model, enabled=number < len(parts) - 1):
+                terms, seen = self._pass(part, len(part.labels) / samples)
             sums = {name: sums[name] + term if name in sums else term for name, term in terms.items()}
             logits.append(seen)
+        self.team.mean_gradients(self.objective.trainable)
         return sums, torch.cat(logits)
 
     def _pass(self, batch: Batch, share: float) -> tuple[dict[str, Tensor], Tensor]:
@@ -261,34 +292,38 @@ class Trainer:
         seen = self.model.see(batch.select(self.channels), maps=self.objective.maps)
         student = Outputs(seen.logits, seen.features, seen.maps)
         terms = {name: term * share for name, term in self.objective(batch, student).items()}
-        self.fabric.backward(torch.stack(list(terms.values())).sum())
+        self.fabric.backward(batch.weight * torch.stack(list(terms.values())).sum())
         return {name: term.detach() for name, term in terms.items()}, student.logits.detach()
 
     def keep(self, keeper: Keeper | None) -> None:
         """Write down where the training stands, unless it is broken: then what was kept before is the last that is good."""
-        sound = self.tally.first_bad() is None and all(bool(value.isfinite().all()) for value in self.network.parameters())
-        if keeper is not None and sound:
-            keeper.save(self.state())
+        good = self.team.earliest(self.tally.first_bad()) is None
+        if keeper is not None and good and all(bool(value.isfinite().all()) for value in self.network.parameters()):
+            state = self.state()
+            if self.team.rank == 0:
+                keeper.save(state)
 
     def state(self) -> State:
         """All that the next step, and the choice of the best epoch, depend on."""
         moments, groups = optimizer_state(self.optimizer)
         parts = {
-            "network": self.network.state_dict(), "optimizer": moments, "best": self.fitted.best, "terms": self.tally.terms,
-            "tally": {"confusion": self.tally.confusion}, "random": random_state(self.fabric.device),
+            "network": self.network.state_dict(), "optimizer": moments, "best": self.fitted.best,
             "average": {} if self.average is None else self.average.state_dict(),
             "beside": {} if self.objective.trainable is None else self.objective.trainable.state_dict(),
         }  # fmt: skip
+        own = {"terms": self.tally.terms, "tally": {"confusion": self.tally.confusion}, "random": random_state(self.fabric.device)}
+        for part, tensors in own.items():
+            parts.update({f"{part}-{rank}": theirs for rank, theirs in enumerate(self.team.each(tensors))})
         fitted = {name: getattr(self.fitted, name) for name in ("best_epoch", "best_score", "epochs", "micro_batch")}
         facts = {
-            "fitted": fitted, "optimizer": groups, "steps": self.steps, "samples": self.tally.samples, "seconds": self.seconds,
+            "fitted": fitted, "optimizer": groups, "steps": self.steps, "seconds": self.seconds,
             "micro_batches": self.micro_batches, "plateau": None if self.plateau is None else self.plateau.state(),
         }  # fmt: skip
         return State({key: value for part, tensors in parts.items() for key, value in named(part, tensors).items()}, facts)
 
     def load_state(self, state: State) -> None:
         """Stand where :meth:`state` was taken."""
-        facts, device = state.facts, self.fabric.device
+        facts, device, rank = state.facts, self.fabric.device, self.team.rank
         self.network.load_state_dict(state.part("network"))
         load_optimizer_state(self.optimizer, state.part("optimizer"), facts["optimizer"])
         if self.average is not None:
@@ -299,8 +334,8 @@ class Trainer:
             self.plateau.load_state(facts["plateau"])
         self.fitted = Fitted(best=state.part("best"), **facts["fitted"])
         self.steps, self.seconds, self.micro_batches = facts["steps"], facts["seconds"], facts["micro_batches"]
-        self.tally.load(state.part("tally")["confusion"].to(device), state.part("terms"), facts["samples"], self.steps)
-        load_random_state(state.part("random"), device)
+        self.tally.load(state.part(f"tally-{rank}")["confusion"].to(device), state.part(f"terms-{rank}"), self.steps)
+        load_random_state(state.part(f"random-{rank}"), device)
 
     def _look(self, batches: Batches) -> dict[str, Any]:
         logits, labels = predict_logits(self._evaluated(), batches, channels=self.channels, fabric=self.fabric)
@@ -340,9 +375,9 @@ class Tally:
         self.batches = 0
         self._bad = torch.full((), -1, device=device)
 
-    def load(self, confusion: Tensor, terms: dict[str, Tensor], samples: int, batches: int) -> None:
+    def load(self, confusion: Tensor, terms: dict[str, Tensor], batches: int) -> None:
         """Go on from the sums of an epoch's first batches, none of which was bad."""
-        self.confusion, self.samples, self.batches = confusion, samples, batches
+        self.confusion, self.samples, self.batches = confusion, int(confusion.sum()), batches
         self.terms = {name: term.to(confusion.device) for name, term in terms.items()}
 
     def add(self, logits: Tensor, labels: Tensor, terms: dict[str, Tensor]) -> None:
@@ -355,6 +390,17 @@ class Tally:
         self._bad = torch.where(finite | (self._bad >= 0), self._bad, self.batches)
         self.samples += len(labels)
         self.batches += 1
+
+    def over(self, team: Team) -> Tally:
+        """The sums of all processes."""
+        if team.size == 1:
+            return self
+        terms = torch.stack([term.double() for term in self.terms.values()])
+        sums = team.all_sum(torch.cat([self.confusion.double(), terms]))
+        confusion, totals = sums[: len(self.confusion)], sums[len(self.confusion) :]
+        found = Tally(self.classes, self.confusion.device)
+        found.load(confusion.long(), dict(zip(self.terms, totals, strict=True)), self.batches)
+        return found
 
     def first_bad(self) -> int | None:
         """The first batch of the epoch whose loss was not finite."""
@@ -379,7 +425,10 @@ def _number(value: float) -> float | None:
 
 @torch.no_grad()
 def predict_logits(network: nn.Module, batches: Batches, *, channels: tuple[str, ...], fabric: Fabric) -> tuple[Tensor, Tensor]:
-    """Run a network in evaluation mode over unshuffled batches; returns ``logits (N, K)`` float32 and ``labels (N,)`` on the CPU."""
+    """Run a network in evaluation mode over unshuffled batches; returns ``logits (N, K)`` float32 and ``labels (N,)`` on the CPU.
+
+    Several processes look at each row once, and all get all of them, in order.
+    """
     was_training = network.training
     network.eval()
     logits, labels = [], []
@@ -388,7 +437,13 @@ def predict_logits(network: nn.Module, batches: Batches, *, channels: tuple[str,
             logits.append(_logits(network, batch.select(channels)).float())
         labels.append(batch.labels)
     network.train(was_training)
-    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+    return in_order(torch.cat(logits), batches, fabric), in_order(torch.cat(labels), batches, fabric)
+
+
+def in_order(rows: Tensor, batches: Batches, fabric: Fabric) -> Tensor:
+    """What the processes made of unshuffled batches, ``(n, ...)`` each, together: on the CPU, in the order of the batches' rows."""
+    team = Team(fabric)
+    return rows.cpu() if team.size == 1 else team.gather(rows)[batches.back()]
 
 
 def _logits(network: nn.Module, images: Tensor) -> Tensor:

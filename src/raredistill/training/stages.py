@@ -20,6 +20,7 @@ from raredistill.errors import ConfigError
 from raredistill.metrics import confusion_matrix, metrics_from_confusion
 from raredistill.models import Network
 from raredistill.sampling import epoch_order
+from raredistill.training.loop import in_order
 
 _BATCH, _RATE, _MOMENTUM, _DECAY = 64, 0.1, 0.9, 5e-4
 TAUS = {"tau_norm": np.linspace(0, 1, 21), "logit_adjustment": np.linspace(0, 2, 41)}
@@ -68,7 +69,7 @@ def inputs_of(network: Network, batches: Batches, *, channels: tuple[str, ...], 
         with fabric.autocast():
             parts.append((body(network.features(batch.select(channels))).float().cpu(), batch.labels.cpu()))
     values, labels = zip(*parts, strict=True)
-    return Inputs(torch.cat(values), torch.cat(labels))
+    return Inputs(in_order(torch.cat(values), batches, fabric), in_order(torch.cat(labels), batches, fabric))
 
 
 def retrained(layer: Linear, train: Inputs, *, epochs: int, seed: int) -> Linear:

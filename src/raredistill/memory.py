@@ -1,0 +1,44 @@
+"""How much memory is left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+GROUP = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+
+
+def available() -> int:
+    """Bytes that this process may still take: what the machine has, and what a container or a cluster's scheduler grants.
+
+    Pages that only keep files at hand count as free: the system gives them up when memory is asked for.
+    """
+    return min([_of_machine(), *_of_groups()])
+
+
+def _of_machine() -> int:
+    if MEMINFO.is_file():
+        kilobytes = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in kilobytes:
+            return int(kilobytes["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _of_groups() -> list[int]:
+    """What is left of each limit above this process (version 2 of Linux' control groups)."""
+    lines = GROUP.read_text().splitlines() if GROUP.is_file() else []
+    own = next((GROUPS / line[3:].strip("/") for line in lines if line.startswith("0::")), None)
+    folders = [] if own is None else [own, *own.parents]
+    return [room for folder in folders if (room := _room(folder)) is not None]
+
+
+def _room(folder: Path) -> int | None:
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None  # no limit is kept here
+    return None if limit == "max" else int(limit) - used + int(facts.get("inactive_file", 0))
