@@ -268,6 +268,7 @@ def _check_together(entry: Entry) -> None:
     settings = entry.settings
     method = None if entry.teacher is None else method_class(entry.method, entry.method_options)
     needs = () if method is None else method.wants(entry.method_options)
+    own = ["the only loss on labels"] if method is not None and method.own_loss else []
     mixing = settings.mixing != "none"
     refused = {
         "loss ldam needs cosines, but head is not cosine: set head: cosine": settings.loss == "ldam" and entry.head != "cosine",
@@ -311,7 +312,7 @@ def _check_together(entry: Entry) -> None:
         f"online: {entry.online} trains entries of this study beside the student; name one or more with teacher:": (
             entry.online != "no" and not entry.teachers
         ),
-        f"online: {entry.online} compares logits of networks in training, but method {entry.method} needs {', '.join(needs)}": (
+        f"online: {entry.online} compares logits of networks in training, but method {entry.method} needs {', '.join([*needs, *own])}": (
             entry.online != "no" and (not set(needs) <= {"logits", "labels"} or (method is not None and bool(method.own_loss)))
         ),
         f"online: {entry.online} has no trained teacher to copy, but cross_fit is {entry.cross_fit}": (
