@@ -281,6 +281,9 @@ def _check_together(entry: Entry) -> None:
         f"teacher_cache keeps what a teacher says of each sample's views, but mixing: {settings.mixing} shows two samples in one": (
             settings.teacher_cache is not None and mixing
         ),
+        f"compile: {settings.compile} is for one device, but devices: {settings.devices}; use compile: none": (
+            settings.compile != "none" and settings.devices > 1
+        ),
         f"compile: {settings.compile} compiles bodies whole, but method {entry.method} looks into them; use compile: none": (
             settings.compile != "none" and "maps" in needs
         ),
