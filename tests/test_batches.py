@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def params(number, **changes):
-    ones, zeros = np.ones(number, np.float32), np.zeros(number, np.float32)
+    ones, zeros = torch.ones(number), torch.zeros(number)
     plain = {
         "angle": zeros,
         "zoom": ones,
@@ -30,7 +30,7 @@ def params(number, **changes):
         "right": zeros,
         "down": zeros,
     }
-    return Params(**{**plain, **{name: np.full(number, value, np.float32) for name, value in changes.items()}})
+    return Params(**{**plain, **{name: torch.full((number,), float(value)) for name, value in changes.items()}})
 
 
 @pytest.fixture
@@ -233,8 +233,8 @@ def test_crops_are_whole_pixels_of_the_padded_image(images):
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)))
     np.testing.assert_allclose(shifted.numpy(), padded[:, :, 2 : 2 + 32, 7 : 7 + 24], atol=1e-5)
     drawn = make_params(PRESETS["cifar"], seed=0, epoch=0, samples=np.arange(9000))
-    assert stats.chisquare(np.bincount((drawn.right + 4).astype(int), minlength=9)).pvalue > 0.001
-    assert set(drawn.down) == set(range(-4, 5))
+    assert stats.chisquare(np.bincount((drawn.right + 4).int().numpy(), minlength=9)).pvalue > 0.001
+    assert set(drawn.down.tolist()) == set(range(-4, 5))
 
 
 def test_partners_and_strengths_are_functions_of_the_sample():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,21 +45,24 @@ PRESETS: dict[str, Augmentation | None] = {
 }
 
 
-@dataclass(frozen=True)
-class Params:
+class Params(NamedTuple):
     """One view an image, ``(N,)`` float32 each: angle in radians, zoom, signs of the flips (-1 or 1), factors, and shifts in pixels."""
 
-    angle: np.ndarray
-    zoom: np.ndarray
-    hsign: np.ndarray
-    vsign: np.ndarray
-    brightness: np.ndarray
-    contrast: np.ndarray
-    right: np.ndarray
-    down: np.ndarray
+    angle: Tensor
+    zoom: Tensor
+    hsign: Tensor
+    vsign: Tensor
+    brightness: Tensor
+    contrast: Tensor
+    right: Tensor
+    down: Tensor
+
+    def part(self, images: slice) -> Params:
+        """The views of some of the images."""
+        return Params(*(values[images] for values in self))
 
 
-def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: np.ndarray) -> Params:
+def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: np.ndarray, device: torch.device | None = None) -> Params:
     """Draw the views of some samples as a function of (seed, epoch, sample), whatever batch they are in.
 
     Args:
@@ -66,10 +70,11 @@ def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: n
         seed: of the run.
         epoch: or number of the view.
         samples: ``(N,)`` rows of the cohort.
+        device: where the views will be computed; the CPU when not given.
     """
     draws = uniform(seed, epoch, samples, np.array([0, 1, 2, 3, 4, 5, 8, 9])[:, None]).astype(np.float32)
     low, high = augmentation.scale
-    return Params(
+    found = dict(
         angle=np.deg2rad(augmentation.rotation * (2 * draws[0] - 1)),
         zoom=low + (high - low) * draws[1],
         hsign=np.where(draws[2] < augmentation.hflip, -1, 1).astype(np.float32),
@@ -79,6 +84,8 @@ def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: n
         right=_shifts(augmentation.crop, draws[6]),
         down=_shifts(augmentation.crop, draws[7]),
     )
+    # One transfer for all of them.
+    return Params(*torch.from_numpy(np.stack([found[name] for name in Params._fields])).to(device or "cpu", non_blocking=True))
 
 
 def _shifts(largest: int, draws: np.ndarray) -> np.ndarray:
@@ -171,8 +178,8 @@ def apply(images: Tensor, params: Params) -> Tensor:
         ``(N, C, H, W)`` float32 in [0, 1]; what comes from outside the image is 0.
     """
     columns, rows = _positions(params, images)
-    unit = np.float32(1 / 255 if images.dtype == torch.uint8 else 1)
-    contrast, brightness = (_there(values, images) for values in (params.contrast, unit * params.brightness))
+    unit = 1 / 255 if images.dtype == torch.uint8 else 1.0
+    contrast, brightness = params.contrast[:, None, None, None], unit * params.brightness[:, None, None, None]
     views = torch.empty(images.shape, device=images.device)
     parts = _parts(images)
     # Written again and again: fresh memory for each part would cost more, in page faults, than the computation.
@@ -199,20 +206,14 @@ def _positions(params: Params, images: Tensor) -> tuple[Tensor, Tensor]:
     # oblong images.
     height, width = images.shape[2:]
     ratio = height / width
-    cos, sin = np.cos(params.angle) / params.zoom, np.sin(params.angle) / params.zoom
-    across = params.hsign * (cos + 1j * sin / ratio)
-    down = params.vsign * (-sin * ratio + 1j * cos)
-    offset = 2 * (params.right / width + 1j * params.down / height)
-    columns = across[:, None, None] * _centres(width) + offset[:, None, None]
-    rows = down[:, None, None] * _centres(height)[:, None]
-    shares = [torch.from_numpy(share.astype(np.complex64)).to(images.device) for share in (columns, rows)]
-    return shares[0], shares[1]
+    cos, sin = torch.cos(params.angle) / params.zoom, torch.sin(params.angle) / params.zoom
+    across = params.hsign * torch.complex(cos, sin / ratio)
+    down = params.vsign * torch.complex(-sin * ratio, cos)
+    offset = torch.complex(2 / width * params.right, 2 / height * params.down)
+    columns = across[:, None, None] * _centres(width, images.device) + offset[:, None, None]
+    return columns, down[:, None, None] * _centres(height, images.device)[:, None]
 
 
-def _there(values: np.ndarray, images: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(images.device)[:, None, None, None]
-
-
-def _centres(size: int) -> np.ndarray:
+def _centres(size: int, device: torch.device) -> Tensor:
     # Centres of pixels when the image spans [-1, 1].
-    return (2 * np.arange(size, dtype=np.float32) + 1) / size - 1
+    return (2 * torch.arange(size, dtype=torch.float32, device=device) + 1) / size - 1

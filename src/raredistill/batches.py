@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import queue
 import threading
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raredistill import memory
-from raredistill.augment import Augmentation, Mixing, apply, make_params, mix_params
+from raredistill.augment import Augmentation, Mixing, Params, apply, make_params, mix_params
 from raredistill.cohort.store import Cohort, PixelReader
 from raredistill.errors import ConfigError
 from raredistill.sampling import epoch_order
@@ -66,7 +67,7 @@ class Batch:
 
     def at(self, positions: Tensor) -> Batch:
         """Some samples of the batch; ``positions (M,)`` int64 on the CPU."""
-        there = positions.to(self.labels.device)
+        there = positions.to(self.labels.device, non_blocking=True)
         return Batch(self.rows[positions], self.images[there], self.labels[there], self.channels, self.epoch, view=self.view)
 
     def select(self, channels: Sequence[str]) -> Tensor:
@@ -83,6 +84,31 @@ class Batch:
     def _cut(self, part: slice) -> Batch:
         mixed = None if self.mixed is None else Mixed(self.mixed.labels[part], self.mixed.share[part])
         return Batch(self.rows[part], self.images[part], self.labels[part], self.channels, self.epoch, mixed, self.view, self.weight)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What an epoch's batches are made of.
+
+    Attributes:
+        parts: positions of each batch, on the CPU.
+        positions: of all batches, one after the other, on the device.
+        params: of their views; None where nothing is random.
+        strength: share of the own image, of each sample that is mixed.
+    """
+
+    parts: list[np.ndarray]
+    positions: Tensor
+    params: Params | None
+    strength: Tensor | None
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(map(len, self.parts), initial=0))
+
+    def place(self, number: int) -> slice:
+        """Where a batch is among all."""
+        return slice(self._ends[number], self._ends[number + 1])
 
 
 class Batches:
@@ -152,10 +178,10 @@ class Batches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Serve an epoch from its batch ``start`` on; order and views are functions of (seed, epoch, row)."""
         whole = self._parts(epoch)[start:]
-        parts = [self._with_partners(self._own(part, self.share[0]), epoch) for part in whole]
-        for (part, pixels), samples in zip(self._pixels_of(parts), map(len, whole), strict=True):
-            batch = self._batch(part, pixels, epoch)
-            yield replace(batch, weight=self.share[1] * len(batch.labels) / samples)
+        served = self._serve([self._own(part, self.share[0]) for part in whole], epoch)
+        for number, (pixels, part) in enumerate(zip(self._pixels_of(served), whole, strict=True)):
+            batch = self._batch(served, number, pixels, epoch)
+            yield replace(batch, weight=self.share[1] * len(batch.labels) / len(part))
 
     def _own(self, part: np.ndarray, rank: int) -> np.ndarray:
         return np.array_split(part, self.share[1])[rank]
@@ -184,24 +210,34 @@ class Batches:
             return np.arange(len(self.rows))
         return epoch_order(self._labels, sampler=self.sampler, seed=self.seed, epoch=epoch, epochs=self.epochs)
 
-    def _with_partners(self, positions: np.ndarray, epoch: int) -> np.ndarray:
-        # A mixed batch is read as its samples followed by their partners.
-        if self.mixing is None:
-            return positions
-        partners, _ = mix_params(self.mixing, seed=self.seed, epoch=epoch, samples=self.rows[positions], population=len(self.rows))
-        return np.concatenate([positions, partners])
+    def _serve(self, parts: list[np.ndarray], epoch: int) -> _Served:
+        """Draw an epoch's views and partners at once, and put them on the device before its first step: no step waits for a transfer."""
+        strength = None
+        if self.mixing is not None and parts:
+            samples = self.rows[np.concatenate(parts)]
+            partners, shares = mix_params(self.mixing, seed=self.seed, epoch=epoch, samples=samples, population=len(self.rows))
+            strength = torch.from_numpy(shares.astype(np.float32)).to(self.device)
+            # A mixed batch is read as its samples followed by their partners.
+            cuts = np.split(partners, np.cumsum([len(part) for part in parts])[:-1])
+            parts = [np.concatenate(pair) for pair in zip(parts, cuts, strict=True)]
+        positions = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        params = None
+        if self.augmentation is not None:
+            view, rows = self._view(epoch), self.rows[positions]
+            params = make_params(self.augmentation, seed=self.seed, epoch=view, samples=rows, device=self.device)
+        return _Served(parts, torch.from_numpy(positions).to(self.device), params, strength)
 
-    def _pixels_of(self, parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def _pixels_of(self, served: _Served) -> Iterator[Tensor]:
         if self._resident is None:
-            yield from self._stream(parts)
+            yield from self._stream(served.parts)
             return
         # One buffer for all: what is made of it is always a copy, and fresh memory costs page faults.
-        size = self.batch_size * (1 if self.mixing is None else 2)
+        size = max(map(len, served.parts), default=0)
         buffer = torch.empty((size, *self._resident.shape[1:]), dtype=torch.uint8, device=self.device)
-        for part in parts:
-            yield part, torch.index_select(self._resident, 0, torch.from_numpy(part).to(self.device), out=buffer[: len(part)])
+        for number, part in enumerate(served.parts):
+            yield torch.index_select(self._resident, 0, served.positions[served.place(number)], out=buffer[: len(part)])
 
-    def _stream(self, parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def _stream(self, parts: list[np.ndarray]) -> Iterator[Tensor]:
         # A reader fills a few buffers in turn: each comes back when what was in it has been copied to the device or made into views.
         free: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
         ready: queue.SimpleQueue[_Buffer | BaseException] = queue.SimpleQueue()
@@ -217,7 +253,7 @@ class Batches:
                     raise item
                 pixels = item.pixels[: len(part)].to(self.device, non_blocking=True)
                 item.copied = _event(self.device)
-                yield part, pixels
+                yield pixels
                 free.put(item)
         finally:
             free.put(None)
@@ -261,29 +297,23 @@ class Batches:
     def _image_shape(self) -> tuple[int, ...]:
         return (len(self._pixels), *self._pixels[0].shape[1:])
 
-    def _batch(self, positions: np.ndarray, pixels: Tensor, epoch: int) -> Batch:
-        rows = self.rows[positions]
-        if self.augmentation is None:
-            images = pixels.to(torch.float32).mul_(1 / 255)
-        else:
-            images = apply(pixels, make_params(self.augmentation, seed=self.seed, epoch=self._view(epoch), samples=rows))
-        labels = self._labels_there[torch.from_numpy(positions).to(self.device)]
-        if self.mixing is not None:
-            return self._mixed(self.mixing, rows, images, labels, epoch)
-        return Batch(torch.from_numpy(rows), images, labels, self.channels, epoch, view=self._view(epoch))
+    def _batch(self, served: _Served, number: int, pixels: Tensor, epoch: int) -> Batch:
+        own, rows = served.place(number), torch.from_numpy(self.rows[served.parts[number]])
+        images = pixels.to(torch.float32).mul_(1 / 255) if served.params is None else apply(pixels, served.params.part(own))
+        labels = self._labels_there[served.positions[own]]
+        if self.mixing is None or served.strength is None:
+            return Batch(rows, images, labels, self.channels, epoch, view=self._view(epoch))
+        size = len(rows) // 2
+        return self._mixed(self.mixing, rows[:size], images, labels, served.strength[own.start // 2 : own.stop // 2], epoch)
 
     def _view(self, epoch: int) -> int:
         return epoch if self.views is None else epoch % self.views
 
-    def _mixed(self, mixing: Mixing, rows: np.ndarray, images: Tensor, labels: Tensor, epoch: int) -> Batch:
-        size = len(rows) // 2
-        _, strength = mix_params(mixing, seed=self.seed, epoch=epoch, samples=rows[:size], population=len(self.rows))
-        own = torch.from_numpy(strength.astype(np.float32)).to(self.device)
+    def _mixed(self, mixing: Mixing, rows: Tensor, images: Tensor, labels: Tensor, own: Tensor, epoch: int) -> Batch:
+        size = len(rows)
         images = torch.lerp(images[size:], images[:size], own[:, None, None, None])
         share = mixing.label_share(own, labels[:size], labels[size:], self._counts_there) if mixing.remix else own
-        return Batch(
-            torch.from_numpy(rows[:size]), images, labels[:size], self.channels, epoch, Mixed(labels[size:], share), self._view(epoch)
-        )
+        return Batch(rows, images, labels[:size], self.channels, epoch, Mixed(labels[size:], share), self._view(epoch))
 
     def _fits(self, residence: str) -> bool:
         if residence not in ("auto", "resident", "streamed"):

@@ -60,6 +60,6 @@ class Kept:
 
     def __call__(self, batch: Batch) -> Outputs:
         """What the teacher said of these samples in this view."""
-        table, places = self._tables[batch.view], self._places[batch.rows].to(self._device)
+        table, places = self._tables[batch.view], self._places[batch.rows].to(self._device, non_blocking=True)
         found = {name: values if values.ndim == 1 else values[places].float() for name, values in table.items()}
         return Outputs(found["logits"], found.get("features"), log_prior=found.get("log_prior"))

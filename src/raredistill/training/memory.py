@@ -14,7 +14,7 @@ def keep_freed_memory() -> None:
     """Keep up to 2 GiB of freed memory in this process, instead of giving it back to the system block by block.
 
     Each step on the CPU frees its activations, and the next one asks for as many. The GNU library gives every large block back, and the
-    next step pays for it page by page: a seventh of a step of ``small_cnn``, and twice as much where two networks learn together.
+    next step pays for it page by page: a twelfth of a step of ``small_cnn``, a fifth where two networks learn together.
     """
     if sys.platform != "linux":
         return
