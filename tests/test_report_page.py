@@ -122,8 +122,8 @@ def test_keys_open_what_is_folded_and_scroll_what_is_wide(browser, page):
     browser.press("Tab")
     assert browser.run("document.activeElement.matches('.scroll')")
     browser.press("ArrowRight")
-    moved = "(() => { const part = document.activeElement; const wait = () => part.scrollLeft > 0 ? done(true) : setTimeout(wait, 20); wait(); })()"
-    assert browser.run(f"new Promise((done) => {moved})")
+    wait = "const wait = () => document.activeElement.scrollLeft > 0 ? done(true) : setTimeout(wait, 20); wait();"
+    assert browser.run(f"new Promise((done) => {{ {wait} }})")
 
 
 def test_letters_of_figures_are_as_large_on_a_phone_as_on_paper(browser, page):
