@@ -118,6 +118,20 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(tmp_path, monkeypat
     assert resumed.hash == prepare(source, tmp_path / "whole", size=SIZE, workers=1).hash
 
 
+@pytest.mark.parametrize("moment", ["before the description", "before the end"])
+def test_what_a_kill_left_beside_the_cohort_is_gone_after_the_next_start(tmp_path, moment):
+    source, out = make_source(tmp_path / "raw"), tmp_path / "out"
+    prepare(source, out, size=SIZE, workers=1)
+    calm = sorted(path.name for path in out.rglob("*"))
+    (out / preparation.WORK).mkdir()
+    for name in ("lock", "flair.u8", ".job.json.host-1.tmp"):
+        (out / preparation.WORK / name).write_bytes(b"rest")
+    if moment == "before the description":
+        (out / "cohort.json").rename(out / ".cohort.json.host-1.tmp")
+    prepare(source, out, size=SIZE, workers=1)
+    assert sorted(path.name for path in out.rglob("*")) == calm
+
+
 def test_a_part_is_read_again_when_its_file_changed_or_its_pixels_are_cut(tmp_path):
     source, out = make_source(tmp_path / "raw"), tmp_path / "out"
     interrupt(source, out, after=3)

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,16 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from scipy import stats
 from scipy.special import softmax
-from sklearn.metrics import cohen_kappa_score, f1_score, log_loss, matthews_corrcoef, recall_score, roc_curve
+from sklearn.metrics import (
+    brier_score_loss,
+    cohen_kappa_score,
+    f1_score,
+    log_loss,
+    matthews_corrcoef,
+    precision_recall_curve,
+    recall_score,
+    roc_curve,
+)  # fmt: skip
 
 from raredistill import predictions
 from raredistill.errors import DataError
@@ -24,8 +34,8 @@ from raredistill.files import write_json
 from raredistill.report import analyses, figures, summary_table, write_report
 from raredistill.report.pairs import make_pairs
 from raredistill.report.results import read_results
-from raredistill.report.tables import latex, safe
-from raredistill.report.verdicts import notes_on_tests, verdicts
+from raredistill.report.tables import confusion_rows, latex, safe
+from raredistill.report.verdicts import family, notes_on_tests, verdicts
 
 CLASSES = ("healthy", "HGG", "LGG")
 FOLDS = 3
@@ -167,7 +177,7 @@ def test_a_moved_threshold_is_told_from_a_gain(tmp_path, monkeypatch):
 
 
 def test_calibration_is_fitted_on_validation_and_measured_on_test(study):
-    found = pd.read_csv(study / "report" / "tables" / "calibration.csv").set_index(["entry", "stage"])
+    found = pd.read_csv(study / "report" / "tables" / "calibration.csv").query("level == 'slice'").set_index(["entry", "stage"])
     label, before, after = [], [], []
     for fold in range(FOLDS):
         both = table("x", SKILL["taught"], fold, 0).query("checkpoint == 'best'")
@@ -341,7 +351,7 @@ def test_the_hardest_are_those_with_the_lowest_mean_probability_over_entries(stu
         for name in SKILL:
             parts = [rare_scores(name, fold, "test", level) for fold in range(FOLDS)]
             columns[name] = pd.concat([rows[truth].set_index(keys)["LGG"] for truth, _, rows in parts])
-        expected = pd.DataFrame(columns)
+        expected = pd.DataFrame(columns).rename(columns="by {}".format)
         expected["mean"] = expected.mean(axis=1)
         pd.testing.assert_frame_equal(found, expected.sort_values("mean").head(20), rtol=1e-6)
 
@@ -384,13 +394,132 @@ def test_every_figure_names_the_table_it_is_drawn_from(study):
     assert page.count('role="img" aria-label="') == page.count("<figure>")
 
 
-def test_curves_are_those_of_scikit_learn(study):
-    found = pd.read_csv(study / "report" / "tables" / "roc.csv").query("entry == 'small'")
-    rows = pd.concat([table("x", SKILL["small"], fold, 0) for fold in range(FOLDS)]).query("checkpoint == 'best' and split == 'test'")
-    score = softmax(np.stack(rows["logits"]).astype(np.float32).astype(float), axis=1)[:, 2]
-    false, true, _ = roc_curve(rows["label"] == "LGG", score, drop_intermediate=False)
-    points = set(zip(false.round(9), true.round(9), strict=True))
-    assert set(zip(found["false_positive_rate"].round(9), found["recall"].round(9), strict=True)) <= points
+@pytest.mark.parametrize("level", ["slice", "patient"])
+def test_curves_are_those_of_scikit_learn(study, level):
+    tables = {name: pd.read_csv(study / "report" / "tables" / f"{name}.csv") for name in ("roc", "precision_recall", "decision")}
+    found = {name: each[(each["entry"] == "small") & (each["level"] == level)] for name, each in tables.items()}
+    parts = [rare_scores("small", fold, "test", level) for fold in range(FOLDS)]
+    truth, score = np.concatenate([each[0] for each in parts]), np.concatenate([each[1] for each in parts])
+    false, true, _ = roc_curve(truth, score, drop_intermediate=False)
+    own = found["roc"]
+    assert points(own["false_positive_rate"], own["recall"]) <= points(false, true)
+    precision, recall, _ = precision_recall_curve(truth, score)
+    assert points(found["precision_recall"]["recall"], found["precision_recall"]["precision"]) <= points(recall, precision)
+    for row in found["decision"].itertuples():
+        called = score >= row.threshold
+        benefit = ((called & truth).sum() - (called & ~truth).sum() * row.threshold / (1 - row.threshold)) / len(truth)
+        assert row.benefit == pytest.approx(benefit)
+
+
+def points(x, y):
+    return set(zip(np.round(x, 9), np.round(y, 9), strict=True))
+
+
+def test_calibration_of_patients_is_that_of_their_mean_probability_over_the_classes_that_they_carry(study):
+    found = pd.read_csv(study / "report" / "tables" / "calibration.csv").query("entry == 'small' and level == 'patient'").set_index("stage")
+    parts = [rare_scores("small", fold, "test", "patient") for fold in range(FOLDS)]
+    truth, score = np.concatenate([each[0] for each in parts]), np.concatenate([each[1] for each in parts])
+    assert found.loc["raw", "predictions"] == len(truth) == 60
+    assert found.loc["raw", "brier"] == pytest.approx(2 * brier_score_loss(truth, score))
+    assert list(found.index) == ["raw", "temperature"]  # a prior of slices is none of patients
+    binned = pd.read_csv(study / "report" / "tables" / "reliability.csv").query(
+        "entry == 'small' and level == 'patient' and stage == 'raw'"
+    )
+    right, confidence = (score > 0.5) == truth, np.maximum(score, 1 - score)
+    for row in binned.itertuples():
+        inside = (confidence > row.low) & (confidence <= row.high)
+        assert row.count == inside.sum()
+        if inside.any():
+            assert row.accuracy == pytest.approx(right[inside].mean())
+
+
+def test_entries_and_classes_may_be_called_like_columns(tmp_path, monkeypatch):
+    names = {"mean": 0.8, "patient": 2.5, "sample": 1.5}
+    for name, skill in names.items():
+        monkeypatch.setitem(SKILL, name, skill)
+    root = write_study(tmp_path / "s", entries=tuple(names))
+    found = analyses.hardest_slices(read_results(root))
+    assert list(found) == ["patient", "sample", "by mean", "by patient", "by sample", "mean"]
+    assert found["mean"].to_list() == pytest.approx(found.filter(like="by ").mean(axis=1).to_list())
+
+
+def test_classes_may_be_called_like_columns(tmp_path):
+    root, renamed = write_study(tmp_path / "s"), dict(zip(CLASSES, ("fold", "true", "equal_mass"), strict=True))
+    text = (root / "study.json").read_text()
+    for old, new in renamed.items():
+        text = text.replace(f'"{old}"', f'"{new}"')
+    (root / "study.json").write_text(text)
+    for folder in (root / "runs").iterdir():
+        made = predictions.read(folder / "predictions.parquet").table.replace({"label": renamed, "patient_label": renamed})
+        predictions.write(folder / "predictions.parquet", made, list(renamed.values()), "fold")
+        history = (folder / "epochs.jsonl").read_text()
+        for old, new in renamed.items():
+            history = history.replace(f'"{old}"', f'"{new}"')
+        (folder / "epochs.jsonl").write_text(history)
+    results = read_results(root)
+    counted = confusion_rows(results)
+    assert list(counted) == ["entry", "repeat", "fold", "seed", "true", "as fold", "as true", "as equal_mass"]
+    assert counted.groupby("entry")[["as fold", "as true", "as equal_mass"]].sum().sum(axis=1).to_dict() == dict.fromkeys(SKILL, 240)
+    calibrated = analyses.calibration(results, analyses.calibrated_entries(results)[0])
+    assert {"ece_equal_mass", "ece:equal_mass"} <= set(calibrated)
+
+
+def test_costs_are_means_over_runs_and_the_cache_stands_beside_them(tmp_path):
+    root = write_study(tmp_path / "s", entries=("small", "taught"))
+    study = json.loads((root / "study.json").read_text())
+    spent = {"small": [(1.0, 2.0, 3.0), (2.0, 2.0, 2.0), (3.0, 3.0, 3.0)], "taught": [(1.0, 1.0, 1.0), (0.5, 0.5, 0.5), (0.3, 0.3, 0.3)]}
+    for run in study["runs"]:
+        seconds = spent[run["name"]][run["fold"]]
+        path = root / "runs" / run["id"] / "epochs.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**each, "seconds": s}) + "\n" for each, s in zip(records, seconds, strict=True)))
+        run |= {"seconds": sum(seconds) + 1, "made_with": {"versions": {"device": "cpu"}}}
+        if run["name"] == "taught":
+            filled = (4.0, 6.0, 0.0)[run["fold"]]  # the third run found its views computed
+            run |= {"teacher_cache": {"views": 2, "computed": 2 if filled else 0, "seconds": filled}}
+            run["remarks"] = ["what its teacher says of 2 views of each sample was kept; computing 2 of them took 4.0 s", "it was odd"]
+    write_json(root / "study.json", study)
+    page = write_report(root).read_text()
+    found = pd.read_csv(root / "report" / "tables" / "costs.csv").set_index("entry")
+    assert found.loc["small", ["epoch_s", "run_s"]].to_list() == pytest.approx([21 / 9, 8.0])
+    assert found.loc["small", ["cache_views", "cache_fill_s"]].isna().all()
+    assert found.loc["taught", ["epoch_s", "run_s", "cache_views", "cache_fill_s"]].to_list() == pytest.approx([0.6, 2.8, 2, 5.0])
+    assert "seconds in which a run filled its teacher cache" in page
+    assert "computing 2 of them took" not in page
+    assert "it was odd" in page
+
+
+def test_the_page_says_which_family_holm_corrected(tmp_path, study):
+    page = html.unescape((study / "report" / "report.html").read_text())
+    assert "Holm's family has one comparison, LGG F1 by slice of taught against its control" in page
+    assert "All other p values of this page (other metrics, the trend over sizes, footnotes) are not adjusted" in page
+    results = read_results(study)
+    pair = next(pair for pair in make_pairs(results) if pair.entry == "taught")
+    two = [pair, replace(pair, entry="again")]
+    assert "2 comparisons (taught, again)" in family(two, "LGG")
+    assert [record["p_holm"] for record in verdicts(two, "LGG")] == pytest.approx([2 * pair.evidence["f1:LGG"].p] * 2)
+    assert "no p value was adjusted" in family([replace(pair, problem="none")], "LGG")
+
+
+def test_wilcoxon_is_for_data_sets_and_refuses_one_cohort_twice(tmp_path, monkeypatch):
+    roots, expected = [], []
+    for number, skill in enumerate((2.5, 1.5, 2.0)):
+        monkeypatch.setitem(SKILL, "taught", skill)
+        root = write_study(tmp_path / str(number), entries=("small", "taught"))
+        study = json.loads((root / "study.json").read_text())
+        write_json(root / "study.json", {**study, "name": f"s{number}", "cohort": {**study["cohort"], "hash": str(number)}})
+        roots.append(root)
+        expected.append(judged(root)["taught"]["difference"])
+    page = write_report(roots[0], across=roots[1:]).read_text()
+    gains = pd.read_csv(roots[0] / "report" / "tables" / "datasets.csv")
+    assert gains["gain"].to_list() == pytest.approx(expected)
+    row = pd.read_csv(roots[0] / "report" / "tables" / "datasets_tested.csv").iloc[0]
+    assert (row["entry"], row["data_sets"]) == ("taught", 3)
+    assert row["p"] == pytest.approx(stats.wilcoxon(expected).pvalue)
+    assert (row["mean_gain"], row["smallest_p"]) == pytest.approx((np.mean(expected), 0.25))
+    assert "Over several data sets" in page
+    with pytest.raises(DataError, match="s0 and s0 are of one cohort"):
+        write_report(roots[0], across=[roots[0]])
 
 
 def luminance(colour):

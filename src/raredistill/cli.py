@@ -463,17 +463,20 @@ def report(
     sweep: Annotated[
         list[Path] | None, typer.Option(help="another study with the same entries and another imbalance (splits.rarefy); repeat for more")
     ] = None,
+    across: Annotated[
+        list[Path] | None, typer.Option(help="a study with the same entries on another data set; repeat for more (Wilcoxon's test)")
+    ] = None,
 ) -> None:
     """Write a study's report: one self-contained HTML file, tables and figures."""
-    _report(study, sweep or [])
+    _report(study, sweep or [], across or [])
 
 
-def _report(study: Path, sweep: Sequence[Path] = ()) -> None:
+def _report(study: Path, sweep: Sequence[Path] = (), across: Sequence[Path] = ()) -> None:
     from raredistill.console import Progress
     from raredistill.report import write_report
 
     with Progress("report") as progress:
-        page = write_report(study, sweep=sweep, progress=progress)
+        page = write_report(study, sweep=sweep, across=across, progress=progress)
     _next(f"open {page}")
 
 

@@ -52,6 +52,12 @@ def _sweep(path: Path) -> None:
                 leftover.unlink()
 
 
+def tidy(folder: Path) -> None:
+    """Remove what killed writers left in a folder, whatever its age: for a caller who is the only one to write there now."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def _sync(path: Path) -> None:
     with path.open("rb") as handle:
         os.fsync(handle.fileno())

@@ -62,6 +62,12 @@ class Predictions:
         exponentials = np.exp(self._logits - self._logits.max(axis=1, keepdims=True))
         return cast("NDArray[np.float64]", exponentials / exponentials.sum(axis=1, keepdims=True))
 
+    def with_logits(self, logits: NDArray[np.float64]) -> Predictions:
+        """The same rows with other logits ``(N, K)``."""
+        other = replace(self, table=self.table.assign(logits=list(logits)))
+        other.__dict__["_logits"] = logits
+        return other
+
     def labels(self) -> NDArray[np.int64]:
         """Class indices ``(N,)``."""
         return self._labels

@@ -267,6 +267,15 @@ def test_a_damaged_finished_run_is_noticed_and_made_again(tiny_cohort, done, tmp
     assert again == before
 
 
+def test_what_a_kill_left_beside_a_studys_files_is_gone_after_the_next_start(tiny_cohort, done, tmp_path):
+    out = tmp_path / "s"
+    shutil.copytree(done[0], out)
+    for half in (out / ".study.json.host-1.tmp", out / "splits" / ".r0f0.json.host-1.tmp"):
+        half.write_text("{")
+    run_study(tiny_study(tiny_cohort), out, Silent())
+    assert list(out.rglob(".*.tmp")) == []
+
+
 def test_a_report_refuses_damaged_predictions(done, tmp_path):
     shutil.copytree(done[0], tmp_path / "s")
     path = tmp_path / "s" / "runs" / done[1][0]["id"] / "predictions.parquet"

@@ -77,6 +77,7 @@ def prepare(
         if (out / store.DESCRIPTION).exists():  # or while this one waited
             return _finished(out, job)
         _claim_job(out, job)
+        files.tidy(out)
         with store.Writer(out, source.channels) as writer:
             parts, unreadable = _read_parts(source, writer, size, progress, workers=workers, executor=executor)
             _refuse(source, unreadable, leave_out_bad)
@@ -101,6 +102,9 @@ def _file_size(file: Path) -> int:
 def _finished(out: Path, job: dict[str, Any]) -> Cohort:
     cohort = Cohort.load(out)
     _same_job(out, cohort.provenance, job, "a cohort")
+    if (out / WORK).exists():  # a kill came after the cohort and before the end, or another process is at its end
+        with files.locked(out / WORK / "lock"):
+            store.clear(out)
     return cohort
 
 

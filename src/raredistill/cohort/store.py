@@ -6,8 +6,9 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -272,8 +273,7 @@ class Writer:
         hashes = {channel: digest.hexdigest() for channel, digest in self._digests.items()}
         content = {"classes": classes, "channels": tuple(hashes), "size": tuple(size), "pixels": hashes, "samples": _table_hash(table)}
         files.write_json(self.root / DESCRIPTION, _describe(self.root, table, content, classes, provenance))
-        list(self._threads.map(Path.unlink, (self.root / WORK).iterdir()))
-        (self.root / WORK).rmdir()
+        clear(self.root)
         return Cohort.load(self.root)
 
     def _settle(self, channel: str, expected: int) -> None:
@@ -284,6 +284,14 @@ class Writer:
         os.fsync(handle.fileno())
         path.parent.mkdir(exist_ok=True)
         self._growing[channel].replace(path)
+
+
+def clear(root: Path) -> None:
+    """Remove the workplace of a finished cohort; two processes may do so at once."""
+    with ThreadPoolExecutor() as threads:  # the disk takes its time for each large file
+        list(threads.map(partial(Path.unlink, missing_ok=True), (root / WORK).glob("*")))
+    with suppress(OSError):  # gone already, or another process waits for its lock in there and removes it then
+        (root / WORK).rmdir()
 
 
 def _write_samples(root: Path, table: pd.DataFrame) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -54,12 +54,41 @@ def patient_bootstrap(
         ConfigError: unknown metric or class.
         DataError: no rows, several parts or checkpoints, or the metric has no value on them.
     """
+    (estimate, found), *_ = patient_intervals(predictions, [metric], resamples=resamples, seed=seed, intervals=(interval,))
+    if np.isnan(estimate) or np.isnan(found[interval]).any():
+        raise DataError(f"{metric} has no value on these predictions: its class has no samples here; choose another class or part")
+    return estimate, *found[interval]
+
+
+def patient_intervals(
+    predictions: Predictions, metrics: Sequence[Metric], *, resamples: int = 2000, seed: int = 0,
+    intervals: Sequence[Interval] = ("percentile", "bca"),
+) -> list[tuple[float, dict[Interval, tuple[float, float]]]]:  # fmt: skip
+    """Several metrics on the same draws: what :func:`patient_bootstrap` finds for each, in the time of few.
+
+    Args:
+        predictions: as :func:`patient_bootstrap`.
+        metrics: their names.
+        resamples: draws.
+        seed: of the draws.
+        intervals: wanted.
+
+    Returns:
+        Estimate, and low and high by kind of interval, of each metric; NaN where it has no value.
+
+    Raises:
+        ConfigError: unknown metric or class.
+        DataError: no rows, several parts or checkpoints, or a metric needs probabilities and only hard labels are known.
+    """
     patients = _patients(predictions)
-    statistic = _over_runs(predictions, metric, patients)
-    draws = np.concatenate([statistic(weights) for weights in _draws(patients, resamples, seed)])
-    estimate = float(statistic(_once(patients))[0])
-    low, high = _interval(draws, estimate, metric, _tails(interval, statistic, patients, draws, estimate))
-    return estimate, low, high
+    statistic = _over_runs(predictions, metrics, patients)
+    draws = np.concatenate([statistic(weights) for weights in _draws(patients, resamples, seed)], axis=1)
+    estimates = statistic(_once(patients))[:, 0]
+    skews = _accelerations(statistic, patients) if "bca" in intervals else np.zeros(len(estimates))
+    return [
+        (float(estimate), {kind: _interval(own, estimate, _tails(kind, own, estimate, skew)) for kind in intervals})
+        for estimate, own, skew in zip(estimates, draws, skews, strict=True)
+    ]
 
 
 def paired_patient_bootstrap(
@@ -82,24 +111,28 @@ def paired_patient_bootstrap(
         DataError: as :func:`patient_bootstrap`, or classes, samples or labels differ.
     """
     check_same(a, b)
-    difference, draws = paired_draws(a, b, metric, resamples=resamples, seed=seed)
-    low, high = _interval(draws, difference, metric, _TAILS)
-    return difference, low, high, p_of_draws(draws)
+    (difference,), (draws,) = paired_draws(a, b, [metric], resamples=resamples, seed=seed)
+    low, high = _interval(draws, difference, _TAILS)
+    if np.isnan(low):
+        raise DataError(f"{metric} has no value on these predictions: its class has no samples here; choose another class or part")
+    return float(difference), low, high, p_of_draws(draws)
 
 
-def paired_draws(a: Predictions, b: Predictions, metric: Metric, *, resamples: int = 2000, seed: int = 0) -> tuple[float, Floats]:
-    """The difference a - b and its bootstrap draws ``(R,)``; the same seed draws the same patients for any two sides of a study.
+def paired_draws(
+    a: Predictions, b: Predictions, metrics: Sequence[Metric], *, resamples: int = 2000, seed: int = 0
+) -> tuple[Floats, Floats]:
+    """Differences a - b ``(M,)`` and their bootstrap draws ``(M, R)``; the same seed draws the same patients for any two sides of a study.
 
     The two sides must have passed :func:`check_same`.
 
     Raises:
         ConfigError: unknown metric or class.
-        DataError: the metric needs probabilities and only hard labels are known.
+        DataError: a metric needs probabilities and only hard labels are known.
     """
     patients = _patients(a)
-    left, right = _over_runs(a, metric, patients), _over_runs(b, metric, _patients(b))
-    draws = np.concatenate([left(weights) - right(weights) for weights in _draws(patients, resamples, seed)])
-    return float((left(_once(patients)) - right(_once(patients)))[0]), draws
+    left, right = _over_runs(a, metrics, patients), _over_runs(b, metrics, _patients(b))
+    draws = np.concatenate([left(weights) - right(weights) for weights in _draws(patients, resamples, seed)], axis=1)
+    return (left(_once(patients)) - right(_once(patients)))[:, 0], draws
 
 
 def p_of_draws(draws: Floats) -> float:
@@ -176,22 +209,38 @@ def _once(patients: _Patients) -> Integers:
     return np.ones((1, len(patients.strata)), dtype=np.int64)
 
 
-def _over_runs(predictions: Predictions, metric: Metric, patients: _Patients) -> Statistic:
-    """The metric, averaged over runs, as a function of how often each patient counts: ``(R, P)`` to ``(R,)``."""
+def _over_runs(predictions: Predictions, metrics: Sequence[Metric], patients: _Patients) -> Statistic:
+    """The metrics, averaged over runs, as a function of how often each patient counts: ``(R, P)`` to ``(M, R)``."""
     runs = runs_of(predictions)
     number = len(patients.strata)
     if len(runs) == 1:
-        return _statistic(predictions, metric, patients.of_row, number)
-    parts = [_statistic(predictions.rows(rows), metric, patients.of_row[rows], number) for rows in runs]
+        return _statistic(predictions, metrics, patients.of_row, number)
+    parts = [_statistic(predictions.rows(rows), metrics, patients.of_row[rows], number) for rows in runs]
     return lambda weights: np.mean([part(weights) for part in parts], axis=0)
 
 
-def _statistic(predictions: Predictions, metric: Metric, of_row: Integers, patients: int) -> Statistic:
+def _statistic(predictions: Predictions, metrics: Sequence[Metric], of_row: Integers, patients: int) -> Statistic:
+    parsed = [parse_metric(metric, predictions.classes) if isinstance(metric, str) else ("", -1) for metric in metrics]
+    counted = [place for place, (name, _) in enumerate(parsed) if name and name not in _RANKED]
+    others = [(place, _alone(predictions, metrics[place], of_row, patients)) for place in range(len(metrics)) if place not in counted]
+    count = _counted(predictions, [parsed[place] for place in counted], of_row, patients)
+
+    def statistic(weights: Integers) -> Floats:
+        found = np.empty((len(metrics), len(weights)))
+        if counted:
+            found[counted] = count(weights)
+        for place, single in others:
+            found[place] = single(weights)
+        return found
+
+    return statistic
+
+
+def _alone(predictions: Predictions, metric: Metric, of_row: Integers, patients: int) -> Statistic:
+    """A metric that shares nothing with others, ``(R, P)`` to ``(R,)``."""
     if not isinstance(metric, str):
         return _looped(predictions, metric, of_row)
     name, place = parse_metric(metric, predictions.classes)
-    if name not in _RANKED:
-        return _counted(predictions, name, place, of_row, patients)
     if predictions.hard:
         raise DataError(f"{metric} needs probabilities, and only hard labels are known; choose f1, recall, precision or macro_f1")
     ranking = rank(predictions.labels() == place, predictions.probabilities()[:, place], of_row, patients)
@@ -213,7 +262,8 @@ def parse_metric(metric: str, classes: tuple[str, ...]) -> tuple[str, int]:
     return name, classes.index(which) if colon else -1
 
 
-def _counted(predictions: Predictions, name: str, place: int, of_row: Integers, patients: int) -> Statistic:
+def _counted(predictions: Predictions, wanted: Sequence[tuple[str, int]], of_row: Integers, patients: int) -> Statistic:
+    """Metrics that need counts only, ``(R, P)`` to ``(M, R)``: the counts of a draw are summed once for all of them."""
     classes = len(predictions.classes)
     truth, guess = predictions.labels(), predictions.probabilities().argmax(axis=1)
     right = truth == guess
@@ -221,8 +271,8 @@ def _counted(predictions: Predictions, name: str, place: int, of_row: Integers, 
                          _by_patient(of_row, guess, patients, classes)])  # fmt: skip
 
     def statistic(weights: Integers) -> Floats:
-        values: Floats = metrics_from_margins(*np.split(weights @ margins, 3, axis=1))[name]
-        return values if place < 0 else values[:, place]
+        found = metrics_from_margins(*np.split(weights @ margins, 3, axis=1))
+        return np.stack([found[name] if place < 0 else found[name][:, place] for name, place in wanted])
 
     return statistic
 
@@ -243,31 +293,31 @@ def _looped(predictions: Predictions, function: Function, of_row: Integers) -> S
     return statistic
 
 
-def _tails(interval: Interval, statistic: Statistic, patients: _Patients, draws: Floats, estimate: float) -> tuple[float, float]:
+def _tails(interval: Interval, draws: Floats, estimate: float, acceleration: float) -> tuple[float, float]:
     if interval == "percentile" or np.isnan(estimate):
         return _TAILS
     known = draws[~np.isnan(draws)]
     below = ((known < estimate).mean() + (known <= estimate).mean()) / 2
     bias = stats.norm.ppf(np.clip(below, 1e-6, 1 - 1e-6))
     shifted = bias + stats.norm.ppf(_TAILS)
-    low, high = stats.norm.cdf(bias + shifted / (1 - _acceleration(statistic, patients) * shifted))
+    low, high = stats.norm.cdf(bias + shifted / (1 - acceleration * shifted))
     return float(low), float(high)
 
 
-def _acceleration(statistic: Statistic, patients: _Patients) -> float:
-    """Skew of the jackknife over patients, each class about its own mean; 0 where leaving a patient out changes nothing."""
+def _accelerations(statistic: Statistic, patients: _Patients) -> Floats:
+    """Skew of the jackknife over patients, each class about its own mean, a metric each; 0 where leaving a patient out changes nothing."""
     number = len(patients.strata)
     blocks = [np.arange(start, min(start + _BLOCK, number)) for start in range(0, number, _BLOCK)]
-    values = np.concatenate([statistic((block[:, None] != np.arange(number)).astype(np.int64)) for block in blocks])
-    means = pd.Series(values).groupby(patients.strata).transform("mean").to_numpy(dtype=np.float64)
+    values = np.concatenate([statistic((block[:, None] != np.arange(number)).astype(np.int64)) for block in blocks], axis=1)
+    means = pd.DataFrame(values.T).groupby(patients.strata).transform("mean").to_numpy(dtype=np.float64).T
     influence = np.nan_to_num(means - values)
-    spread = float((influence**2).sum() ** 1.5)
-    return float((influence**3).sum()) / (6 * spread) if spread else 0.0
+    spread = (influence**2).sum(axis=1) ** 1.5
+    return np.asarray(np.divide((influence**3).sum(axis=1), 6 * spread, out=np.zeros(len(spread)), where=spread != 0))
 
 
-def _interval(draws: Floats, estimate: float, metric: Metric, tails: tuple[float, float]) -> tuple[float, float]:
+def _interval(draws: Floats, estimate: float, tails: tuple[float, float]) -> tuple[float, float]:
     if np.isnan(estimate) or np.isnan(draws).all():
-        raise DataError(f"{metric} has no value on these predictions: its class has no samples here; choose another class or part")
+        return np.nan, np.nan
     low, high = np.nanquantile(draws, tails)
     return float(low), float(high)
 

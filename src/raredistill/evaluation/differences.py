@@ -19,6 +19,9 @@ from raredistill.predictions import Predictions
 Floats = NDArray[np.float64]
 
 ROPE = 0.01
+_RANKED = ("auprc", "auroc")
+_NEEDS = "{metric} needs probabilities, and only hard labels are known; choose f1, recall, precision or macro_f1"
+_ABSENT = "{metric} has no value on these predictions: its class has no samples here; choose another class or part"
 FEW_SPLITS = 3
 """With two splits the corrected t-test has one degree of freedom and finds nothing."""
 FEW_PATIENTS = 20
@@ -80,26 +83,48 @@ def differences(
         DataError: the sides do not fit, or the metric has no value.
     """
     check_same(control, other)
-    return difference_of(control, other, metric, sizes=sizes, resamples=resamples, seed=seed)
+    found, problems = differences_of(control, other, [metric], sizes=sizes, resamples=resamples, seed=seed)
+    if problems:
+        raise DataError(problems[metric])
+    return found[metric]
 
 
-def difference_of(
-    control: Predictions, other: Predictions, metric: str, *, sizes: tuple[float, float] | None = None, resamples: int = 2000, seed: int = 0
-) -> Differences:
-    """The same as :func:`differences`, for sides that have passed :func:`raredistill.evaluation.bootstrap.check_same` already."""
-    if not in_folds(control):
-        estimate, draws = paired_draws(other, control, metric, resamples=resamples, seed=seed)
-        return Differences(_known(estimate, metric), draws, "patients", np.nan, np.nan)
-    pair = pd.concat({"control": split_values(control, metric), "other": split_values(other, metric)}, axis=1)
-    gained = (pair["other"] - pair["control"]).dropna().to_numpy(dtype=np.float64)
+def differences_of(
+    control: Predictions, other: Predictions, metrics: Sequence[str], *, sizes: tuple[float, float] | None = None, resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[dict[str, Differences], dict[str, str]]:  # fmt: skip
+    """As :func:`differences`, of many metrics at once, for sides that have passed :func:`raredistill.evaluation.bootstrap.check_same`.
+
+    Returns:
+        Differences by metric, and why the others have none.
+
+    Raises:
+        ConfigError: unknown metric or class.
+    """
+    problems = {
+        metric: _NEEDS.format(metric=metric) for metric in metrics if control.hard and parse_metric(metric, control.classes)[0] in _RANKED
+    }
+    known = [metric for metric in metrics if metric not in problems]
+    make = _by_fold if in_folds(control) else _by_draw
+    found = dict(zip(known, make(control, other, known, sizes, resamples, seed), strict=True))
+    problems |= {metric: _ABSENT.format(metric=metric) for metric, each in found.items() if np.isnan(each.estimate)}
+    return {metric: each for metric, each in found.items() if metric not in problems}, problems
+
+
+def _by_draw(
+    control: Predictions, other: Predictions, metrics: Sequence[str], sizes: tuple[float, float] | None, resamples: int, seed: int
+) -> list[Differences]:
+    estimates, draws = paired_draws(other, control, metrics, resamples=resamples, seed=seed)
+    return [Differences(float(estimate), own, "patients", np.nan, np.nan) for estimate, own in zip(estimates, draws, strict=True)]
+
+
+def _by_fold(
+    control: Predictions, other: Predictions, metrics: Sequence[str], sizes: tuple[float, float] | None, resamples: int, seed: int
+) -> list[Differences]:
     train, test = sizes or side_sizes(control)
-    return Differences(_known(float(gained.mean()) if len(gained) else np.nan, metric), gained, "folds", train, test)
-
-
-def _known(estimate: float, metric: str) -> float:
-    if np.isnan(estimate):
-        raise DataError(f"{metric} has no value on these predictions: its class has no samples here; choose another class or part")
-    return estimate
+    gained = split_values(other, metrics) - split_values(control, metrics)
+    columns = [gained[metric].dropna().to_numpy(dtype=np.float64) for metric in metrics]
+    return [Differences(float(each.mean()) if len(each) else np.nan, each, "folds", train, test) for each in columns]
 
 
 def combine(parts: Sequence[Differences], weights: Sequence[float]) -> Differences:
@@ -142,10 +167,10 @@ def in_folds(predictions: Predictions) -> bool:
     return len(predictions.table[["repeat", "fold"]].drop_duplicates()) > 1 and tested_once(predictions)
 
 
-def split_values(predictions: Predictions, metric: str) -> pd.Series:
-    """A metric by repeat and fold, averaged over seeds first: seeds of one fold share everything, so they are no further splits."""
+def split_values(predictions: Predictions, metrics: Sequence[str]) -> pd.DataFrame:
+    """Metrics by repeat and fold, averaged over seeds first: seeds of one fold share everything, so they are no further splits."""
     groups = predictions.table.groupby(["repeat", "fold", "seed"], sort=True).indices
-    by_run = pd.Series({key: _metric_of(predictions, metric, np.asarray(rows)) for key, rows in groups.items()})
+    by_run = pd.DataFrame({key: _metrics_of(predictions, metrics, np.asarray(rows)) for key, rows in groups.items()}, index=list(metrics)).T
     return by_run.groupby(level=[0, 1]).mean()
 
 
@@ -156,18 +181,22 @@ def metric_of(predictions: Predictions, metric: str) -> float:
         ConfigError: unknown metric or class.
         DataError: it needs probabilities and only hard labels are known.
     """
-    return _metric_of(predictions, metric, np.arange(len(predictions.table)))
+    return _metrics_of(predictions, [metric], np.arange(len(predictions.table)))[0]
 
 
-def _metric_of(predictions: Predictions, metric: str, rows: NDArray[np.int64]) -> float:
-    name, place = parse_metric(metric, predictions.classes)
+def _metrics_of(predictions: Predictions, metrics: Sequence[str], rows: NDArray[np.int64]) -> list[float]:
     label, probability = predictions.labels()[rows], predictions.probabilities()[rows]
-    if name in ("auprc", "auroc"):
-        if predictions.hard:
-            raise DataError(f"{metric} needs probabilities, and only hard labels are known; choose f1, recall, precision or macro_f1")
-        return (auprc if name == "auprc" else auroc)(label == place, probability[:, place])
-    value = metrics_from_confusion(confusion_matrix(label, probability.argmax(axis=1), len(predictions.classes)))[name]
-    return float(value if place < 0 else value[place])
+    counted = metrics_from_confusion(confusion_matrix(label, probability.argmax(axis=1), len(predictions.classes)))
+    found = []
+    for metric in metrics:
+        name, place = parse_metric(metric, predictions.classes)
+        if name in _RANKED and predictions.hard:
+            raise DataError(_NEEDS.format(metric=metric))
+        if name in _RANKED:
+            found.append((auprc if name == "auprc" else auroc)(label == place, probability[:, place]))
+        else:
+            found.append(float(counted[name] if place < 0 else counted[name][place]))
+    return found
 
 
 def side_sizes(predictions: Predictions) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +40,21 @@ class Ranking:
     def auroc(self, weights: Integers) -> Floats:
         """Area under the ROC curve ``(R,)``, ties counting half; NaN without both kinds."""
         drawn = weights.astype(np.float64)
-        steps = np.diff(self.hits.astype(np.float64), axis=1, prepend=0.0)
-        # Negatives that outrank each positive, by pair of patients: a draw is then a quadratic form.
-        above = (self.calls - self.hits).astype(np.float64) - self.ties / 2
-        lost = ((drawn @ (steps @ above.T)) * drawn).sum(axis=1)
+        steps, above = self._steps
+        # Negatives that outrank each positive are a quadratic form of a draw, over thresholds or over pairs of patients.
+        outranked = (drawn @ self._lost_by_pair * drawn) if len(steps) < steps.shape[1] else (drawn @ steps) * (drawn @ above)
         pairs = (drawn @ steps.sum(axis=1)) * (drawn @ self.negatives)
-        return 1 - _share(lost, pairs, np.nan)
+        return 1 - _share(outranked.sum(axis=1), pairs, np.nan)
+
+    @cached_property
+    def _steps(self) -> tuple[Floats, Floats]:
+        """Positives at each threshold, and negatives above it, those at it counting half, ``(P, T)``."""
+        return np.diff(self.hits.astype(np.float64), axis=1, prepend=0.0), (self.calls - self.hits).astype(np.float64) - self.ties / 2
+
+    @cached_property
+    def _lost_by_pair(self) -> Floats:
+        steps, above = self._steps
+        return np.asarray(steps @ above.T)
 
 
 def rank(positive: NDArray[np.bool_], score: Floats, of_row: Integers, patients: int) -> Ranking:

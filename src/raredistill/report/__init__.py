@@ -10,13 +10,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from raredistill.files import write_text
-from raredistill.report import analyses, figures, tables
+from raredistill.report import analyses, datasets, figures, tables
 from raredistill.report.controls import controls, missing
+from raredistill.report.costs import costs
 from raredistill.report.explain import explain
 from raredistill.report.html import Page, render
 from raredistill.report.pairs import Pair, comparisons, fold_differences, make_pairs
 from raredistill.report.results import Results, read_results
-from raredistill.report.verdicts import cautions, notes_on_tests, rare_power, size_verdict, verdicts
+from raredistill.report.verdicts import cautions, family, notes_on_tests, rare_power, size_verdict, verdicts
 
 STEPS = 5
 VERDICT_COLUMNS = (
@@ -25,19 +26,22 @@ VERDICT_COLUMNS = (
 )  # fmt: skip
 
 
-def write_report(study: Path, *, sweep: Sequence[Path] = (), progress: Callable[[int, int], None] | None = None) -> Path:
+def write_report(
+    study: Path, *, sweep: Sequence[Path] = (), across: Sequence[Path] = (), progress: Callable[[int, int], None] | None = None
+) -> Path:
     """Write ``STUDY/report``: report.html (self-contained), tables as CSV and LaTeX, figures as SVG and PNG.
 
     Args:
         study: a study's folder, also an unfinished one.
         sweep: folders of further studies with the same entries and another imbalance of training; the gain is shown against it.
+        across: folders of studies with the same entries on other data sets; gains are tested over them.
         progress: called with the steps done and the steps in all.
 
     Returns:
         Path of the page.
 
     Raises:
-        DataError: the folder is no study, or a finished run is damaged.
+        DataError: the folder is no study, a finished run is damaged, or two data sets are one.
     """
     tell = progress or (lambda done, total: None)
     results = read_results(study)
@@ -48,6 +52,9 @@ def write_report(study: Path, *, sweep: Sequence[Path] = (), progress: Callable[
     made = _tables(results, pairs, answer)
     if sweep:
         made["imbalance"] = analyses.sweep([(results, pairs), *((other, make_pairs(other)) for other in map(read_results, sweep))])
+    if across:
+        made["datasets"] = datasets.across([(results, pairs), *((other, make_pairs(other)) for other in map(read_results, across))])
+        made["datasets_tested"] = datasets.tested_across(made["datasets"])
     made["maps"], pictures = explain(study, results, pairs, made.get("hardest_slices", pd.DataFrame()))
     answer["missing"] = missing(made["controls"])
     made = {name: table for name, table in made.items() if len(table.columns)}
@@ -68,9 +75,10 @@ def summary_table(study: Path) -> pd.DataFrame:
 
 
 def _answer(results: Results, pairs: list[Pair]) -> dict[str, Any]:
+    rare = results.study["rare"]
     return {
-        "verdicts": verdicts(pairs, results.study["rare"]), "size": size_verdict(results, pairs), "power": rare_power(results, pairs),
-        "cautions": cautions(results), "tests": notes_on_tests(results),
+        "verdicts": verdicts(pairs, rare), "family": family(pairs, rare), "size": size_verdict(results, pairs),
+        "power": rare_power(results, pairs), "cautions": cautions(results), "tests": notes_on_tests(results),
     }  # fmt: skip
 
 
@@ -93,6 +101,7 @@ def _tables(results: Results, pairs: list[Pair], answer: dict[str, Any]) -> dict
         "by_class": tables.mean_and_spread(by_class, ["entry", "checkpoint", "level", "class"], tables.BY_CLASS),
         "patient_rules": analyses.patient_rules(results),
         "sizes": analyses.sizes(results, summary),
+        "costs": costs(results),
         "gains": analyses.gains(pairs, rare),
         "confusions": tables.confusion_rows(results),
         "calibration": analyses.calibration(results, stages),
@@ -113,18 +122,19 @@ def _tables(results: Results, pairs: list[Pair], answer: dict[str, Any]) -> dict
 
 def _figures(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Figure]:
     rare, classes, entries = results.study["rare"], results.study["cohort"]["classes"], results.entries
+    few = figures.rarest(results.study["cohort"]["counts"], classes)
     drawn = {
         "forest": figures.forest(made["comparisons"], rare, entries),
-        "disparity": figures.disparity(made["comparisons"], classes),
+        "disparity": figures.disparity(made["comparisons"], few),
         "size": figures.size_against_score(made["sizes"], rare, entries),
         "gain_ratio": figures.gain_against_ratio(made["gains"], rare, entries),
-        "classes": figures.class_scores(made["runs"], entries, classes),
+        "classes": figures.class_scores(made["runs"], entries, few),
         **_curves(made, rare, entries),
         **({"imbalance": figures.gain_against_imbalance(made["imbalance"], rare, entries)} if "imbalance" in made else {}),
     }
     matrices = tables.confusions(made.get("confusions", pd.DataFrame()), classes)
     for number, entry in enumerate(entries):
-        drawn[f"curves-{number}"] = figures.curves(results, entry)
+        drawn[f"curves-{number}"] = figures.curves(results, entry, few)
         if entry in matrices:
             drawn[f"confusion-{number}"] = figures.confusion(matrices[entry], classes)
     return {name: figure for name, figure in drawn.items() if figure is not None}
@@ -133,15 +143,10 @@ def _figures(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Figur
 def _curves(made: dict[str, pd.DataFrame], rare: str, entries: list[str]) -> dict[str, Figure | None]:
     if "roc" not in made:
         return {}
-    binned = made["reliability"]
-    panels = {
-        stage: {str(entry): part for entry, part in rows.groupby("entry", sort=False)}
-        for stage, rows in binned.groupby("stage", sort=False)
-    }
     act = ("probability at which one acts", "net benefit")
     return {
         "roc": figures.lines(made["roc"], "false_positive_rate", "recall", entries, ("1 − specificity", f"sensitivity for {rare}")),
         "precision_recall": figures.lines(made["precision_recall"], "recall", "precision", entries, (f"recall of {rare}", "precision")),
         "decision": figures.lines(made["decision"], "threshold", "benefit", entries, act, reference="act_on_all"),
-        "reliability": figures.reliability({str(stage): each for stage, each in panels.items()}, entries),
+        "reliability": figures.reliability(made["reliability"], entries),
     }

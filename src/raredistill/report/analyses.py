@@ -10,7 +10,7 @@ import pandas as pd
 
 from raredistill.errors import RareDistillError
 from raredistill.evaluation.agreement import inheritance
-from raredistill.evaluation.bootstrap import patient_bootstrap
+from raredistill.evaluation.bootstrap import patient_intervals
 from raredistill.evaluation.calibration import calibration_metrics, fit_temperature, reliability_table, restore_prior, scaled
 from raredistill.evaluation.compare import delong, mcnemar
 from raredistill.evaluation.levels import RULES, by_patient, has_patients, patient_predictions
@@ -26,6 +26,8 @@ PARTS = ("ece", "ece_equal_mass", "brier", "brier_reliability", "brier_resolutio
 POINT = ("entry", "level", "wanted_sensitivity")
 COSTS = {"parameters": "parameters", "flops": "flops", "latency": "latency_ms"}
 """What a gain in score is bought with: name of the front, and its column of sizes."""
+PRIOR = "prior restored"
+"""The stage of calibration that is left out by patient."""
 HARDEST = 20
 POINTS = 200
 
@@ -33,74 +35,73 @@ POINTS = 200
 def intervals(results: Results) -> pd.DataFrame:
     """Scores of every entry with percentile and BCa intervals over patients, by level."""
     rare = results.study["rare"]
+    metrics = (f"f1:{rare}", f"recall:{rare}", f"auprc:{rare}", "macro_f1")
     rows = []
-    for entry, level, table in _levels(results):
-        for metric in (f"f1:{rare}", f"recall:{rare}", f"auprc:{rare}", "macro_f1"):
-            if rare in table.classes:
-                rows.append({"entry": entry, "level": level, "metric": metric, **_interval(table, metric)})
+    for entry, level, table in results.levels:
+        for metric, (estimate, found) in zip(metrics, patient_intervals(table, metrics), strict=True):
+            (low, high), (bca_low, bca_high) = found["percentile"], found["bca"]
+            limits = {"low": low, "high": high, "bca_low": bca_low, "bca_high": bca_high}
+            rows.append({"entry": entry, "level": level, "metric": metric, "estimate": estimate, **limits})
     return pd.DataFrame(rows)
 
 
-def _levels(results: Results) -> Iterator[tuple[str, str, Predictions]]:
-    for entry in results.entries:
-        pooled = results.pooled(entry)
-        if pooled is None:
-            continue
-        yield entry, "slice", pooled
-        if has_patients(pooled):
-            yield entry, "patient", by_patient(pooled)
-
-
-def _interval(table: Predictions, metric: str) -> dict[str, float]:
-    try:
-        estimate, low, high = patient_bootstrap(table, metric)
-        _, bca_low, bca_high = patient_bootstrap(table, metric, interval="bca")
-    except RareDistillError:
-        return dict.fromkeys(("estimate", "low", "high", "bca_low", "bca_high"), float("nan"))
-    return {"estimate": estimate, "low": low, "high": high, "bca_low": bca_low, "bca_high": bca_high}
-
-
-Stages = dict[str, dict[str, tuple[Any, Any]]]
-"""Labels ``(N,)`` and probabilities ``(N, K)`` of test parts, by entry and stage."""
+Stages = dict[tuple[str, str], dict[str, tuple[Any, Any]]]
+"""Labels ``(N,)`` and probabilities ``(N, K)`` of test parts, by entry and level, then by stage; a patient has patient classes only."""
 
 
 def calibration(results: Results, stages: Stages) -> pd.DataFrame:
-    """Calibration of every entry: raw, with a temperature fitted on validation, and with the deployment prior restored."""
-    rare = results.study["cohort"]["classes"].index(results.study["rare"])
+    """Calibration of every entry by level: raw, with a temperature fitted on validation, and with the deployment prior restored."""
+    rare, background = results.study["rare"], results.study["cohort"]["background"]
+    classes = {"slice": results.study["cohort"]["classes"]}
+    classes["patient"] = [name for name in classes["slice"] if name != background]
     rows = []
-    for entry, each in stages.items():
+    for (entry, level), each in stages.items():
         for stage, (label, probability) in each.items():
             found = calibration_metrics(label, probability)
-            by_class = {f"ece_{results.study['rare']}": float(found["ece_by_class"][rare])}
-            rows.append({"entry": entry, "stage": stage, **{key: float(found[key]) for key in PARTS}, **by_class})
+            of_rare = {f"ece:{rare}": float(found["ece_by_class"][classes[level].index(rare)])}
+            where = {"entry": entry, "level": level, "stage": stage, "predictions": len(label)}
+            rows.append({**where, **{key: float(found[key]) for key in PARTS}, **of_rare})
     return pd.DataFrame(rows)
 
 
 def reliability(stages: Stages) -> pd.DataFrame:
-    """Reliability diagrams as rows: a row an entry, stage and bin."""
-    parts = [reliability_table(*sides).assign(entry=entry, stage=stage) for entry, each in stages.items() for stage, sides in each.items()]
+    """Reliability diagrams as rows: a row an entry, level, stage and bin."""
+    parts = [
+        reliability_table(*sides).assign(entry=entry, level=level, stage=stage)
+        for (entry, level), each in stages.items()
+        for stage, sides in each.items()
+    ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def calibrated_entries(results: Results) -> tuple[Stages, pd.DataFrame]:
-    """Every entry's probabilities by stage, and the temperature fitted on each run's validation part."""
+    """Every entry's probabilities by level and stage, and the temperature fitted on each run's validation part."""
     fitted = temperatures(results)
-    return {entry: calibrated(results, entry, fitted) for entry in results.entries if results.of(entry)}, fitted
+    found = {entry: calibrated(results, entry, fitted) for entry in results.entries if results.of(entry)}
+    return {(entry, level): stages for entry, each in found.items() for level, stages in each.items()}, fitted
 
 
-def calibrated(results: Results, entry: str, fitted: pd.DataFrame) -> dict[str, tuple[Any, Any]]:
-    """Labels ``(N,)`` and probabilities ``(N, K)`` of an entry's test parts, by stage; a stage without a validation part is left out.
+def calibrated(results: Results, entry: str, fitted: pd.DataFrame) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """Labels ``(N,)`` and probabilities ``(N, K)`` of an entry's test parts by level and stage; without a validation part raw only.
 
-    The deployment prior is the class share of a run's validation part; it can be restored where the carried prior is known.
+    The deployment prior is the class share of a run's validation part; it can be restored where the carried prior is known. It is a prior
+    of slices, so it is restored by slice only; a patient is made of slices at the slices' temperature.
     """
-    found: dict[str, list[tuple[Any, Any]]] = {}
+    found: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
     known = {tuple(row[:4]): float(row[4]) for row in fitted.itertuples(index=False)}
     for run in results.of(entry):
         temperature = known.get((entry, *cell(run)))
         test = results.tables[run["id"]].part("test")
         for stage, probability in _stages(results, run, test, temperature).items():
-            found.setdefault(stage, []).append((test.labels(), probability))
-    return {stage: (np.concatenate([a for a, _ in parts]), np.concatenate([b for _, b in parts])) for stage, parts in found.items()}
+            found.setdefault("slice", {}).setdefault(stage, []).append((test.labels(), probability))
+            if stage != PRIOR and has_patients(test):
+                patients = patient_predictions(test.with_logits(np.log(np.clip(probability, np.finfo(np.float64).tiny, None))))
+                found.setdefault("patient", {}).setdefault(stage, []).append((patients.label, patients.probability))
+    return {level: {stage: _joined(parts) for stage, parts in each.items()} for level, each in found.items()}
+
+
+def _joined(parts: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    return np.concatenate([label for label, _ in parts]), np.concatenate([probability for _, probability in parts])
 
 
 def _stages(results: Results, run: dict[str, Any], test: Predictions, temperature: float | None) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def _stages(results: Results, run: dict[str, Any], test: Predictions, temperatur
     if run["id"] in results.priors:
         labels = results.tables[run["id"]].part("validation").labels()
         share = np.bincount(labels, minlength=len(test.classes)) / len(labels)
-        stages["prior restored"] = restore_prior(test.probabilities(), results.priors[run["id"]], share)
+        stages[PRIOR] = restore_prior(test.probabilities(), results.priors[run["id"]], share)
     return stages
 
 
@@ -155,31 +156,30 @@ def _rare(predictions: Predictions, rare: str) -> tuple[Any, Any]:
     return predictions.labels() == place, predictions.probabilities()[:, place]
 
 
-def _by_entry(results: Results, make: Callable[[Any, Any], pd.DataFrame]) -> pd.DataFrame:
-    """Rows that ``make`` gives of the rare class's truth and probability over each entry's pooled test parts."""
+def _by_level(results: Results, make: Callable[[Any, Any], pd.DataFrame]) -> pd.DataFrame:
+    """A table of the rare class's truth and score over each entry's pooled test parts, by level."""
     tables = []
-    for entry in results.entries:
-        pooled = results.pooled(entry)
-        if pooled is not None:
-            table = make(*_rare(pooled, results.study["rare"]))
-            table.insert(0, "entry", entry)
-            tables.append(table)
+    for entry, level, pooled in results.levels:
+        table = make(*_rare(pooled, results.study["rare"]))
+        table.insert(0, "entry", entry)
+        table.insert(1, "level", level)
+        tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def decision_curves(results: Results) -> pd.DataFrame:
-    """Net benefit of acting on the rare class, by slice."""
-    return _by_entry(results, lambda truth, score: decision_curve(truth, score, np.linspace(0.02, 0.9, 45)))
+    """Net benefit of acting on the rare class, by level."""
+    return _by_level(results, lambda truth, score: decision_curve(truth, score, np.linspace(0.02, 0.9, 45)))
 
 
 def roc_curves(results: Results) -> pd.DataFrame:
-    """ROC of the rare class over the pooled test parts, thinned to ``POINTS`` points an entry."""
-    return _by_entry(results, lambda truth, score: _curve(truth, score)[["threshold", "false_positive_rate", "recall"]])
+    """ROC of the rare class over the pooled test parts, thinned to ``POINTS`` points an entry and level."""
+    return _by_level(results, lambda truth, score: _curve(truth, score)[["threshold", "false_positive_rate", "recall"]])
 
 
 def precision_recall_curves(results: Results) -> pd.DataFrame:
-    """Precision against recall of the rare class over the pooled test parts, thinned to ``POINTS`` points an entry."""
-    return _by_entry(results, lambda truth, score: _curve(truth, score)[["threshold", "recall", "precision"]])
+    """Precision against recall of the rare class over the pooled test parts, thinned to ``POINTS`` points an entry and level."""
+    return _by_level(results, lambda truth, score: _curve(truth, score)[["threshold", "recall", "precision"]])
 
 
 def _curve(truth: Any, score: Any) -> pd.DataFrame:
@@ -268,7 +268,8 @@ def hardest_slices(results: Results) -> pd.DataFrame:
 def _hardest(columns: dict[str, pd.Series]) -> pd.DataFrame:
     if not columns:
         return pd.DataFrame()
-    table = pd.DataFrame(columns)
+    # No entry's name can be that of another column.
+    table = pd.DataFrame(columns).add_prefix("by ")
     table["mean"] = table.mean(axis=1)
     return table.sort_values("mean").head(HARDEST).reset_index()
 

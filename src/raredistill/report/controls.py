@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 
@@ -101,7 +99,7 @@ def adjusted_control(results: Results, pair: Pair) -> Predictions | None:
         return None
     control = pair.sides[0]
     offset = np.stack([np.log(np.asarray(known[run])) for run in control.table["run"]])
-    return replace(control, table=control.table.assign(logits=list(control.logits() - offset)))
+    return control.with_logits(control.logits() - offset)
 
 
 def _gain(results: Results, control: Predictions, other: Predictions) -> str:

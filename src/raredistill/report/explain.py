@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -22,6 +25,9 @@ from raredistill.report.pairs import Pair
 from raredistill.report.results import Results, cell
 
 SHOWN = 4
+OPAQUE = 0.65
+"""How much of the image the highest point of a map hides."""
+LINE, HALO = "#ffffff", "#000000"
 
 
 def grad_cam(network: Network, images: Tensor, place: int) -> NDArray[np.float64]:
@@ -127,19 +133,41 @@ def _images(cohort: Cohort, row: NDArray[np.int64], channels: tuple[str, ...]) -
     return next(iter(batches.epoch(0))).images
 
 
+def overlay(image: NDArray[np.float32], heat: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A map over its image, mixed here because SVG viewers disagree on transparent pictures.
+
+    Args:
+        image: ``(H, W)``, made to span 0 to 1.
+        heat: ``(H, W)`` between 0 and 1; where it is 0 the image shows as it is.
+
+    Returns:
+        ``(H, W, 3)``, red, green and blue between 0 and 1.
+    """
+    grey = (image - image.min()) / max(float(np.ptp(image)), 1e-12)
+    share = (OPAQUE * heat)[..., None]
+    return np.asarray((1 - share) * grey[..., None] + share * colormaps["inferno"](heat)[..., :3])
+
+
 def _drawn(found: list[dict[str, Any]], pair: Pair) -> Figure:
     figure, axes = blank_figure(len(found), 4)
     for line, each in zip(axes, found, strict=True):
-        titles = (
-            f"{each['sample']}",
-            f"teacher {pair.teacher}",
-            f"student {pair.entry}",
-            f"weights shuffled ({each['like_randomised']:.2f})",
-        )
-        for axis, title, overlay in zip(line, titles, (None, *each["maps"]), strict=True):
-            axis.imshow(each["image"], cmap="gray")
-            if overlay is not None:
-                axis.imshow(overlay, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
-            axis.set_title(title, fontsize=7)
+        alike = "undefined" if np.isnan(each["like_randomised"]) else f"{each['like_randomised']:.2f}"
+        titles = (each["sample"], f"teacher {pair.teacher}", f"student {pair.entry}", f"weights shuffled (correlation {alike})")
+        nothing = np.zeros_like(each["maps"][0])
+        for axis, title, heat in zip(line, titles, (nothing, *each["maps"]), strict=True):
+            axis.imshow(overlay(each["image"], heat))
+            axis.set_title(fill(title, 26), fontsize=8)
             axis.axis("off")
+            if heat is not nothing:
+                _outline(axis, heat)
     return figure
+
+
+def _outline(axis: Any, heat: NDArray[np.float64]) -> None:
+    """Half of the map's maximum as a line that is seen on every ground, or a word where the map is empty."""
+    if heat.min() < 0.5 < heat.max():
+        line = axis.contour(heat, levels=[0.5], colors=[LINE], linewidths=1.2)
+        line.set_path_effects([withStroke(linewidth=3.2, foreground=HALO)])
+    elif not heat.any():
+        box = {"facecolor": HALO, "edgecolor": "none"}
+        axis.text(0.5, 0.06, "empty map", transform=axis.transAxes, ha="center", color=LINE, fontsize=8, bbox=box)

@@ -23,6 +23,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8800FF", "#553300", "#0
 
 # Tol's bright palette likewise, so that no class is taken for an entry.
 CLASS_PALETTE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#332288", "#888822", "#777777")
+MANY = 12
+"""Classes that a figure by class can show apart."""
 DARK_CELL = 0.715
 """Share from which a cell of a confusion matrix is dark enough for white figures."""
 
@@ -35,6 +37,13 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 def class_colours(classes: Sequence[str]) -> dict[str, str]:
     """One colour a class, from another palette than the entries'."""
     return {name: CLASS_PALETTE[index % len(CLASS_PALETTE)] for index, name in enumerate(classes)}
+
+
+def rarest(counts: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[str]:
+    """The classes that figures by class show, in their order: all, or of many the ``MANY`` with fewest slices."""
+    slices = {row["class"]: row["slices"] for row in counts}
+    kept = sorted(classes, key=lambda name: slices.get(name, 0))[:MANY]
+    return [name for name in classes if name in kept]
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
@@ -145,36 +154,44 @@ def disparity(compared: pd.DataFrame, classes: Sequence[str]) -> Figure | None:
 
 
 def lines(table: pd.DataFrame, x: str, y: str, entries: Sequence[str], texts: tuple[str, str], *, reference: str = "") -> Figure | None:
-    """One line an entry: ``x`` against ``y``, with axis labels, and a column drawn grey as the reference that all share."""
+    """A panel a level, a line an entry: shares ``x`` against ``y``, or against a column that all share, drawn grey as the reference."""
     if table.empty:
         return None
-    figure, (axis,) = _figure(6, 4)
+    levels = list(table["level"].unique())
+    figure, axes = _figure(5 * len(levels), 4, len(levels))
+    for axis, level in zip(axes, levels, strict=True):
+        _lines(axis, table[table["level"] == level], x, y, entries, reference)
+        axis.set(title=f"by {level}", xlabel=texts[0], ylabel=texts[1])
+    _legend(figure, axes[0])
+    return figure
+
+
+def _lines(axis: Any, table: pd.DataFrame, x: str, y: str, entries: Sequence[str], reference: str) -> None:
     for entry, tint in colours(entries).items():
         rows = table[table["entry"] == entry]
         if len(rows):
             (line,) = axis.plot(rows[x], rows[y], color=tint, label=entry, linewidth=1.6)
             _switched([line], entries, entry)
-    if reference:
+    if not reference:
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    else:
         first = table[table["entry"] == table["entry"].iloc[0]]
         axis.plot(first[x], first[reference], "--", color="0.5", linewidth=1, label=reference.replace("_", " "))
         axis.set_ylim(min(-0.02, float(table[y].min())), max(float(table[y].max()), float(first[reference].max())) * 1.1)
-    axis.set(xlabel=texts[0], ylabel=texts[1])
-    _legend(figure, axis)
-    return figure
 
 
-def reliability(tables: dict[str, dict[str, pd.DataFrame]], entries: Sequence[str]) -> Figure | None:
-    """Reliability diagrams, a panel a stage, a line an entry: ``tables[stage][entry]`` has confidence and accuracy."""
-    if not tables:
+def reliability(table: pd.DataFrame, entries: Sequence[str]) -> Figure | None:
+    """Reliability diagrams, a panel a level and stage, a line an entry: confidence against accuracy."""
+    panels = list(table.groupby(["level", "stage"], sort=False)) if len(table) else []
+    if not panels:
         return None
-    figure, axes = _figure(3.4 * len(tables), 3.8, len(tables))
-    for axis, (stage, each) in zip(axes, tables.items(), strict=True):
+    figure, axes = _figure(2.9 * len(panels), 3.5, len(panels))
+    for axis, ((level, stage), rows) in zip(axes, panels, strict=True):
         axis.plot([0, 1], [0, 1], ":", color="0.5")
-        for entry, table in each.items():
-            rows = table.dropna()
-            (line,) = axis.plot(rows["confidence"], rows["accuracy"], "o-", ms=3, color=colours(entries)[entry], label=entry)
-            _switched([line], entries, entry)
-        axis.set(title=stage, xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+        for entry, own in rows.dropna().groupby("entry", sort=False):
+            (line,) = axis.plot(own["confidence"], own["accuracy"], "o-", ms=3, color=colours(entries)[str(entry)], label=entry)
+            _switched([line], entries, str(entry))
+        axis.set(title=f"{stage}, by {level}", xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     _legend(figure, axes[0])
     return figure
 
@@ -218,12 +235,11 @@ def class_scores(by_class: pd.DataFrame, entries: Sequence[str], classes: Sequen
     return figure
 
 
-def curves(results: Results, entry: str) -> Figure | None:
-    """Loss, macro F1 and F1 by class over epochs, means over an entry's runs; dashed: train, solid: validation."""
+def curves(results: Results, entry: str, classes: Sequence[str]) -> Figure | None:
+    """Loss, macro F1 and F1 of these classes over epochs, means over an entry's runs; dashed: train, solid: validation."""
     histories = [results.epochs[run["id"]] for run in results.of(entry)]
     if not histories:
         return None
-    classes = results.study["cohort"]["classes"]
     figure, axes = _figure(9, 2.8, 3)
     for part, style in (("train", "--"), ("validation", "-")):
         for axis, key in zip(axes, ("loss", "macro_f1"), strict=False):
@@ -256,7 +272,10 @@ def _mean_curve(histories: list[list[dict[str, Any]]], value: Any) -> tuple[list
 
 def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     """Counts and shares of each true class: ``matrix (K, K)``, rows true."""
-    side = 1.6 + 0.7 * len(classes)
+    many = len(classes) > MANY
+    cell = max(0.7 * MANY / len(classes), 0.12) if many else 0.7
+    side = 1.6 + cell * len(classes)
+    size = min(10.0, 50 * cell)  # of a name beside its row, in points: less than a row's 72 an inch
     figure, axes = _figure(2 * side, side, 2)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     places = np.arange(len(classes)) + 0.5
@@ -264,13 +283,13 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
         (axes[0], matrix.astype(int).astype(str), "slices"),
         (axes[1], np.char.mod("%.2f", share), "share of the true class"),
     ):
-        # Cells as vectors: an image would blur in print.
-        axis.pcolormesh(share, cmap="Blues", vmin=0, vmax=1, edgecolors="white")
+        # Cells as vectors, since an image would blur in print; thousands of them would make the page heavy.
+        axis.pcolormesh(share, cmap="Blues", vmin=0, vmax=1, edgecolors="face" if many else "white", rasterized=many)
         axis.invert_yaxis()
         axis.set(xlabel="predicted", ylabel="true", title=title, aspect="equal")
-        axis.set_xticks(places, classes, rotation=30, ha="right")
-        axis.set_yticks(places, classes)
-        for row, column in np.ndindex(*matrix.shape) if len(classes) <= 12 else ():
+        axis.set_xticks(places, classes, rotation=90 if many else 30, ha="center" if many else "right", fontsize=size)
+        axis.set_yticks(places, classes, fontsize=size)
+        for row, column in () if many else np.ndindex(*matrix.shape):
             tint = "white" if share[row, column] > DARK_CELL else "black"
             axis.text(places[column], places[row], texts[row, column], ha="center", va="center", color=tint, fontsize=8)
     return figure
@@ -292,9 +311,10 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def for_page(markup: str, name: str) -> str:
-    """SVG markup for a page with other figures: identifiers of its own, and an entry's marks ready to be switched off."""
+    """SVG markup for a page with other figures: identifiers of its own, an entry's marks ready to be switched off, its width for styles."""
     # The same picture twice in a figure has the same identifier, which nothing refers to.
     markup = re.sub(r'\sid="image[0-9a-f]+"', "", markup)
+    markup = re.sub(r'<svg ([^>]*?)width="([\d.]+pt)"', r'<svg style="--drawn: \2" \1width="\2"', markup, count=1)
     marked = re.sub(r'<g id="[^"]*"', "<g", re.sub(r'<g id="entry-(\d+)"', r'<g data-shown="\1"', markup))
     return re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", marked)
 

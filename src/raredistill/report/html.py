@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 from markupsafe import Markup
 
-from raredistill.report.figures import colours, for_page
+from raredistill.report.figures import MANY, colours, for_page
 from raredistill.report.results import Results
 
 
@@ -33,8 +33,9 @@ def render(page: Page) -> str:
     environment.filters["cell"] = _cell
     template = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
     study, entries = page.results.study, page.results.entries
+    shown = f"the {MANY} rarest classes" if len(study["cohort"]["classes"]) > MANY else "every class"
     return template.render(
-        study=study, answer=page.answer, tables=page.tables, entries=entries, colours=list(colours(entries).values()),
+        study=study, answer=page.answer, tables=page.tables, entries=entries, shown=shown, colours=list(colours(entries).values()),
         figures={name: Markup(for_page(markup, name)) for name, markup in page.figures.items()},
         config=yaml.safe_dump(study["config"], sort_keys=False, allow_unicode=True),
         provenance=yaml.safe_dump(_provenance(study), sort_keys=False), source=_source(study["cohort"]["provenance"]),

@@ -12,7 +12,7 @@ import pandas as pd
 
 from raredistill.errors import RareDistillError
 from raredistill.evaluation.bootstrap import check_same
-from raredistill.evaluation.differences import Differences, Evidence, difference_of, weigh
+from raredistill.evaluation.differences import Differences, Evidence, differences_of, weigh
 from raredistill.predictions import Predictions
 from raredistill.report.results import Results
 
@@ -106,17 +106,14 @@ def _pair(results: Results, name: str) -> Pair:
 def compared(pair: Pair, sides: tuple[Predictions, Predictions], metrics: list[str], sizes: tuple[float, float] | None) -> Pair:
     """The pair with its two sides, control first, compared by every metric; the first metric decides whether there is a problem."""
     check_same(*sides)
-    found: dict[str, Differences] = {}
+    found, problems = differences_of(*sides, metrics, sizes=sizes, resamples=RESAMPLES)
     evidence: dict[str, Evidence] = {}
-    problems: list[str] = []
-    for metric in metrics:
+    for metric, each in found.items():
         try:
-            found[metric] = difference_of(*sides, metric, sizes=sizes, resamples=RESAMPLES)
-            evidence[metric] = weigh(found[metric])
+            evidence[metric] = weigh(each)
         except RareDistillError as error:
-            problems.append(str(error))
-    problem = "" if metrics[0] in evidence else problems[0]
-    return replace(pair, sides=sides, differences=found, evidence=evidence, problem=problem)
+            problems[metric] = str(error)
+    return replace(pair, sides=sides, differences=found, evidence=evidence, problem=problems.get(metrics[0], ""))
 
 
 def _ratio(results: Results, run: dict[str, Any]) -> float:

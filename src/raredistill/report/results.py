@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import safe_open
 
 from raredistill import predictions
 from raredistill.errors import DataError
+from raredistill.evaluation.levels import by_patient, has_patients
 from raredistill.files import read_json
 from raredistill.predictions import Predictions
 
@@ -63,6 +65,16 @@ class Results:
         if not parts:
             return None
         return predictions.concatenate(parts)
+
+    @cached_property
+    def levels(self) -> list[tuple[str, str, Predictions]]:
+        """Entry, level (``slice``, and ``patient`` where there is one) and the pooled predictions of its test parts at that level."""
+        found = []
+        for entry in self.entries:
+            if (table := self.pooled(entry)) is not None:
+                found.append((entry, "slice", table))
+                found += [(entry, "patient", by_patient(table))] if has_patients(table) else []
+        return found
 
     def cells(self, entry: str) -> set[Cell]:
         """The (repeat, fold, seed) of an entry's finished runs."""

@@ -83,8 +83,8 @@ def confusions(rows: pd.DataFrame, classes: Sequence[str]) -> dict[str, np.ndarr
     """Entry -> ``(K, K)`` counts over all its test parts (rows: true class), from :func:`confusion_rows`."""
     if rows.empty:
         return {}
-    found = rows.groupby("entry", sort=False)
-    return {str(entry): own.groupby("true")[list(classes)].sum().reindex(list(classes)).to_numpy() for entry, own in found}
+    found, columns = rows.groupby("entry", sort=False), [f"as {name}" for name in classes]
+    return {str(entry): own.groupby("true")[columns].sum().reindex(list(classes)).to_numpy() for entry, own in found}
 
 
 def confusion_rows(results: Results) -> pd.DataFrame:
@@ -95,7 +95,7 @@ def confusion_rows(results: Results) -> pd.DataFrame:
         matrix = confusion_matrix(part.labels(), part.probabilities().argmax(axis=1), len(part.classes))
         for name, counts in zip(part.classes, matrix, strict=True):
             where = {"entry": run["name"], "repeat": run["repeat"], "fold": run["fold"], "seed": run["seed"], "true": name}
-            rows.append({**where, **dict(zip(part.classes, map(int, counts), strict=True))})
+            rows.append({**where, **{f"as {guess}": int(count) for guess, count in zip(part.classes, counts, strict=True)}})
     return pd.DataFrame(rows)
 
 

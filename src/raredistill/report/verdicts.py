@@ -11,6 +11,7 @@ from raredistill.evaluation.compare import holm
 from raredistill.evaluation.differences import FEW_PATIENTS, Differences, Evidence, combine, weigh
 from raredistill.report.pairs import Pair
 from raredistill.report.results import Results
+from raredistill.study.cache import REMARK
 
 LEVEL = 0.05
 BASES = {
@@ -33,6 +34,18 @@ def verdicts(pairs: list[Pair], rare: str) -> list[dict[str, Any]]:
     tested = [pair for pair in pairs if not pair.problem]
     adjusted = dict(zip([pair.entry for pair in tested], _adjusted([pair.evidence[f"f1:{rare}"].p for pair in tested]), strict=True))
     return [_record(pair, rare, adjusted.get(pair.entry), len(tested)) for pair in pairs]
+
+
+def family(pairs: list[Pair], rare: str) -> str:
+    """Which comparisons Holm's adjustment covers, and that no other p on the page is adjusted."""
+    tested = [pair.entry for pair in pairs if not pair.problem]
+    if not tested:
+        return "Nothing could be tested, so no p value was adjusted."
+    others = "All other p values of this page (other metrics, the trend over sizes, footnotes) are not adjusted: they describe."
+    if len(tested) == 1:
+        return f"Holm's family has one comparison, {rare} F1 by slice of {tested[0]} against its control, so its p is as it was. {others}"
+    named = ", ".join(tested)
+    return f"Holm's family: {rare} F1 by slice of each tested entry against its control, {len(tested)} comparisons ({named}). {others}"
 
 
 def _adjusted(values: list[float]) -> list[float]:
@@ -159,7 +172,8 @@ def cautions(results: Results) -> list[str]:
     unfinished = len(study["runs"]) - len(results.runs)
     if unfinished:
         said.append(f"This study is unfinished: {unfinished} of {len(study['runs'])} runs are missing or failed.")
-    said += [f"{run['id']}: {remark}." for run in results.runs for remark in run.get("remarks", ())]
+    # What the teacher cache cost stands among the costs.
+    said += [f"{run['id']}: {each}." for run in results.runs for each in run.get("remarks", ()) if not each.startswith(REMARK)]
     if generated(study):
         said.append("The cohort is generated (a phantom): its numbers say nothing about patients.")
     if study["cohort"]["patients"] == study["cohort"]["samples"]:
@@ -192,7 +206,7 @@ def notes_on_tests(results: Results) -> list[str]:
     return [
         *said,
         f"Wilcoxon's test is for several data sets, not for folds: with {folds} it could not reach a p below {smallest:.4g}. "
-        "raredistill compare takes several pairs of studies for that.",
+        "raredistill report --across and raredistill compare take several data sets for that.",
         "DeLong's test compares areas under patients' scores and McNemar's the patients called rightly; both take the trained networks as "
         "given, so they are footnotes: another training may turn them.",
     ]

@@ -28,6 +28,9 @@ from raredistill.training.cache import Kept, Table, look
 FOLDER = "teacher-cache"
 """Beside the runs; it may be deleted at any time, and is then computed again."""
 
+REMARK = "what its teacher says of"
+"""How the remark on its cost begins; the report tells it among the costs."""
+
 
 class Cache:
     """Puts what a run's teacher says of its training views in the teacher's place, where the run asks for that.
@@ -66,7 +69,7 @@ class Cache:
         seconds = [spent for _, spent in found if spent]
         self.facts = {"views": views, "computed": len(seconds), "seconds": round(sum(seconds), 3)}
         cost = f"computing {len(seconds)} of them took {sum(seconds):.1f} s" if seconds else "an earlier run had computed it"
-        self.remarks.append(f"what its teacher says of {views} view{'s' if views > 1 else ''} of each sample was kept; {cost}")
+        self.remarks.append(f"{REMARK} {views} view{'s' if views > 1 else ''} of each sample was kept; {cost}")
         return Kept([table for table, _ in found], self._run.split.train, self._fabric.device)
 
     def _view(self, compute: Callable[[int], Table], view: int, views: int) -> tuple[Table, float]:

@@ -16,7 +16,7 @@ import torch
 import raredistill
 from raredistill.checkpoint import content_hash
 from raredistill.errors import CheckpointError, DataError
-from raredistill.files import is_sealed, read_json, seal, sha256, write_json
+from raredistill.files import is_sealed, read_json, seal, sha256, tidy, write_json
 from raredistill.training.resume import clear_state, has_state
 
 UNFINISHED, DAMAGED = ".unfinished", ".damaged"
@@ -97,8 +97,7 @@ def open_draft(folder: Path, now: dict[str, dict[str, str]]) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         write_json(draft / ORIGIN, seal(now))
-    for leftover in draft.glob(".*.tmp"):
-        leftover.unlink()
+    tidy(draft)
     shutil.rmtree(draft / "tensorboard", ignore_errors=True)  # written again from the record of the epochs
     return draft
 

@@ -15,7 +15,7 @@ import torch
 
 from raredistill.cohort.store import Cohort
 from raredistill.errors import DataError
-from raredistill.files import claim_folder, lock_if_free, locked, read_json, write_json
+from raredistill.files import claim_folder, lock_if_free, locked, read_json, tidy, write_json
 from raredistill.splits import Split, cross_fit, save_split, split_table
 from raredistill.study.execute import Record, Watcher, describe, execute, lock_of, refuse_changed, refuse_too_large
 from raredistill.study.plan import Entry, Run, make_plan
@@ -114,6 +114,7 @@ def run_study(study: Study, out: Path, watcher: Watcher, *, chosen: Sequence[Run
     write = _writer(study, out)
     write(records)
     with locked(out / ".lock"):
+        tidy(out / "splits")
         for split in study.splits:
             save_split(out / "splits" / f"r{split.repeat}f{split.fold}.json", split, study.cohort)
 
@@ -163,6 +164,7 @@ def _writer(study: Study, out: Path) -> Callable[[dict[str, Record]], None]:
 
     def write(records: dict[str, Record]) -> None:
         with locked(out / ".lock"):
+            tidy(out)  # only the holder of this lock writes here
             known = _known(out)
             runs = [known.get(name, record) if record["status"] == "waiting" else record for name, record in records.items()]
             write_json(out / DESCRIPTION, {**fixed, "runs": runs})

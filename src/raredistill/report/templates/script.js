@@ -18,4 +18,8 @@ document.querySelectorAll("input[data-entry]").forEach((box) => box.addEventList
   // Marks in figures are SVG, which has no property of that name: the attribute works for both.
   document.querySelectorAll(`[data-shown="${box.dataset.entry}"]`).forEach((part) => part.toggleAttribute("hidden", !box.checked));
 }));
+// What does not scroll need not be stopped at by the keyboard, and what is stopped at is not hidden by the bar of sections.
+const reachable = new ResizeObserver((seen) => seen.forEach(({ target }) => { target.tabIndex = target.scrollWidth > target.clientWidth ? 0 : -1; }));
+document.querySelectorAll(".scroll").forEach((part) => reachable.observe(part));
+new ResizeObserver(([bar]) => { document.documentElement.style.scrollPaddingTop = `${bar.target.offsetHeight + 8}px`; }).observe(document.querySelector("nav"));
 window.addEventListener("beforeprint", () => document.querySelectorAll("main details").forEach((part) => { part.open = true; }));
