@@ -522,6 +522,18 @@ def test_wilcoxon_is_for_data_sets_and_refuses_one_cohort_twice(tmp_path, monkey
         write_report(roots[0], across=[roots[0]])
 
 
+def test_figures_by_class_show_the_rarest_of_many_and_a_large_matrix_is_one_picture():
+    classes = [f"c{n}" for n in range(20)]
+    counts = [{"class": name, "slices": (7 * n) % 20} for n, name in enumerate(classes)]
+    shown = figures.rarest(counts, classes)
+    assert shown == [name for n, name in enumerate(classes) if (7 * n) % 20 < 12]
+    assert figures.rarest(counts[:5], classes[:5]) == classes[:5]
+    large, small = (figures.svg(figures.settled(figures.confusion(np.eye(n), classes[:n])), "m") for n in (20, 3))
+    assert large.count("<image") == 2
+    assert large.count("<path") < 20 * 20
+    assert small.count("<image") == 0
+
+
 def luminance(colour):
     """Relative luminance of ``#rrggbb`` or ``#rgb``, WCAG 2.1."""
     digits = colour.lstrip("#")

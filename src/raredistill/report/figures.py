@@ -276,7 +276,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     cell = max(0.7 * MANY / len(classes), 0.12) if many else 0.7
     side = 1.6 + cell * len(classes)
     size = min(10.0, 50 * cell)  # of a name beside its row, in points: less than a row's 72 an inch
-    figure, axes = _figure(2 * side, side, 2)
+    figure, axes = _figure(2 * side, side + (0.8 if many else 0), 2)  # names on end are longer
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     places = np.arange(len(classes)) + 0.5
     for axis, texts, title in (
