@@ -580,6 +580,15 @@ def test_colours_of_entries_and_classes_stand_out_from_the_white_of_figures_and_
     assert len({*figures.PALETTE, *figures.CLASS_PALETTE}) == len(figures.PALETTE) + len(figures.CLASS_PALETTE)
 
 
+def test_a_pale_bar_has_an_edge_that_stands_out():
+    scores = pd.DataFrame({"entry": ["a", "b"], "checkpoint": "best", "level": "slice", "class": "LGG", "f1": [0.3, 0.6]})
+    bars = figures.class_scores(scores, ["a", "b"], ["LGG"]).axes[0].patches
+    assert [bar.get_height() for bar in bars] == [0.3, 0.6]
+    for bar in bars:
+        assert bar.get_edgecolor()[3] == 1
+        assert contrast(to_hex(bar.get_edgecolor()), "#fff") >= 3
+
+
 def test_figures_in_a_confusion_matrix_can_be_read_on_every_shade():
     shares = np.linspace(0.5, 1, 12)
     matrix = np.diag(np.round(1000 * shares)) + np.roll(np.diag(1000 - np.round(1000 * shares)), 1, axis=1)

@@ -227,7 +227,7 @@ def class_scores(by_class: pd.DataFrame, entries: Sequence[str], classes: Sequen
             scores = chosen[(chosen["entry"] == entry) & (chosen["class"] == label)]["f1"].to_numpy()
             place = index + (position - (len(entries) - 1) / 2) * width
             height = np.nanmean(scores) if len(scores) and not np.isnan(scores).all() else 0
-            (bar,) = axis.bar(place, height, width * 0.9, color=tint, alpha=0.5, label="" if index else entry)
+            (bar,) = axis.bar(place, height, width * 0.9, facecolor=(tint, 0.5), edgecolor=tint, label="" if index else entry)
             _switched([bar, *axis.plot(np.full(len(scores), place), scores, ".", color=tint)], entries, entry)
     axis.set_xticks(range(len(classes)), classes)
     axis.set(ylabel="F1 on test, by slice", ylim=(0, 1))
