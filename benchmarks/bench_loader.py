@@ -62,12 +62,25 @@ def make_data(root: Path) -> Cohort:
     (root / "files").mkdir()
     for number, image in enumerate(pixels):
         np.save(root / "files" / f"{number:05d}.npy", image)
-    names = [str(number) for number in range(NUMBER)]
+    return make_cohort(root / "cohort", pixels)
+
+
+def make_cohort(root: Path, pixels: np.ndarray) -> Cohort:
+    names = [str(number) for number in range(len(pixels))]
+    labels = [f"class{number % 3}" for number in range(len(pixels))]
     rows = pd.DataFrame(
-        {"sample": names, "patient": names, "label": [f"class{n % 3}" for n in range(NUMBER)], "slice": -1, "source": "", "split": ""}
+        {"sample": names, "patient": names, "patient_label": labels, "label": labels, "slice": -1, "source": "", "split": ""}
     )
-    rows["patient_label"] = rows["label"]
-    return save(root / "cohort", rows, {"grey": [pixels]}, classes=("class0", "class1", "class2"), size=(SIZE, SIZE))
+    return save(root, rows, {"grey": [pixels]}, classes=("class0", "class1", "class2"), size=pixels.shape[1:])
+
+
+def serve(cohort: Cohort) -> dict[str, Batches]:
+    """The cohort's batches from memory and from its files."""
+    rows, fixed = np.arange(len(cohort.samples)), {"channels": ("grey",), "batch_size": BATCH, "device": torch.device("cpu")}
+    return {
+        residence: Batches(cohort, rows, augmentation=PRESETS["thesis"], residence=residence, **fixed)
+        for residence in ("resident", "streamed")
+    }
 
 
 def rate(batches: Iterable[object]) -> float:
@@ -78,23 +91,26 @@ def rate(batches: Iterable[object]) -> float:
     return NUMBER / (time.perf_counter() - start)
 
 
-def compare_training(ours: dict[str, Batches]) -> None:
-    """Print seconds of whole epochs of training, first batches, interleaved."""
-    fabric, classes, settings = make_fabric("cpu", "32-true"), ("class0", "class1", "class2"), Settings(batch_size=BATCH)
-    network = create("small_cnn", channels=1, classes=3, image_size=SIZE)
-    trainer = Trainer(network, Supervised(make_loss("cross_entropy", counts=torch.ones(3))), settings, ("grey",), classes, fabric)
-    seconds: dict[str, list[float]] = {residence: [] for residence in ours}
+def compare_training(cohort: Cohort) -> None:
+    """Print seconds of whole epochs of training from memory and from files, interleaved."""
+    fabric, settings = make_fabric("cpu", "32-true"), Settings(batch_size=BATCH)
+    network = create("small_cnn", channels=1, classes=3, image_size=cohort.size[0])
+    loss = Supervised(make_loss("cross_entropy", counts=torch.ones(3)))
+    trainer = Trainer(network, loss, settings, ("grey",), cohort.classes, fabric)
+    seconds: dict[str, list[float]] = {}
     for turn in range(TRAININGS + 1):
-        for residence, batches in ours.items():
+        for residence, batches in serve(cohort).items():
             start = time.perf_counter()
             trainer.epoch(batches, None)
             if turn:
-                seconds[residence].append(time.perf_counter() - start)
+                seconds.setdefault(residence, []).append(time.perf_counter() - start)
     ratio = statistics.median(a / b for a, b in zip(seconds["resident"], seconds["streamed"], strict=True))
-    print(f"an epoch of training small_cnn on {NUMBER} images, medians of {TRAININGS} interleaved epochs\n\n| pixels | s |\n|---|---|")
+    number, (height, width) = len(cohort.samples), cohort.size
+    print(f"An epoch of training small_cnn on {number} images of {height} x {width}, medians of {TRAININGS} interleaved epochs\n")
+    print("| pixels | s |\n|---|---|")
     for residence, values in seconds.items():
         print(f"| {residence} | {statistics.median(values):.3f} |")
-    print(f"| resident / streamed (median of pairs) | {ratio:.3f} |\n")
+    print(f"| speed from files / speed from memory (median of pairs) | {ratio:.3f} |\n", flush=True)
 
 
 def main() -> None:
@@ -105,11 +121,7 @@ def main() -> None:
         data = PerSample(Path(folder) / "files")
         plain = DataLoader(data, batch_size=BATCH, shuffle=True)
         pooled = DataLoader(data, batch_size=BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True)
-        ours = {
-            residence: Batches(cohort, np.arange(NUMBER), channels=("grey",), batch_size=BATCH, device=torch.device("cpu"),
-                               augmentation=PRESETS["thesis"], residence=residence)
-            for residence in ("resident", "streamed")
-        }  # fmt: skip
+        ours = serve(cohort)
         rate(pooled)
         rates: dict[str, list[float]] = {name: [] for name in (in_process, with_workers, *ours)}
         for epoch in range(ROUNDS):
@@ -117,7 +129,7 @@ def main() -> None:
             rates[with_workers].append(rate(pooled))
             for residence, batches in ours.items():
                 rates[residence].append(rate(batches.epoch(epoch)))
-        compare_training(ours)
+        compare_training(make_cohort(Path(folder) / "small", np.array(cohort.pixels("grey")[:512, :64, :64])))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     print(f"{NUMBER} images of {SIZE} x {SIZE}, batch {BATCH}, {os.cpu_count()} cores, medians of {ROUNDS} interleaved epochs\n")
     print(f"| loader | images / s | times {in_process} | times {with_workers} |\n|---|---|---|---|")

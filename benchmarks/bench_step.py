@@ -1,6 +1,5 @@
 """What the machinery costs: steps of training, distillation (live and cached teacher) and evaluation, against the bare ones.
 
-
 resnet18, 128 x 128, one channel, batch 32, augmentation included. Interleaved medians. Command: ``python benchmarks/bench_step.py``
 """
 

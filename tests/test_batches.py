@@ -188,7 +188,7 @@ def test_pixels_that_exceed_the_memory_are_streamed_or_refused_before_training(t
     assert len(list(batches(tiny_cohort, "resident").epoch(0))) == 6
 
 
-def test_free_memory_is_the_least_of_the_machines_and_what_a_container_grants(tmp_path, monkeypatch):
+def testfree_memory_is_the_least_of_the_machines_and_what_a_container_grants(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable: 700 kB\n")
     (tmp_path / "group").write_text("0::/outer/inner\n")
     inner = tmp_path / "groups" / "outer" / "inner"

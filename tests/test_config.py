@@ -146,6 +146,7 @@ def test_the_thesis_grid_has_its_published_hyper_parameters():
         ({"teacher": ["a", "b"], "method": "rkd"}, "compares features"),
         ({"teacher": "a", "training": {"teacher_cache": "views=2", "mixing": "mixup"}}, "mixing: mixup shows two samples in one"),
         ({"teacher": "a", "method": "at", "training": {"teacher_cache": "views=2"}}, "method at compares feature maps; leave"),
+        ({"training": {"compile": "default", "devices": 2}}, "is for one device, but devices: 2"),
         ({"teacher": "a", "method": "at", "training": {"compile": "default"}}, "compiles bodies whole, but method at looks into them"),
         ({"teacher": "a", "online": "mutual", "training": {"teacher_cache": "views=2"}}, "online: mutual trains it beside the student"),
         ({"teacher": "v", "method": "at"}, "method at: it compares maps, but v gives none"),

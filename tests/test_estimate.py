@@ -114,7 +114,7 @@ def test_a_begun_run_counts_the_epochs_that_are_left(tiny_cohort, tmp_path, know
 
 
 def test_pixels_that_do_not_fit_are_told_with_the_cure_and_auto_streams_them(tiny_cohort, tmp_path, known, monkeypatch):
-    monkeypatch.setattr(estimate, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 1000)
     resident = foretell(study(tiny_cohort, training={**EPOCHS, "residence": "resident"}), tmp_path)[0]
     assert "pixels take" in resident.problem
     assert resident.problem.endswith("set residence=auto")

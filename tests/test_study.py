@@ -21,6 +21,7 @@ from raredistill.models import create
 from raredistill.phantom import write_phantom
 from raredistill.report.pairs import control_of
 from raredistill.report.results import read_results
+from raredistill.study.execute import pixels_of
 from raredistill.study.predict import predict
 from raredistill.study.run import rare_class, run_study
 from raredistill.study.teachers import teach
@@ -185,6 +186,17 @@ class Unplugging(Silent):
     def epoch_done(self, run, record):
         if run.entry.name == "large":
             raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+
+
+def test_pixels_that_fit_nowhere_are_refused_before_anything_is_trained(tiny_cohort, tmp_path, monkeypatch):
+    needed = max(pixels_of(run, tiny_cohort) for run in study(tiny_cohort).plan())
+    monkeypatch.setattr("raredistill.memory.available", lambda: needed - 1)
+    asked = study(tiny_cohort, training={"epochs": 1, "accelerator": "cpu", "residence": "resident"})
+    watcher = Silent()
+    with pytest.raises(ConfigError, match=r"residence is resident, but its pixels take .* GB free; set residence=auto or streamed"):
+        run_study(asked, tmp_path, watcher)
+    assert watcher.trained == []
+    assert not (tmp_path / "study.json").exists()
 
 
 def test_a_device_that_fails_stops_the_study_with_its_cure_and_the_next_start_goes_on(tiny_cohort, tmp_path):

@@ -287,7 +287,7 @@ class Batches:
         return there
 
     def _refuse_too_many(self, size: int) -> None:
-        free = _free_memory(self.device)
+        free = free_memory(self.device)
         if size > free:
             raise ConfigError(
                 f"residence: {len(self.rows)} samples of {len(self.channels)} channel(s) take {size / 1e9:.3g} GB, and {self.device} has "
@@ -321,7 +321,7 @@ class Batches:
         size = len(self.rows) * sum(pixels[0].size for pixels in self._pixels) if len(self.rows) else 0
         # Each process holds them all: any may be its own in the next epoch. On the CPU they share one memory.
         holders = self.share[1] if self.device.type == "cpu" else 1
-        return residence == "resident" or (residence == "auto" and holders * size <= RESIDENT_SHARE * _free_memory(self.device))
+        return residence == "resident" or (residence == "auto" and holders * size <= RESIDENT_SHARE * free_memory(self.device))
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:
@@ -333,7 +333,8 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes that pixels may take there."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return memory.available()

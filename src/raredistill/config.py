@@ -268,6 +268,7 @@ def _check_together(entry: Entry) -> None:
     settings = entry.settings
     method = None if entry.teacher is None else method_class(entry.method, entry.method_options)
     needs = () if method is None else method.wants(entry.method_options)
+    own = ["the only loss on labels"] if method is not None and method.own_loss else []
     mixing = settings.mixing != "none"
     refused = {
         "loss ldam needs cosines, but head is not cosine: set head: cosine": settings.loss == "ldam" and entry.head != "cosine",
@@ -279,6 +280,9 @@ def _check_together(entry: Entry) -> None:
         ),
         f"teacher_cache keeps what a teacher says of each sample's views, but mixing: {settings.mixing} shows two samples in one": (
             settings.teacher_cache is not None and mixing
+        ),
+        f"compile: {settings.compile} is for one device, but devices: {settings.devices}; use compile: none": (
+            settings.compile != "none" and settings.devices > 1
         ),
         f"compile: {settings.compile} compiles bodies whole, but method {entry.method} looks into them; use compile: none": (
             settings.compile != "none" and "maps" in needs
@@ -311,7 +315,7 @@ def _check_together(entry: Entry) -> None:
         f"online: {entry.online} trains entries of this study beside the student; name one or more with teacher:": (
             entry.online != "no" and not entry.teachers
         ),
-        f"online: {entry.online} compares logits of networks in training, but method {entry.method} needs {', '.join(needs)}": (
+        f"online: {entry.online} compares logits of networks in training, but method {entry.method} needs {', '.join([*needs, *own])}": (
             entry.online != "no" and (not set(needs) <= {"logits", "labels"} or (method is not None and bool(method.own_loss)))
         ),
         f"online: {entry.online} has no trained teacher to copy, but cross_fit is {entry.cross_fit}": (

@@ -225,12 +225,13 @@ def _equal_classes(cohort: Cohort, rows: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _check_classes(cohort: Cohort, split: Split, *, needs_validation: bool) -> None:
+    labels = cohort.labels
     for side in SIDES:
         rows = getattr(split, side)
         if side == "validation" and not len(rows) and not needs_validation:
             continue
-        absent = [name for index, name in enumerate(cohort.classes) if index not in set(cohort.labels[rows])]
-        if absent:
+        counts = np.bincount(labels[rows], minlength=len(cohort.classes))
+        if absent := [name for name, count in zip(cohort.classes, counts, strict=True) if not count]:
             raise SplitError(
                 f"fold {split.fold}: the {side} part has no sample of class {absent[0]}; use fewer folds, another seed or more patients"
             )

@@ -145,6 +145,7 @@ def plan_of(cohort, **training):
 def test_a_run_asks_for_a_share_of_a_gpu_or_for_the_drivers_threads(engine, tiny_cohort):
     needs = {device: engine._need(plan_of(tiny_cohort, accelerator=device)[0]) for device in ("auto", "cuda", "cpu")}
     assert needs == {"auto": {"GPU": 0.25, "CPU": 1}, "cuda": {"GPU": 0.25, "CPU": 1}, "cpu": {"CPU": 4}}
+    assert engine._need(plan_of(tiny_cohort, accelerator="cuda", devices=2)[0]) == {"GPU": 2, "CPU": 2}
     engine.ray.nodes = lambda: [node(CPU=2.0)]
     assert engine._need(plan_of(tiny_cohort, accelerator="auto")[0]) == {"CPU": 4}
     with pytest.raises(ConfigError, match=r"a run needs 1 CPU, 0.25 GPU, which no node has \(n1 \(10.0.0.1\): 2 CPU\)"):

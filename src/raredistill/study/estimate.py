@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 
-from raredistill.batches import RESIDENT_SHARE, _free_memory
+from raredistill.batches import RESIDENT_SHARE, free_memory
 from raredistill.cohort.store import Cohort
 from raredistill.files import lock_if_free
 from raredistill.study.drafts import RECORD, unfinished
-from raredistill.study.execute import lock_of
+from raredistill.study.execute import lock_of, pixels_of
 from raredistill.study.measure import Cost, kind_of, measure
 from raredistill.study.plan import Run
 from raredistill.study.schedule import Task, critical_path, makespan
-from raredistill.study.teachers import teacher_channels
 from raredistill.training.devices import make_fabric
 
 DEVICES = (1, 2, 4, 8)
@@ -94,22 +93,15 @@ def _settled(run: Run, cohort: Cohort) -> Run:
     if settings.residence != "auto":
         return run
     device = make_fabric(settings.accelerator, settings.precision).device
-    fits = _pixels(run, cohort) <= RESIDENT_SHARE * _free_memory(device)
+    fits = pixels_of(run, cohort) <= RESIDENT_SHARE * free_memory(device)
     return replace(run, entry=replace(run.entry, settings=replace(settings, residence="resident" if fits else "streamed")))
-
-
-def _pixels(run: Run, cohort: Cohort) -> int:
-    """Bytes of the pixels of the training part, for student and teachers, and of the validation part."""
-    own = set(run.entry.channels)
-    both = own | (set(teacher_channels(run)) if run.entry.settings.views is None else set())
-    return (len(run.split.train) * len(both) + len(run.split.validation) * len(own)) * cohort.size[0] * cohort.size[1]
 
 
 def _expect(run: Run, cohort: Cohort, out: Path, cost: Cost) -> Forecast:
     status, begun = _status(run, out)
     settings = run.entry.settings
     held_out = len(run.split.validation) + len(run.split.test)
-    pixels = _pixels(run, cohort) if settings.residence == "resident" else 0
+    pixels = pixels_of(run, cohort) if settings.residence == "resident" else 0
     disk = cost.results + 2 * held_out * cost.row + settings.epochs * EPOCH_LOG
     return Forecast(
         run, status, seconds=_seconds(run, cost, max(settings.epochs - begun, 0)), memory=cost.memory + pixels, disk=int(disk),
@@ -138,7 +130,7 @@ def _status(run: Run, out: Path) -> tuple[str, int]:
 
 
 def _problem(residence: str, pixels: int, cost: Cost) -> str:
-    free = _free_memory(cost.device)
+    free = free_memory(cost.device)
     if pixels > free:
         return f"residence: {residence}, but its pixels take {size(pixels)} and {cost.device} has {size(free)} free; set residence=auto"
     if cost.device.type == "cpu" or cost.memory + pixels <= torch.cuda.mem_get_info(cost.device)[1]:

@@ -19,12 +19,12 @@ from torch import nn
 
 from raredistill import checkpoint, predictions
 from raredistill.augment import MIXINGS, PRESETS
-from raredistill.batches import Batches
+from raredistill.batches import Batches, free_memory
 from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort
 from raredistill.distill.contract import Facts
 from raredistill.distill.registry import METHODS, make_method
-from raredistill.errors import DataError, RareDistillError
+from raredistill.errors import ConfigError, DataError, RareDistillError
 from raredistill.files import lock_if_free, write_text
 from raredistill.losses import class_weights, make_loss
 from raredistill.models import Network, facts, measure_latency, unfold_batch_norm
@@ -132,6 +132,31 @@ def refuse_changed(plan: Sequence[Run], out: Path) -> None:
         now = origin(make_fabric(settings.accelerator, settings.precision, settings.devices).device.type, {})
         # Its teacher's weights are compared when its turn comes: until then they may be made anew.
         check_origin(out / "runs" / run.id, {part: now[part] for part in ("versions", "code")})
+
+
+def pixels_of(run: Run, cohort: Cohort) -> int:
+    """Bytes of the pixels of a run's training part, for student and teachers, and of its validation part."""
+    own = set(run.entry.channels)
+    both = own | (set(teacher_channels(run)) if run.entry.settings.views is None else set())
+    return (len(run.split.train) * len(both) + len(run.split.validation) * len(own)) * cohort.size[0] * cohort.size[1]
+
+
+def refuse_too_large(plan: Sequence[Run], cohort: Cohort, out: Path) -> None:
+    """Look at every run that is not done and wants its pixels resident.
+
+    Raises:
+        ConfigError: this machine has not the memory for one.
+    """
+    for run in plan:
+        settings = run.entry.settings
+        if settings.residence == "resident" and not (out / "runs" / run.id).is_dir():
+            device = make_fabric(settings.accelerator, settings.precision).device
+            needed, free = pixels_of(run, cohort), free_memory(device)
+            if needed > free:
+                raise ConfigError(
+                    f"runs {run.entry.name}: residence is resident, but its pixels take {needed / 1e9:.3g} GB and {device} has "
+                    f"{free / 1e9:.3g} GB free; set residence=auto or streamed, prepare with a smaller --size, or name fewer channels"
+                )
 
 
 def lock_of(out: Path, run: str) -> Path:

@@ -135,13 +135,15 @@ class OnRay:
         return task.remote(job, run, records, int(need["CPU"]))
 
     def _need(self, run: Run) -> Need:
-        """A share of a GPU where there are any and the run may use them; else as many cores as the driver has threads.
+        """A share of a GPU, or several whole ones, where there are any and the run may use them; else the cores of the driver's threads.
 
         So a run on the CPU has the bits that it would have had here, and can be gone on with here.
         """
-        wanted = run.entry.settings.accelerator
+        wanted, devices = run.entry.settings.accelerator, run.entry.settings.devices
         on_gpu = wanted == "cuda" or (wanted == "auto" and any("GPU" in node["Resources"] for node in self._nodes()))
-        return {"GPU": self.gpus_per_run, "CPU": 1} if on_gpu else {"CPU": self.threads}
+        if not on_gpu:
+            return {"CPU": self.threads}
+        return {"GPU": devices if devices > 1 else self.gpus_per_run, "CPU": devices}
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self.ray.nodes() if node["Alive"]]

@@ -17,7 +17,7 @@ from raredistill.cohort.store import Cohort
 from raredistill.errors import DataError
 from raredistill.files import claim_folder, lock_if_free, locked, read_json, tidy, write_json
 from raredistill.splits import Split, cross_fit, save_split, split_table
-from raredistill.study.execute import Record, Watcher, describe, execute, lock_of, refuse_changed
+from raredistill.study.execute import Record, Watcher, describe, execute, lock_of, refuse_changed, refuse_too_large
 from raredistill.study.plan import Entry, Run, make_plan
 
 DESCRIPTION = "study.json"
@@ -74,8 +74,9 @@ class Here:
     """Runs are carried out in this process."""
 
     def check(self, plan: Sequence[Run], cohort: Cohort, out: Path) -> None:
-        """Look at every unfinished run."""
+        """Look at every unfinished run, and at the memory of this machine."""
         refuse_changed(plan, out)
+        refuse_too_large(plan, cohort, out)
 
     def execute(
         self, plan: Sequence[Run], cohort: Cohort, out: Path, watcher: Watcher, on_record: Callable[[Record], None]

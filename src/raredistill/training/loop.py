@@ -383,7 +383,8 @@ class Tally:
     def add(self, logits: Tensor, labels: Tensor, terms: dict[str, Tensor]) -> None:
         """Count a batch: ``logits (N, K)``, ``labels (N,)``, scalar terms that are means over the batch."""
         size = len(self.classes)
-        self.confusion += torch.bincount(labels * size + logits.argmax(dim=1), minlength=size * size)
+        places = labels * size + logits.argmax(dim=1)
+        self.confusion.index_add_(0, places, torch.ones_like(places))  # touches as many counts as there are samples, not all K * K
         for name, term in terms.items():
             self.terms[name] = self.terms.get(name, torch.zeros_like(term, dtype=torch.float32)) + term.float() * len(labels)
         finite = torch.stack([term.float() for term in terms.values()]).sum().isfinite()
