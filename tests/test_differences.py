@@ -10,6 +10,7 @@ from sklearn import metrics as reference
 
 from raredistill.errors import DataError
 from raredistill.evaluation import patient_bootstrap
+from raredistill.evaluation.bootstrap import patient_intervals
 from raredistill.evaluation.compare import (
     bayesian_correlated_t,
     corrected_interval,
@@ -19,7 +20,7 @@ from raredistill.evaluation.compare import (
     mcnemar,
     wilcoxon_over_datasets,
 )
-from raredistill.evaluation.differences import combine, differences, in_folds, metric_of, side_sizes, weigh
+from raredistill.evaluation.differences import combine, differences, differences_of, in_folds, metric_of, side_sizes, weigh
 from raredistill.evaluation.ranking import rank
 from raredistill.predictions import COLUMNS, Predictions
 
@@ -43,12 +44,14 @@ def study(skill, *, noise=0, folds=5, seeds=1, outer=True, patients=40, hard=Fal
     return Predictions(pd.DataFrame(rows, columns=list(COLUMNS)), CLASSES, "healthy", hard)
 
 
-def test_areas_under_patient_weights_equal_scikit_learn_with_sample_weights():
+@pytest.mark.parametrize("decimals", [0, 1])  # fewer thresholds than patients, and more
+def test_areas_under_patient_weights_equal_scikit_learn_with_sample_weights(decimals):
     generator = np.random.default_rng(0)
     of_row = generator.integers(0, 9, 200)
-    score, positive = np.round(generator.random(200), 1), generator.random(200) < 0.3
+    score, positive = np.round(generator.random(200), decimals), generator.random(200) < 0.3
     weights = generator.integers(0, 4, (5, 9))
     ranking = rank(positive, score, of_row, 9)
+    assert (ranking.hits.shape[1] < 9) == (decimals == 0)
     for weight, auprc, auroc in zip(weights, ranking.auprc(weights), ranking.auroc(weights), strict=True):
         assert auprc == pytest.approx(reference.average_precision_score(positive, score, sample_weight=weight[of_row]), abs=1e-12)
         assert auroc == pytest.approx(reference.roc_auc_score(positive, score, sample_weight=weight[of_row]), abs=1e-12)
@@ -184,6 +187,36 @@ def test_a_weighted_sum_of_comparisons_is_tested_as_one():
     np.testing.assert_allclose(both.values, differences(sides[1], sides[2], "macro_f1").values)
     with pytest.raises(DataError, match="same splits"):
         combine([first, differences(study(1.0, folds=4), study(2.0, folds=4), "macro_f1")], [1, 1])
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_many_metrics_at_once_are_each_what_it_is_alone(outer):
+    control, other = study(1.0, outer=outer), study(1.6, noise=1, outer=outer)
+    metrics = ["auprc:LGG", "f1:LGG", "macro_f1", "auroc:HGG", "recall:healthy", "kappa"]
+    found, problems = differences_of(control, other, metrics, resamples=100)
+    assert (list(found), problems) == (metrics, {})
+    for metric in metrics:
+        alone = differences(control, other, metric, resamples=100)
+        assert found[metric].estimate == alone.estimate
+        np.testing.assert_array_equal(found[metric].values, alone.values)
+    both = patient_intervals(other, metrics, resamples=100)
+    for metric, (estimate, limits) in zip(metrics, both, strict=True):
+        assert (estimate, *limits["percentile"]) == patient_bootstrap(other, metric, resamples=100)
+        assert (estimate, *limits["bca"]) == patient_bootstrap(other, metric, resamples=100, interval="bca")
+
+
+def test_metrics_without_a_value_leave_the_others_theirs():
+    hard = study(1.0, hard=True), study(2.0, noise=1, hard=True)
+    found, problems = differences_of(*hard, ["f1:LGG", "auprc:LGG"])
+    assert list(found) == ["f1:LGG"]
+    assert "only hard labels" in problems["auprc:LGG"]
+    absent = [side.rows(np.flatnonzero(side.table["patient_label"] == "HGG")) for side in (study(1.0), study(2.0, noise=1))]
+    found, problems = differences_of(*absent, ["f1:LGG", "f1:HGG"])
+    assert list(found) == ["f1:HGG"]
+    assert "has no value" in problems["f1:LGG"]
+    (nothing, limits), (something, _) = patient_intervals(absent[0], ["f1:LGG", "f1:HGG"], resamples=50)
+    assert np.isnan([nothing, *limits["percentile"], *limits["bca"]]).all()
+    assert something == pytest.approx(metric_of(absent[0], "f1:HGG"))
 
 
 def test_what_cannot_be_tested_is_said():

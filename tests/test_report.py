@@ -522,6 +522,18 @@ def test_wilcoxon_is_for_data_sets_and_refuses_one_cohort_twice(tmp_path, monkey
         write_report(roots[0], across=[roots[0]])
 
 
+def test_figures_by_class_show_the_rarest_of_many_and_a_large_matrix_is_one_picture():
+    classes = [f"c{n}" for n in range(20)]
+    counts = [{"class": name, "slices": (7 * n) % 20} for n, name in enumerate(classes)]
+    shown = figures.rarest(counts, classes)
+    assert shown == [name for n, name in enumerate(classes) if (7 * n) % 20 < 12]
+    assert figures.rarest(counts[:5], classes[:5]) == classes[:5]
+    large, small = (figures.svg(figures.settled(figures.confusion(np.eye(n), classes[:n])), "m") for n in (20, 3))
+    assert large.count("<image") == 2
+    assert large.count("<path") < 20 * 20
+    assert small.count("<image") == 0
+
+
 def luminance(colour):
     """Relative luminance of ``#rrggbb`` or ``#rgb``, WCAG 2.1."""
     digits = colour.lstrip("#")
@@ -566,6 +578,15 @@ def test_colours_of_entries_and_classes_stand_out_from_the_white_of_figures_and_
     assert "border: 2px solid #fff" in STYLE  # around a swatch, so that dark colours are seen in dark mode
     assert min(contrast(colour, "#fff") for colour in (*figures.PALETTE, *figures.CLASS_PALETTE)) >= 3
     assert len({*figures.PALETTE, *figures.CLASS_PALETTE}) == len(figures.PALETTE) + len(figures.CLASS_PALETTE)
+
+
+def test_a_pale_bar_has_an_edge_that_stands_out():
+    scores = pd.DataFrame({"entry": ["a", "b"], "checkpoint": "best", "level": "slice", "class": "LGG", "f1": [0.3, 0.6]})
+    bars = figures.class_scores(scores, ["a", "b"], ["LGG"]).axes[0].patches
+    assert [bar.get_height() for bar in bars] == [0.3, 0.6]
+    for bar in bars:
+        assert bar.get_edgecolor()[3] == 1
+        assert contrast(to_hex(bar.get_edgecolor()), "#fff") >= 3
 
 
 def test_figures_in_a_confusion_matrix_can_be_read_on_every_shade():

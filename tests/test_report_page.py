@@ -152,6 +152,8 @@ def test_on_paper_nothing_is_left_of_what_only_a_screen_can_do(browser, page):
     seen = browser.run(SEEN)
     assert contrast(hexadecimal(seen["colour"]), "#ffffff") >= 3
     assert browser.run("document.documentElement.scrollWidth") <= 718
+    assert browser.run("""[...document.querySelectorAll("td.number")].every((cell) => {
+        const line = document.createRange(); line.selectNodeContents(cell); return line.getClientRects().length === 1; })""")
 
 
 def test_a_map_covers_its_image_in_proportion_and_is_outlined_in_white_on_black():

@@ -18,9 +18,8 @@ def costs(results: Results) -> pd.DataFrame:
         ``cache_views``, ``cache_fill_s`` (mean over the runs that computed a view, others found them there) and ``device``; NaN where a
         record does not say, None where an entry keeps nothing of its teacher.
     """
-    table = pd.DataFrame([_entry(results, entry) for entry in results.entries if results.of(entry)])
-    kept = [column for column in table.columns if column.startswith("cache_")]
-    return table.assign(**{column: table[column].astype(object).where(table[column].notna(), None) for column in kept})
+    # As objects, so that None stays apart from NaN, which is what should be known and is not.
+    return pd.DataFrame([_entry(results, entry) for entry in results.entries if results.of(entry)], dtype=object)
 
 
 def _entry(results: Results, entry: str) -> dict[str, Any]:

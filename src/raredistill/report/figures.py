@@ -227,7 +227,7 @@ def class_scores(by_class: pd.DataFrame, entries: Sequence[str], classes: Sequen
             scores = chosen[(chosen["entry"] == entry) & (chosen["class"] == label)]["f1"].to_numpy()
             place = index + (position - (len(entries) - 1) / 2) * width
             height = np.nanmean(scores) if len(scores) and not np.isnan(scores).all() else 0
-            (bar,) = axis.bar(place, height, width * 0.9, color=tint, alpha=0.5, label="" if index else entry)
+            (bar,) = axis.bar(place, height, width * 0.9, facecolor=(tint, 0.5), edgecolor=tint, label="" if index else entry)
             _switched([bar, *axis.plot(np.full(len(scores), place), scores, ".", color=tint)], entries, entry)
     axis.set_xticks(range(len(classes)), classes)
     axis.set(ylabel="F1 on test, by slice", ylim=(0, 1))
@@ -276,7 +276,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     cell = max(0.7 * MANY / len(classes), 0.12) if many else 0.7
     side = 1.6 + cell * len(classes)
     size = min(10.0, 50 * cell)  # of a name beside its row, in points: less than a row's 72 an inch
-    figure, axes = _figure(2 * side, side, 2)
+    figure, axes = _figure(2 * side, side + (0.8 if many else 0), 2)  # names on end are longer
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     places = np.arange(len(classes)) + 0.5
     for axis, texts, title in (

@@ -30,7 +30,7 @@ def render(page: Page) -> str:
     """The page as HTML; everything that comes from data is escaped."""
     folder = files("raredistill.report") / "templates"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "breakable": _breakable}
     template = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
     study, entries = page.results.study, page.results.entries
     shown = f"the {MANY} rarest classes" if len(study["cohort"]["classes"]) > MANY else "every class"
@@ -53,6 +53,11 @@ def _provenance(study: dict[str, Any]) -> dict[str, Any]:
 def _source(provenance: dict[str, Any]) -> str:
     # Hashes of single files are in the cohort's own description: thousands of lines help no reader here.
     return yaml.safe_dump({key: value for key, value in provenance.items() if key != "hashes"}, sort_keys=False)
+
+
+def _breakable(name: str) -> Markup:
+    """A column's name, escaped, that may be broken after each underscore."""
+    return Markup("_<wbr>").join(str(name).split("_"))
 
 
 def _cell(value: Any) -> str:
