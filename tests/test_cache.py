@@ -14,6 +14,7 @@ from raredistill.losses import make_loss
 from raredistill.study.cache import FOLDER, Cache
 from raredistill.study.run import run_study
 from raredistill.study.teachers import network_of, teach
+from raredistill.training.cache import look
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import Trainer
 from raredistill.training.objectives import Distilled
@@ -148,8 +149,24 @@ def test_what_the_content_depends_on_names_it(done):
 
     same = folder()
     assert same == folder(learning_rate=0.5) == folder(teacher_cache={"views": 7})
-    others = [folder(fold=1), folder(augmentation="thesis"), folder(precision="bf16-mixed"), folder(batch_size=8)]
-    assert len({same, *others}) == 5
+    others = [
+        folder(fold=1), folder(augmentation="thesis"), folder(precision="bf16-mixed"), folder(batch_size=8), folder(compile="default"),
+    ]  # fmt: skip
+    assert len({same, *others}) == 6
+
+
+def test_a_device_that_holds_half_a_batch_is_asked_in_halves(done):
+    made, _, _, _ = done
+    run, _, taught, _ = live(*done[:2], "features")
+    plain = Batches(made.cohort, run.split.train, channels=("flair", "t1ce"), batch_size=16, device=torch.device("cpu"), shuffle=False)
+
+    def narrow(batch):
+        if len(batch.labels) > 5:
+            raise torch.OutOfMemoryError
+        return taught(batch)
+
+    for name, values in look(taught, plain, 0, features=True).items():
+        torch.testing.assert_close(look(narrow, plain, 0, features=True)[name], values, atol=1e-3, rtol=1e-3)
 
 
 def test_a_damaged_view_is_noticed_and_computed_again(done):

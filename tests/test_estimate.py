@@ -241,6 +241,11 @@ def test_the_command_line_of_a_dry_run_and_of_a_share(tiny_cohort, tmp_path, com
     assert said.rstrip().endswith(f"next: raredistill study {config} --out {tmp_path / 's'}")
     assert "4 runs in order" in said
     assert not (tmp_path / "s").exists()
+    # The share of a student, and one without a run.
+    for share, count in (("1/4", "2 runs in order"), ("7/8", "no run of this study's 4 falls into the share 7/8")):
+        code, said, errors = command(config, "--out", tmp_path / "s", "--only", share, "--dry-run")
+        assert code == 0, errors
+        assert count in said
     code, said, errors = command(config, "--out", tmp_path / "s", "--only", "0/4")
     assert code == 0, errors
     assert "3 runs are left to other processes" in said
@@ -253,6 +258,7 @@ def test_the_command_line_of_a_dry_run_and_of_a_share(tiny_cohort, tmp_path, com
     [
         (["--only", "4/4"], "--only 4/4: write I/N with I from 0 to N - 1"),
         (["--address", "h:1"], "add --on ray"),
+        (["--on", "ray", "--dry-run"], "--dry-run measures this machine, not a cluster"),
         (["cohort={source: table, path: x.csv, size: 16}", "--dry-run"], "raredistill prepare table x.csv --size 16 --out cohort"),
     ],
 )

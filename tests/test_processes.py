@@ -402,3 +402,13 @@ def test_batch_statistics_of_each_process_are_remarked_upon(processes, kind, mod
     remarks = _apart(made, SimpleNamespace(world_size=processes, device=torch.device(kind)))
     assert len(remarks) == said
     assert all("each of the 2 processes took batch statistics from its own part" in remark for remark in remarks)
+
+
+def failing(place):
+    raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+
+def test_a_device_that_fails_under_one_process_is_told_as_such():
+    options = {"devices": 2, "accelerator": "cpu", "precision": "32-true"}
+    with pytest.raises(torch.AcceleratorError, match="unspecified launch failure"):
+        launch(failing, (), **options, hear=lambda *event: None)

@@ -1,6 +1,7 @@
 """A study: teachers before students, shared, reused, and failures that do not spread."""
 
 import json
+from contextlib import closing
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from raredistill.models import create
 from raredistill.phantom import write_phantom
 from raredistill.report.pairs import control_of
 from raredistill.report.results import read_results
+from raredistill.study.board import Curves
 from raredistill.study.execute import pixels_of
 from raredistill.study.predict import predict
 from raredistill.study.run import rare_class, run_study
@@ -136,6 +138,18 @@ def test_tensorboard_reads_the_curves_that_the_log_holds(finished):
         record = json.loads(line)
         assert events.Scalars("loss/train/all")[record["epoch"]].value == pytest.approx(record["train"]["loss"])
         assert events.Scalars("f1/validation/HGG")[record["epoch"]].value == pytest.approx(record["validation"]["f1"]["HGG"])
+
+
+def test_epochs_that_are_told_again_from_the_first_are_written_anew(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with closing(Curves(tmp_path)) as curves:
+        for epoch, loss in ((0, 9.0), (1, 8.0), (2, 7.0), (0, 3.0), (1, 2.0)):
+            curves.add({"epoch": epoch, "train": {"loss": loss}})
+    lines = [json.loads(line) for line in (tmp_path / "epochs.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["train"]["loss"]) for line in lines] == [(0, 3.0), (1, 2.0)]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("loss/train/all")] == [3.0, 2.0]
 
 
 def test_a_done_run_says_how_long_one_image_takes_and_where(finished):

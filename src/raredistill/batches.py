@@ -74,7 +74,9 @@ class Batch:
         """The view of one network: its channels, in its order."""
         if tuple(channels) == self.channels:
             return self.images
-        return self.images[:, [self.channels.index(channel) for channel in channels]]
+        # Slices: an index would be a tensor on the CPU, and a device would stop to get it.
+        places = [self.channels.index(channel) for channel in channels]
+        return torch.cat([self.images[:, place : place + 1] for place in places], dim=1)
 
     def split(self, parts: int) -> list[Batch]:
         """Cut into ``parts`` batches, in order, of sizes that differ by one at most; fewer when there are not as many samples."""
@@ -287,6 +289,7 @@ class Batches:
         return there
 
     def _refuse_too_many(self, size: int) -> None:
+        size *= self._holders()
         free = free_memory(self.device)
         if size > free:
             raise ConfigError(
@@ -319,9 +322,11 @@ class Batches:
         if residence not in ("auto", "resident", "streamed"):
             raise ConfigError(f"unknown residence {residence}; there are auto, resident and streamed")
         size = len(self.rows) * sum(pixels[0].size for pixels in self._pixels) if len(self.rows) else 0
-        # Each process holds them all: any may be its own in the next epoch. On the CPU they share one memory.
-        holders = self.share[1] if self.device.type == "cpu" else 1
-        return residence == "resident" or (residence == "auto" and holders * size <= RESIDENT_SHARE * free_memory(self.device))
+        return residence == "resident" or (residence == "auto" and self._holders() * size <= RESIDENT_SHARE * free_memory(self.device))
+
+    def _holders(self) -> int:
+        # Each process holds all pixels: any may be its own in the next epoch. On the CPU they share one memory.
+        return self.share[1] if self.device.type == "cpu" else 1
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:

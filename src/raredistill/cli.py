@@ -241,6 +241,8 @@ def study(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="train nothing: measure a few steps, and tell time, memory and disk")] = False,
 ) -> None:
     """Train every run of a study that is not done yet, and write its report."""
+    if dry_run and (on or address or gpus_per_run):
+        raise RareDistillError("--dry-run measures this machine, not a cluster; leave out --on, --address and --gpus-per-run")
     if dry_run:
         _dry_run(config, out, overrides or [], only)
         return
@@ -284,7 +286,11 @@ def _dry_run(config_path: Path, out: Path, overrides: list[str], only: str | Non
     from raredistill.study.plan import share_of
 
     made = make_study(load_config(config_path, overrides), _prepared(config_path, out, overrides), "")
-    chosen = made.plan() if only is None else share_of(made.plan(), *_share(only))
+    share = made.plan() if only is None else share_of(made.plan(), *_share(only))
+    if not share:
+        print(f"no run of this study's {len(made.plan())} falls into the share {only}")
+        return
+    chosen = [run for run in made.plan() if run in share]  # a share's own runs come first, before their teachers
     with Progress("kinds of runs measured") as progress:
         expected = forecast(chosen, made.cohort, out, progress)
     _show_forecast(expected, out)
@@ -394,7 +400,8 @@ class StudyProgress:
         self.progress.__exit__(*error)
 
     def run_started(self, run: Run, epochs: int) -> None:
-        """A run begins to train."""
+        """A run begins to train, or begins again."""
+        self.done -= self.at.get(run.id, 0)
         self.at[run.id] = 0
 
     def view_kept(self, run: Run, done: int, total: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
@@ -13,9 +15,16 @@ GROUPS = Path("/sys/fs/cgroup")
 def available() -> int:
     """Bytes that this process may still take: what the machine has, and what a container or a cluster's scheduler grants.
 
-    Pages that only keep files at hand count as free: the system gives them up when memory is asked for.
+    Pages that only keep files at hand count as free: the system gives them up when memory is asked for. What this process has freed and
+    keeps is given back first.
     """
+    _give_back()
     return min([_of_machine(), *_of_groups()])
+
+
+def _give_back() -> None:
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # the GNU library's
+        library.malloc_trim(0)
 
 
 def _of_machine() -> int:

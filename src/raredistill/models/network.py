@@ -104,8 +104,11 @@ class Network(nn.Module):
 
     def compile_body(self, mode: Literal["none", "default", "reduce-overhead"], *, training: bool) -> None:
         """Let torch compile the body for one mode: whatever comes in the other mode, in batches of all sizes, is computed as before."""
-        if mode != "none":
-            self._compiled[training] = torch.compile(self.body, mode=None if mode == "default" else mode)
+        if mode == "none":
+            return
+        compiled = torch.compile(self.body, mode=None if mode == "default" else mode)
+        # A CUDA graph writes into the same memory at each call: what it has answered must outlive the next.
+        self._compiled[training] = compiled if mode == "default" else lambda images: compiled(images).clone()
 
     def see(self, images: Tensor, *, maps: bool = False) -> Seen:
         """Map images ``(N, C, H, W)`` in [0, 1] to logits and what they came from.

@@ -1,15 +1,64 @@
-"""Scalars for TensorBoard, written at once and in this thread: what cannot be written fails here, not in a thread that nobody hears."""
+"""The epochs of a run as they are told: a JSON line each, and scalars for TensorBoard, written at once and in this thread.
+
+What cannot be written fails here, not in a thread that nobody hears.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+
+class Curves:
+    """Epochs that are told one by one. Told from the first again (a run on several devices may start anew), they are written anew.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open()
+
+    def _open(self) -> None:
+        shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
+        self._log = (self._folder / "epochs.jsonl").open("w", encoding="utf-8")
+        self._board, self._told = Board(self._folder / "tensorboard"), False
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Write an epoch's record."""
+        if record["epoch"] == 0 and self._told:
+            self.close()
+            self._open()
+        self._told = True
+        self._log.write(json.dumps(record) + "\n")
+        self._log.flush()
+        self._board.add(record["epoch"], _scalars(record))
+
+    def close(self) -> None:
+        """End both files."""
+        self._log.close()
+        self._board.close()
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    found = {}
+    for part in ("train", "validation"):
+        for key, value in record.get(part, {}).items():
+            values = value if isinstance(value, dict) else {"all": value}
+            found.update({f"{key}/{part}/{name}": number for name, number in values.items() if number is not None})
+    return found
 
 
 class Board:
@@ -34,8 +83,6 @@ class Board:
         self._records.write(event.SerializeToString())
         self._records.flush()
 
-    def __enter__(self) -> Board:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """End the file."""
         self._records.close()

@@ -104,7 +104,8 @@ class Cache:
         return Batches(
             self._cohort, self._run.split.train, channels=teacher_channels(self._run), batch_size=settings.batch_size,
             device=self._fabric.device, shuffle=False, augmentation=PRESETS[settings.augmentation], seed=self._run.fold_seed,
-            residence=settings.residence,
+            # The student's pixels have their place already: the teacher's take what is left, or are streamed.
+            residence="auto" if settings.residence == "resident" else settings.residence,
         )  # fmt: skip
 
     @cached_property
@@ -125,6 +126,8 @@ class Cache:
             "features": self._features,
             "batch_size": entry.settings.batch_size,
             "precision": entry.settings.precision,
+            "compile": entry.settings.compile,
+            "threads": torch.get_num_threads() if device.type == "cpu" else 0,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "versions": versions(),
             "code": code(),

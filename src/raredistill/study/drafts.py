@@ -98,7 +98,6 @@ def open_draft(folder: Path, now: dict[str, dict[str, str]]) -> Path:
         draft.mkdir(parents=True)
         write_json(draft / ORIGIN, seal(now))
     tidy(draft)
-    shutil.rmtree(draft / "tensorboard", ignore_errors=True)  # written again from the record of the epochs
     return draft
 
 

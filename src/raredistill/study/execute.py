@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from raredistill.errors import ConfigError, DataError, RareDistillError
 from raredistill.files import lock_if_free, write_text
 from raredistill.losses import class_weights, make_loss
 from raredistill.models import Network, facts, measure_latency, unfold_batch_norm
-from raredistill.study.board import Board
+from raredistill.study.board import Curves
 from raredistill.study.cache import Cache
 from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside, unfinished
 from raredistill.study.plan import Entry, External, Run
@@ -151,7 +151,8 @@ def refuse_too_large(plan: Sequence[Run], cohort: Cohort, out: Path) -> None:
         settings = run.entry.settings
         if settings.residence == "resident" and not (out / "runs" / run.id).is_dir():
             device = make_fabric(settings.accelerator, settings.precision).device
-            needed, free = pixels_of(run, cohort), free_memory(device)
+            holders = settings.devices if device.type == "cpu" else 1
+            needed, free = holders * pixels_of(run, cohort), free_memory(device)
             if needed > free:
                 raise ConfigError(
                     f"runs {run.entry.name}: residence is resident, but its pixels take {needed / 1e9:.3g} GB and {device} has "
@@ -238,20 +239,19 @@ def direction(run: Run, cohort: Cohort) -> str:
 
 def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: list[str]) -> Record:
     settings = run.entry.settings
-    watcher.run_started(run, settings.epochs)
     fabric = make_fabric(settings.accelerator, settings.precision, settings.devices)
     now = origin(fabric.device.type, teacher_files(run, folder.parent))
     draft = open_draft(folder, now)
     patients_before(run.entry, cohort, run.split)  # refused here where they leak
-    with (draft / "epochs.jsonl").open("w", encoding="utf-8") as log, Board(draft / "tensorboard") as board:
+    with closing(Curves(draft)) as curves:
 
         def on_epoch(record: Record) -> None:
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            board.add(record["epoch"], _scalars(record))
+            curves.add(record)
             watcher.epoch_done(run, record)
 
-        heard: dict[str, Callable[..., None]] = {"epoch": on_epoch, "view": partial(watcher.view_kept, run)}
+        heard: dict[str, Callable[..., None]] = {
+            "start": partial(watcher.run_started, run, settings.epochs), "epoch": on_epoch, "view": partial(watcher.view_kept, run),
+        }  # fmt: skip
         made = launch(
             _make, (run, cohort, draft), devices=settings.devices, accelerator=settings.accelerator, precision=settings.precision,
             hear=lambda event, *facts: heard[event](*facts),
@@ -263,6 +263,7 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: li
 
 def _make(place: Place, run: Run, cohort: Cohort, draft: Path) -> Record:
     """All that a run computes, in one of its processes: the first writes what is kept of it, and its answer counts."""
+    place.tell("start")
     torch.manual_seed(run.fold_seed)
     network, fabric = network_of(run.entry, cohort), place.fabric
     keeper, cache = Keeper(draft), Cache(run, cohort, fabric, draft.parent, partial(place.tell, "view"))
@@ -328,15 +329,6 @@ def _fit(run: Run, cohort: Cohort, network: Network, draft: Path, place: Place, 
         network, objective, train, validation, settings=run.entry.settings, channels=channels, classes=cohort.classes, fabric=fabric,
         on_epoch=partial(place.tell, "epoch"), keeper=keeper, interrupted=place.interrupted, micro_batches=place.micro_batches,
     )  # fmt: skip
-
-
-def _scalars(record: Record) -> dict[str, float]:
-    found = {}
-    for part in ("train", "validation"):
-        for key, value in record.get(part, {}).items():
-            values = value if isinstance(value, dict) else {"all": value}
-            found.update({f"{key}/{part}/{name}": number for name, number in values.items() if number is not None})
-    return found
 
 
 def make_batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...], Batches, Batches | None]:

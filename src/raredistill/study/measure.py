@@ -39,7 +39,7 @@ EVALUATED = 512
 """Images that are evaluated to see how long one takes."""
 COSTLY = (
     "batch_size", "optimizer", "clip_norm", "ema_decay", "augmentation", "mixing", "sam_rho", "stage", "precision", "accelerator",
-    "residence", "teacher_cache",
+    "residence", "teacher_cache", "compile",
 )  # fmt: skip
 """Settings on which time or memory depends."""
 
@@ -53,7 +53,7 @@ class Cost:
         image: seconds of evaluating an image.
         load: seconds of opening a sample of the training part.
         view: seconds of asking the teacher about a sample once, for its cache; 0 without a cache.
-        once: seconds of what happens once a run: building, checkpoints, latency.
+        once: seconds of what happens once a run: building, compiling, checkpoints, latency.
         memory: bytes at the most on the device or, on the CPU, of the process, without the run's pixels.
         state: bytes of a kept state.
         results: bytes of the checkpoints.
@@ -106,7 +106,7 @@ def measure(run: Run, cohort: Cohort, scratch: Path) -> Cost:
     cache = Cache(small, cohort, fabric, runs, lambda done, total: None)
     objective = make_objective(small, cohort, network, fabric, runs, keep=cache)
     trainer = Trainer(network, objective, small.entry.settings, channels, cohort.classes, fabric)
-    step = _seconds_of_a_step(trainer, train)
+    compiled, step = _seconds_of_a_step(trainer, train)
     scratch.mkdir(exist_ok=True)
     image, row = _evaluation(small, cohort, network, fabric, scratch)
     memory = _peak(fabric.device)
@@ -115,7 +115,7 @@ def measure(run: Run, cohort: Cohort, scratch: Path) -> Cost:
     rows = len(small.split.train)
     kept = sum(file.stat().st_size for file in (scratch / FOLDER).rglob("*.safetensors")) if cache.facts else 0
     return Cost(
-        step=step, image=image, load=opened / rows, view=cache.facts.get("seconds", 0.0) / rows, once=built + saved + measured,
+        step=step, image=image, load=opened / rows, view=cache.facts.get("seconds", 0.0) / rows, once=built + compiled + saved + measured,
         memory=memory, state=state, results=results, row=row, view_row=kept / rows, device=fabric.device,
     )  # fmt: skip
 
@@ -159,7 +159,8 @@ def _stand_in(teacher: Run, cohort: Cohort, folder: Path) -> None:
     predictions.write(folder / "predictions.parquet", table.assign(split=parts), cohort.classes, cohort.background)
 
 
-def _seconds_of_a_step(trainer: Trainer, train: Batches) -> float:
+def _seconds_of_a_step(trainer: Trainer, train: Batches) -> tuple[float, float]:
+    """What a step takes, after what compiling the network takes before the first."""
     batches = _endless(train)
 
     def steps(count: int) -> None:
@@ -169,10 +170,11 @@ def _seconds_of_a_step(trainer: Trainer, train: Batches) -> float:
         _settle(trainer.fabric.device)
 
     trainer.model.train()
-    steps(WARM_UP)
+    warmed, _ = _timed(lambda: steps(WARM_UP))
     one, _ = _timed(lambda: steps(1))
     count = int(np.clip(GROUP_SECONDS / one, 1, MOST_STEPS))
-    return statistics.median(_timed(lambda: steps(count))[0] / count for _ in range(GROUPS))
+    step = statistics.median(_timed(lambda: steps(count))[0] / count for _ in range(GROUPS))
+    return (0.0 if trainer.settings.compile == "none" else warmed - WARM_UP * step), step
 
 
 def _endless(train: Batches) -> Iterator[Batch]:

@@ -27,15 +27,28 @@ def look(taught: Callable[[Batch], Outputs], batches: Batches, view: int, *, fea
     Returns:
         On the CPU: float32 logits, so that what is kept is what the teacher said, and float16 features where they fit in its range.
     """
-    said = [taught(batch) for batch in batches.epoch(view)]
-    table = {"logits": torch.cat([each.logits.float().cpu() for each in said])}
+    said = [part for batch in batches.epoch(view) for part in _ask(taught, batch, features=features)]
+    table = {"logits": torch.cat([each.logits for each in said])}
     if features:
-        table["features"] = _compact(torch.cat([each.features.float().cpu() for each in said if each.features is not None]))
+        table["features"] = _compact(torch.cat([each.features for each in said if each.features is not None]))
     priors = [each.log_prior for each in said if each.log_prior is not None]
     if len(priors) == len(said):
         # One prior for all, or, where each sample has its own teacher, one a row.
-        table["log_prior"] = (priors[0] if priors[0].ndim == 1 else torch.cat(priors)).cpu()
+        table["log_prior"] = priors[0] if priors[0].ndim == 1 else torch.cat(priors)
     return table
+
+
+def _ask(taught: Callable[[Batch], Outputs], batch: Batch, *, features: bool) -> list[Outputs]:
+    # On the CPU at once, so that the device holds one batch; halved for as long as its memory does not suffice.
+    try:
+        said = taught(batch)
+    except torch.OutOfMemoryError:
+        if len(batch.labels) == 1:
+            raise
+    else:
+        pooled, prior = (None if each is None else each.float().cpu() for each in (said.features if features else None, said.log_prior))
+        return [Outputs(said.logits.float().cpu(), pooled, log_prior=prior)]
+    return [part for half in batch.split(2) for part in _ask(taught, half, features=features)]
 
 
 def _compact(features: Tensor) -> Tensor:

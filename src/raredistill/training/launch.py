@@ -100,7 +100,7 @@ def _together(work: Work, arguments: tuple[Any, ...], crew: _Crew, hear: Work) -
     # Processes that are forked from a server which has done nothing but import are there at once; CUDA wants a new interpreter.
     context: Any = multiprocessing.get_context("spawn" if crew.kind == "cuda" else "forkserver")
     context.set_forkserver_preload([__name__, work.__module__])
-    stop = context.Event()
+    stop = context.Value("b", 0, lock=False)  # without a lock: one that is killed inside could not let it go
     processes: list[Any] = []
     lines: list[Connection] = []
     patience = GRACE
@@ -118,8 +118,8 @@ def _together(work: Work, arguments: tuple[Any, ...], crew: _Crew, hear: Work) -
         patience = KEEPING
         raise
     finally:
-        stop.set()
         try:
+            stop.value = 1
             _wait_for(processes, patience)
         finally:  # also when Ctrl-C comes again
             _kill(processes)
@@ -204,7 +204,7 @@ def _work(crew: _Crew, rank: int, port: int, threads: int, line: Connection, sto
 
     try:
         fabric = join(rank, crew.size, port=port, kind=crew.kind, precision=crew.precision)
-        line.send(("done", work(Place(fabric, tell, stop.is_set, crew.parts), *arguments)))
+        line.send(("done", work(Place(fabric, tell, lambda: bool(stop.value), crew.parts), *arguments)))
         distributed.destroy_process_group()
     except BaseException as error:  # also what ends a process quietly: the others must not wait for it
         line.send(("failed", _portable(error)))
@@ -214,6 +214,8 @@ def _work(crew: _Crew, rank: int, port: int, threads: int, line: Connection, sto
 def _portable(error: BaseException) -> Exception:
     """An error that another process can be told, with where it was raised."""
     told: Exception = RuntimeError(f"{type(error).__name__}: {error}")
+    if isinstance(error, torch.AcceleratorError):
+        told = torch.AcceleratorError(str(error))
     if isinstance(error, TOLD):
         told = FloatingPointError(str(error)) if isinstance(error, ArithmeticError) else error
     told.add_note("".join(traceback.format_exception(error)))

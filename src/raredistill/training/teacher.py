@@ -94,7 +94,7 @@ class CrossFitted:
         owners = self._owner[batch.rows]
         parts = [torch.nonzero(owners == number)[:, 0] for number in range(len(self._teachers))]
         outputs = [teacher(batch.at(part)) for teacher, part in zip(self._teachers, parts, strict=True) if len(part)]
-        back = torch.argsort(torch.cat(parts)).to(batch.labels.device)
+        back = torch.argsort(torch.cat(parts)).to(batch.labels.device, non_blocking=True)
         maps = zip(*(each.maps for each in outputs), strict=True)
         return Outputs(
             torch.cat([each.logits for each in outputs])[back],
