@@ -134,9 +134,7 @@ def test_each_view_is_computed_once_a_fold_and_shared_by_its_students(done):
         assert facts["taught", fold]["seconds"] > facts["again", fold]["seconds"] == 0
         assert [each[2:] for each in watched.views if each[:2] == ("taught", fold)] == [(0, VIEWS), (1, VIEWS)]
     assert len(list((out / FOLDER).glob("*/view*.safetensors"))) == 4 * VIEWS * 2
-    told = [record["remarks"] for record in records if record["name"] in ("taught", "again") and record["fold"] == 0]
-    assert "computing 2 of them took" in told[0][0]
-    assert "an earlier run had computed it" in told[1][0]
+    assert all(record["remarks"] == [] for record in records)
 
 
 def test_what_the_content_depends_on_names_it(done):

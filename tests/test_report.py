@@ -477,7 +477,7 @@ def test_costs_are_means_over_runs_and_the_cache_stands_beside_them(tmp_path):
         if run["name"] == "taught":
             filled = (4.0, 6.0, 0.0)[run["fold"]]  # the third run found its views computed
             run |= {"teacher_cache": {"views": 2, "computed": 2 if filled else 0, "seconds": filled}}
-            run["remarks"] = ["what its teacher says of 2 views of each sample was kept; computing 2 of them took 4.0 s", "it was odd"]
+            run["remarks"] = ["it was odd"]
     write_json(root / "study.json", study)
     page = write_report(root).read_text()
     found = pd.read_csv(root / "report" / "tables" / "costs.csv").set_index("entry")
@@ -485,7 +485,6 @@ def test_costs_are_means_over_runs_and_the_cache_stands_beside_them(tmp_path):
     assert found.loc["small", ["cache_views", "cache_fill_s"]].isna().all()
     assert found.loc["taught", ["epoch_s", "run_s", "cache_views", "cache_fill_s"]].to_list() == pytest.approx([0.6, 2.8, 2, 5.0])
     assert "seconds in which a run filled its teacher cache" in page
-    assert "computing 2 of them took" not in page
     assert "it was odd" in page
 
 

@@ -272,6 +272,7 @@ def _study(config_path: Path, out: Path, overrides: list[str], *, only: str | No
     with on or nullcontext(HERE) as engine, StudyProgress(chosen) as watcher:
         runs = run_study(made, out, watcher, chosen=chosen, engine=engine)
     if waiting := left(out):
+        _tell_remarks(runs)
         _tell_failures(runs)
         print(f"{len(waiting)} runs are left to other processes: {', '.join(waiting)}; whoever ends the last of them writes the report")
         _next(_same_study(config_path, out, overrides))
@@ -366,14 +367,26 @@ def _finish(out: Path, runs: list[dict[str, Any]]) -> None:
     from raredistill.report import summary_table
 
     show_table(records(summary_table(out)), "test results, mean over folds and seeds")
+    _tell_remarks(runs)
     _report(out)
     _tell_failures(runs)
 
 
-def _tell_failures(runs: list[dict[str, Any]]) -> None:
+def _tell_remarks(runs: list[dict[str, Any]]) -> None:
+    remarks: dict[str, list[str]] = {}
     for record in runs:
         for remark in record.get("remarks", ()):
-            print(f"remark: {record['id']}: {remark}", file=sys.stderr)
+            remarks.setdefault(remark, []).append(record["id"])
+    for remark, names in remarks.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"remark: {names[0]}{others}: {remark}", file=sys.stderr)
+    caches = [record["teacher_cache"] for record in runs if record.get("teacher_cache")]
+    if caches:
+        computed, seconds = (sum(cache[key] for cache in caches) for key in ("computed", "seconds"))
+        print(f"teacher cache: {computed} views were computed in {seconds:.1f} s, for {len(caches)} students", file=sys.stderr)
+
+
+def _tell_failures(runs: list[dict[str, Any]]) -> None:
     failed = [record for record in runs if record["status"] == "failed"]
     for record in failed:
         print(f"failed: {record['id']}: {record['error']}", file=sys.stderr)

@@ -11,7 +11,6 @@ from raredistill.evaluation.compare import holm
 from raredistill.evaluation.differences import FEW_PATIENTS, Differences, Evidence, combine, weigh
 from raredistill.report.pairs import Pair
 from raredistill.report.results import Results
-from raredistill.study.cache import REMARK
 
 LEVEL = 0.05
 BASES = {
@@ -41,7 +40,7 @@ def family(pairs: list[Pair], rare: str) -> str:
     tested = [pair.entry for pair in pairs if not pair.problem]
     if not tested:
         return "Nothing could be tested, so no p value was adjusted."
-    others = "All other p values of this page (other metrics, the trend over sizes, footnotes) are not adjusted: they describe."
+    others = "All other p values of this page (other metrics, the trend over sizes, footnotes) are not adjusted: they describe. Tests over several data sets, where there are any, are a family of their own."
     if len(tested) == 1:
         return f"Holm's family has one comparison, {rare} F1 by slice of {tested[0]} against its control, so its p is as it was. {others}"
     named = ", ".join(tested)
@@ -172,8 +171,7 @@ def cautions(results: Results) -> list[str]:
     unfinished = len(study["runs"]) - len(results.runs)
     if unfinished:
         said.append(f"This study is unfinished: {unfinished} of {len(study['runs'])} runs are missing or failed.")
-    # What the teacher cache cost stands among the costs.
-    said += [f"{run['id']}: {each}." for run in results.runs for each in run.get("remarks", ()) if not each.startswith(REMARK)]
+    said += [f"{run['id']}: {each}." for run in results.runs for each in run.get("remarks", ())]
     if generated(study):
         said.append("The cohort is generated (a phantom): its numbers say nothing about patients.")
     if study["cohort"]["patients"] == study["cohort"]["samples"]:

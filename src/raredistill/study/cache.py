@@ -28,9 +28,6 @@ from raredistill.training.cache import Kept, Table, look
 FOLDER = "teacher-cache"
 """Beside the runs; it may be deleted at any time, and is then computed again."""
 
-REMARK = "what its teacher says of"
-"""How the remark on its cost begins; the report tells it among the costs."""
-
 
 class Cache:
     """Puts what a run's teacher says of its training views in the teacher's place, where the run asks for that.
@@ -44,7 +41,7 @@ class Cache:
 
     Attributes:
         facts: what it took, for the run's record: ``views``, how many of them this run ``computed``, and in how many ``seconds``.
-        remarks: the same in words, and which files were damaged.
+        remarks: which files were damaged.
     """
 
     def __init__(self, run: Run, cohort: Cohort, fabric: Fabric, runs: Path, on_view: Callable[[int, int], None]) -> None:
@@ -68,8 +65,6 @@ class Cache:
         found = [self._view(lambda view: look(taught, batches(), view, features=self._features), view, views) for view in range(views)]
         seconds = [spent for _, spent in found if spent]
         self.facts = {"views": views, "computed": len(seconds), "seconds": round(sum(seconds), 3)}
-        cost = f"computing {len(seconds)} of them took {sum(seconds):.1f} s" if seconds else "an earlier run had computed it"
-        self.remarks.append(f"{REMARK} {views} view{'s' if views > 1 else ''} of each sample was kept; {cost}")
         return Kept([table for table, _ in found], self._run.split.train, self._fabric.device)
 
     def _view(self, compute: Callable[[int], Table], view: int, views: int) -> tuple[Table, float]:
