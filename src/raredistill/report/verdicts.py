@@ -40,7 +40,10 @@ def family(pairs: list[Pair], rare: str) -> str:
     tested = [pair.entry for pair in pairs if not pair.problem]
     if not tested:
         return "Nothing could be tested, so no p value was adjusted."
-    others = "All other p values of this page (other metrics, the trend over sizes, footnotes) are not adjusted: they describe. Tests over several data sets, where there are any, are a family of their own."
+    others = (
+        "All other p values of this page (other metrics, the trend over sizes, footnotes) are not adjusted: they describe. "
+        "Tests over several data sets, where there are any, are a family of their own."
+    )
     if len(tested) == 1:
         return f"Holm's family has one comparison, {rare} F1 by slice of {tested[0]} against its control, so its p is as it was. {others}"
     named = ", ".join(tested)
