@@ -47,6 +47,26 @@ def write_tiny(root: Path, *, patients: dict[str, int] | None = None, slices: in
     return save(root, rows, pixels, classes=("healthy", "HGG", "LGG"), size=(size, size), provenance={"kind": "test"})
 
 
+class Silent:
+    """Watches a study and says nothing: runs that were trained and reused, and views of teachers that were kept."""
+
+    def __init__(self):
+        self.trained, self.reused, self.views = [], [], []
+
+    def run_started(self, run, epochs):
+        self.trained.append(run.id)
+
+    def view_kept(self, run, done, total):
+        self.views.append((run.entry.name, run.split.fold, done, total))
+
+    def epoch_done(self, run, record):
+        pass
+
+    def run_done(self, run, record, *, reused):
+        if reused:
+            self.reused.append(run.id)
+
+
 @pytest.fixture(scope="session")
 def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
     """18 patients, 108 slices of 16 x 16, two channels."""

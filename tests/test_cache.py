@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import write_tiny
+from conftest import Silent, write_tiny
 from raredistill.augment import PRESETS
 from raredistill.batches import Batches
 from raredistill.config import StudyConfig, make_study
@@ -32,23 +32,6 @@ RUNS = [
 ]
 
 
-class Watched:
-    def __init__(self):
-        self.views, self.reused = [], []
-
-    def run_started(self, run, epochs):
-        pass
-
-    def view_kept(self, run, done, total):
-        self.views.append((run.entry.name, run.split.fold, done, total))
-
-    def epoch_done(self, run, record):
-        pass
-
-    def run_done(self, run, record, *, reused):
-        self.reused += [run.id] if reused else []
-
-
 def study(cohort, runs=RUNS, **training):
     raw = {
         "name": "s", "cohort": str(cohort.root), "channels": ["flair"], "splits": {"folds": 2, "validation_share": 0.34}, "runs": runs,
@@ -60,7 +43,7 @@ def study(cohort, runs=RUNS, **training):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     cohort = write_tiny(tmp_path_factory.mktemp("cohort") / "c", patients={"HGG": 16, "LGG": 12})
-    made, out, watched = study(cohort), tmp_path_factory.mktemp("cached"), Watched()
+    made, out, watched = study(cohort), tmp_path_factory.mktemp("cached"), Silent()
     return made, out, run_study(made, out, watched), watched
 
 

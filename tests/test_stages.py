@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from conftest import write_tiny
+from conftest import Silent, write_tiny
 from raredistill import predictions
 from raredistill.config import StudyConfig, make_study
 from raredistill.errors import ConfigError
@@ -90,20 +90,6 @@ def test_without_validation_tau_is_not_chosen(layer, train):
         refine("tau_norm", layer, train, None, classes=3, metric="macro_f1", epochs=1, seed=0)
     with pytest.raises(ConfigError, match="ends in CosineHead"):
         classifier_of(create("small_cnn", channels=1, classes=3, image_size=16, head="cosine"))
-
-
-class Silent:
-    def run_started(self, run, epochs):
-        pass
-
-    def view_kept(self, run, done, total):
-        pass
-
-    def epoch_done(self, run, record):
-        pass
-
-    def run_done(self, run, record, *, reused):
-        pass
 
 
 def test_a_study_changes_nothing_but_the_last_layer_and_moves_logits_by_the_prior(tmp_path):

@@ -10,7 +10,7 @@ import safetensors.torch
 import timm
 import torch
 
-from conftest import write_tiny
+from conftest import Silent, write_tiny
 from raredistill import predictions
 from raredistill.checkpoint import load
 from raredistill.cohort.prepare import prepare
@@ -34,24 +34,6 @@ RUNS = [
     {"name": "large", "model": "cifar_resnet8", "channels": ["flair", "t1ce"]},
     {"name": "again", "model": "small_cnn", "teacher": "taught"},
 ]
-
-
-class Silent:
-    def __init__(self):
-        self.trained, self.reused = [], []
-
-    def run_started(self, run, epochs):
-        self.trained.append(run.id)
-
-    def view_kept(self, run, done, total):
-        pass
-
-    def epoch_done(self, run, record):
-        pass
-
-    def run_done(self, run, record, *, reused):
-        if reused:
-            self.reused.append(run.id)
 
 
 class Interrupted(Silent):

@@ -24,7 +24,7 @@ import torch
 import yaml
 from PIL import Image
 
-from conftest import write_tiny
+from conftest import Silent, write_tiny
 from raredistill import cli
 from raredistill.cohort.prepare import prepare
 from raredistill.cohort.sources.registry import open_source
@@ -47,24 +47,16 @@ CONFIG = {
 }  # fmt: skip
 
 
-class Diary:
+class Diary(Silent):
     """Writes down which runs a process has trained."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
 
     def run_started(self, run, epochs):
         with self.path.open("a") as handle:
             handle.write(f"{run.id}\n")
-
-    def view_kept(self, run, done, total):
-        pass
-
-    def epoch_done(self, run, record):
-        pass
-
-    def run_done(self, run, record, *, reused):
-        pass
 
 
 def train(folder: Path, out: Path) -> None:

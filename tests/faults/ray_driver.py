@@ -19,7 +19,7 @@ import yaml
 from driver import CONFIG
 from ray.cluster_utils import Cluster
 
-from conftest import write_tiny
+from conftest import Silent, write_tiny
 from raredistill import cli
 from raredistill.cohort.store import Cohort
 from raredistill.config import StudyConfig, make_study
@@ -29,20 +29,6 @@ from raredistill.study.run import Study, run_study
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
-
-
-class Silent:
-    def run_started(self, run, epochs):
-        pass
-
-    def view_kept(self, run, done, total):
-        pass
-
-    def epoch_done(self, run, record):
-        pass
-
-    def run_done(self, run, record, *, reused):
-        pass
 
 
 def slowly(job, run, records, threads, work=on_ray.work):
