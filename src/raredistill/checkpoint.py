@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from raredistill.errors import CheckpointError
@@ -144,11 +144,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], kind: str, record: Any) ->
     text = json.dumps(record)
     metadata = {"format": "pt", "kind": kind, "record": text, "sha256": _digest(plain, kind, text)}
     with atomic(path) as temporary:
-        try:
-            save_file(plain, temporary, metadata=metadata)
-        except SafetensorError as error:
-            # Its message ends with "No space left on device (os error 28)" or the like.
-            raise OSError(f"{path}: cannot be written ({error})") from None
+        # Not save_file: it writes to a file of its own naming first, which a kill would leave behind.
+        temporary.write_bytes(serialised(plain, metadata=metadata))
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
