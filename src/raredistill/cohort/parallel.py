@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import multiprocessing
 import os
@@ -18,11 +17,12 @@ import torch
 
 from raredistill.cohort.sources import Unit
 from raredistill.errors import DataError
+from raredistill.memory import keep_freed
 from raredistill.processes import end_with_parent
 
 Outcome = TypeVar("Outcome")
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's ``mallopt``."""
+LARGEST_KEPT = 2**25
+"""Bytes of the largest block that a worker keeps for its next patient."""
 
 
 def cores() -> int:
@@ -98,16 +98,5 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
-    keep_memory()
+    keep_freed(LARGEST_KEPT)
     torch.set_num_threads(1)
-
-
-def keep_memory() -> None:
-    """Let freed volumes be used again: what goes back to the system comes back empty page by page, a tenth of a worker's time.
-
-    Only where the C library is glibc; elsewhere nothing changes.
-    """
-    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
-    if adjust is not None:
-        adjust(TRIM_THRESHOLD, 2**31 - 1)
-        adjust(MMAP_THRESHOLD, 2**25)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from raredistill.batches import Batch, Batches
 from raredistill.distill.contract import Outputs
+from raredistill.memory import keep_freed
 from raredistill.metrics import metrics_from_confusion
 from raredistill.models import Network
 from raredistill.training.devices import MemoryEndedError, Team
-from raredistill.training.memory import keep_freed_memory
 from raredistill.training.objectives import Objective
 from raredistill.training.optimizers import Plateau, check_schedule, climb, learning_rate, make_optimizer, set_learning_rate
 from raredistill.training.resume import (
@@ -35,6 +35,8 @@ from raredistill.training.resume import (
 from raredistill.training.settings import Settings
 
 Weights = dict[str, Tensor]
+LARGEST_KEPT = 2**30
+"""Bytes of the largest block that a process keeps for its next step on the CPU."""
 
 
 @dataclass
@@ -145,7 +147,7 @@ class Trainer:
         self.model, self.optimizer = fabric.setup(network, make_optimizer(network, settings, objective.trainable))
         self.model.mark_forward_method("see")
         if fabric.device.type == "cpu":
-            keep_freed_memory()
+            keep_freed(LARGEST_KEPT)
         self.average = _moving_average(network, settings.ema_decay)
         network.compile_body(settings.compile, training=True)
         self.plateau = Plateau(settings) if settings.schedule == "plateau" else None
