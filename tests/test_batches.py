@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,7 +190,28 @@ def test_pixels_that_exceed_the_memory_are_streamed_or_refused_before_training(t
     assert len(list(batches(tiny_cohort, "resident").epoch(0))) == 6
 
 
-def testfree_memory_is_the_least_of_the_machines_and_what_a_container_grants(tmp_path, monkeypatch):
+def test_resident_pixels_are_counted_for_each_process_that_holds_them(tiny_cohort, monkeypatch):
+    needed = 90 * 2 * tiny_cohort.size[0] * tiny_cohort.size[1]
+    monkeypatch.setattr("raredistill.memory.available", lambda: 2 * needed - 1)
+    with pytest.raises(ConfigError, match="residence: 90 samples"):
+        batches(tiny_cohort, "resident", share=(0, 2))
+    assert len(batches(tiny_cohort, "resident")) == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of other systems has no such switch")
+def test_what_a_process_keeps_for_its_next_step_counts_as_free():
+    def own():
+        return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+    memory.keep_freed(2**30)
+    before = own()
+    torch.ones(2**26)  # 256 MiB, freed at once
+    assert own() > before + 2**27  # kept
+    memory.available()
+    assert own() < before + 2**27  # given back
+
+
+def test_free_memory_is_the_least_of_the_machines_and_what_a_container_grants(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable: 700 kB\n")
     (tmp_path / "group").write_text("0::/outer/inner\n")
     inner = tmp_path / "groups" / "outer" / "inner"
