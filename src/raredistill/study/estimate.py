@@ -15,7 +15,7 @@ from raredistill.batches import RESIDENT_SHARE, free_memory
 from raredistill.cohort.store import Cohort
 from raredistill.files import lock_if_free
 from raredistill.study.drafts import RECORD, unfinished
-from raredistill.study.execute import lock_of, pixels_of
+from raredistill.study.execute import lock_of, pixels_of, too_large
 from raredistill.study.measure import Cost, kind_of, measure
 from raredistill.study.plan import Run
 from raredistill.study.schedule import Task, critical_path, makespan
@@ -105,7 +105,7 @@ def _expect(run: Run, cohort: Cohort, out: Path, cost: Cost) -> Forecast:
     disk = cost.results + 2 * held_out * cost.row + settings.epochs * EPOCH_LOG
     return Forecast(
         run, status, seconds=_seconds(run, cost, max(settings.epochs - begun, 0)), memory=cost.memory + pixels, disk=int(disk),
-        working=2 * cost.state, residence=settings.residence, problem=_problem(settings.residence, pixels, cost),
+        working=2 * cost.state, residence=settings.residence, problem=_problem(run, cohort, pixels, cost),
     )  # fmt: skip
 
 
@@ -129,10 +129,9 @@ def _status(run: Run, out: Path) -> tuple[str, int]:
     return (f"begun, {done} of {run.entry.settings.epochs} epochs", done) if log.is_file() else ("to do", 0)
 
 
-def _problem(residence: str, pixels: int, cost: Cost) -> str:
-    free = free_memory(cost.device)
-    if pixels > free:
-        return f"residence: {residence}, but its pixels take {size(pixels)} and {cost.device} has {size(free)} free; set residence=auto"
+def _problem(run: Run, cohort: Cohort, pixels: int, cost: Cost) -> str:
+    if pixels and (problem := too_large(run, cohort, cost.device)):
+        return problem
     if cost.device.type == "cpu" or cost.memory + pixels <= torch.cuda.mem_get_info(cost.device)[1]:
         return ""
     return f"it takes {size(cost.memory + pixels)}, more than {cost.device} has; set a smaller batch_size, or residence=streamed"

@@ -151,13 +151,20 @@ def refuse_too_large(plan: Sequence[Run], cohort: Cohort, out: Path) -> None:
         settings = run.entry.settings
         if settings.residence == "resident" and not (out / "runs" / run.id).is_dir():
             device = make_fabric(settings.accelerator, settings.precision).device
-            holders = settings.devices if device.type == "cpu" else 1
-            needed, free = holders * pixels_of(run, cohort), free_memory(device)
-            if needed > free:
-                raise ConfigError(
-                    f"runs {run.entry.name}: residence is resident, but its pixels take {needed / 1e9:.3g} GB and {device} has "
-                    f"{free / 1e9:.3g} GB free; set residence=auto or streamed, prepare with a smaller --size, or name fewer channels"
-                )
+            if problem := too_large(run, cohort, device):
+                raise ConfigError(f"runs {run.entry.name}: {problem}")
+
+
+def too_large(run: Run, cohort: Cohort, device: torch.device) -> str:
+    """Why a run's resident pixels do not fit on a device, with the cure; empty when they do."""
+    holders = run.entry.settings.devices if device.type == "cpu" else 1
+    needed, free = holders * pixels_of(run, cohort), free_memory(device)
+    if needed <= free:
+        return ""
+    return (
+        f"residence is resident, but its pixels take {needed / 1e9:.3g} GB and {device} has {free / 1e9:.3g} GB free; "
+        "set residence=auto or streamed, prepare with a smaller --size, or name fewer channels"
+    )
 
 
 def lock_of(out: Path, run: str) -> Path:

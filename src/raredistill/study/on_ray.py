@@ -194,6 +194,7 @@ class _Study:
         self.fit = time.monotonic()
 
     def carry_out(self, plan: Sequence[Run]) -> None:
+        """Submit runs as their teachers are done, and follow them, until the last has ended."""
         waiting = list(plan)
         while waiting or self.running:
             with whole():  # inside Ray's own code a signal ends the process without a word
