@@ -265,21 +265,33 @@ def _check_teaching(entry: Entry, teachers: Sequence[Entry], cohort: Cohort, spl
 
 
 def _check_together(entry: Entry) -> None:
-    settings = entry.settings
     method = None if entry.teacher is None else method_class(entry.method, entry.method_options)
-    needs = () if method is None else method.wants(entry.method_options)
-    own = ["the only loss on labels"] if method is not None and method.own_loss else []
-    mixing = settings.mixing != "none"
-    refused = {
+    refused = {**_loss_conflicts(entry), **_speed_conflicts(entry, method), **_teaching_conflicts(entry, method)}
+    if found := [message for message, wrong in refused.items() if wrong]:
+        raise ConfigError(f"runs {entry.name}: {'; '.join(found)}")
+
+
+def _loss_conflicts(entry: Entry) -> dict[str, bool]:
+    """What a loss, its weights and a second stage cannot do together; each message with whether it holds."""
+    settings = entry.settings
+    return {
         "loss ldam needs cosines, but head is not cosine: set head: cosine": settings.loss == "ldam" and entry.head != "cosine",
         f"deferred: {settings.deferred} weighs classes that loss {settings.loss} weighs already; use cross_entropy or deferred: none": (
             settings.deferred != "none" and settings.loss in ("weighted_cross_entropy", "class_balanced_focal")
         ),
-        f"method {entry.method} brings its own loss on labels, but loss is {settings.loss}; leave loss at cross_entropy": (
-            method is not None and bool(method.own_loss) and (settings.loss, settings.deferred) != ("cross_entropy", "none")
+        f"stage {settings.stage} changes a linear classifier, but head is cosine": settings.stage != "none" and entry.head == "cosine",
+        f"stage logit_adjustment takes the training prior off, but {_corrected(entry)} has done so already; use stage: none": (
+            settings.stage == "logit_adjustment" and bool(_corrected(entry))
         ),
+    }
+
+
+def _speed_conflicts(entry: Entry, method: Any) -> dict[str, bool]:
+    """What a teacher cache, compiling and several devices cannot do."""
+    settings, needs = entry.settings, _needs(entry, method)
+    return {
         f"teacher_cache keeps what a teacher says of each sample's views, but mixing: {settings.mixing} shows two samples in one": (
-            settings.teacher_cache is not None and mixing
+            settings.teacher_cache is not None and settings.mixing != "none"
         ),
         f"compile: {settings.compile} is for one device, but devices: {settings.devices}; use compile: none": (
             settings.compile != "none" and settings.devices > 1
@@ -302,15 +314,23 @@ def _check_together(entry: Entry) -> None:
         f"method {entry.method} relates the samples of a batch to each other, but devices: {settings.devices} divides it; set devices: 1": (
             settings.devices > 1 and method is not None and method.within_batch
         ),
+    }
+
+
+def _teaching_conflicts(entry: Entry, method: Any) -> dict[str, bool]:
+    """What a method, its teachers and mixed samples cannot do together."""
+    settings, needs = entry.settings, _needs(entry, method)
+    own = ["the only loss on labels"] if method is not None and method.own_loss else []
+    mixing = settings.mixing != "none"
+    return {
+        f"method {entry.method} brings its own loss on labels, but loss is {settings.loss}; leave loss at cross_entropy": (
+            method is not None and bool(method.own_loss) and (settings.loss, settings.deferred) != ("cross_entropy", "none")
+        ),
         f"method {entry.method} looks at labels, but mixing: {settings.mixing} gives each sample two; use kd or mixing: none": (
             mixing and "labels" in needs
         ),
         f"cross_fit keeps patients from their teachers, but mixing: {settings.mixing} mixes patients; use mixing: none": (
             mixing and bool(entry.cross_fit)
-        ),
-        f"stage {settings.stage} changes a linear classifier, but head is cosine": settings.stage != "none" and entry.head == "cosine",
-        f"stage logit_adjustment takes the training prior off, but {_corrected(entry)} has done so already; use stage: none": (
-            settings.stage == "logit_adjustment" and bool(_corrected(entry))
         ),
         f"online: {entry.online} trains entries of this study beside the student; name one or more with teacher:": (
             entry.online != "no" and not entry.teachers
@@ -323,8 +343,10 @@ def _check_together(entry: Entry) -> None:
         ),
         "cross_fit needs one teacher of this study": bool(entry.cross_fit) and entry.teacher is not None and len(entry.teachers) != 1,
     }
-    if found := [message for message, wrong in refused.items() if wrong]:
-        raise ConfigError(f"runs {entry.name}: {'; '.join(found)}")
+
+
+def _needs(entry: Entry, method: Any) -> tuple[str, ...]:
+    return () if method is None else method.wants(entry.method_options)
 
 
 def _corrected(entry: Entry) -> str:
