@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,13 +11,13 @@ from annotated_types import Ge, Interval, MinLen
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from raredistill.cohort.store import MASK, Cohort
-from raredistill.distill.consistent import taught_prior
 from raredistill.distill.contract import Shape
 from raredistill.distill.registry import make_method, method_class
 from raredistill.errors import ConfigError
 from raredistill.files import fingerprint, parse_yaml
 from raredistill.losses import carried_prior, make_loss
 from raredistill.models import facts, widths
+from raredistill.options import did_you_mean
 from raredistill.splits import Split, make_splits
 from raredistill.study.plan import Entry, External
 from raredistill.study.run import Study
@@ -189,8 +188,7 @@ def _mistake(item: dict[str, Any], model: Any) -> str:
     if item["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: {item['msg'].lower()} (it is {item['input']!r:.60})"
     known = _known_keys(model, item["loc"])
-    close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-    return f"{where}: unknown key; " + (f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}")
+    return f"{where}: unknown key" + (did_you_mean(str(item["loc"][-1]), known) or f"; the keys are {', '.join(known)}")
 
 
 def _known_keys(model: Any, place: tuple[int | str, ...]) -> list[str]:
@@ -353,7 +351,8 @@ def _corrected(entry: Entry) -> str:
     """What takes the training prior off the logits during training, for a message; empty when nothing is known to."""
     settings, counts = entry.settings, torch.tensor([1.0, 2.0])
     if entry.teacher is not None:
-        return f"method {entry.method}" if taught_prior(entry.method, counts, entry.method_options) is not None else ""
+        method = method_class(entry.method, entry.method_options)
+        return f"method {entry.method}" if method.carries(counts, entry.method_options) is not None else ""
     carried = carried_prior(settings.loss, counts=counts, sampler=settings.sampler, deferred=settings.deferred, **settings.loss_options)
     if carried is None or settings.mixing != "none" or abs(carried[0] - 1 / 3) < 1e-6:
         return ""

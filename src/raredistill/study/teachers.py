@@ -16,13 +16,13 @@ from raredistill import predictions
 from raredistill.batches import Batch
 from raredistill.checkpoint import Promise, load, read_safetensors
 from raredistill.cohort.store import Cohort
-from raredistill.distill.consistent import corrects, taught_prior
-from raredistill.distill.contract import Facts, Outputs, Shape
+from raredistill.distill.contract import Facts, Shape
 from raredistill.distill.imbalance import shrunk_recall
 from raredistill.distill.registry import method_class
 from raredistill.errors import CheckpointError, ConfigError
 from raredistill.losses import carried_prior, estimate_prior, make_loss
 from raredistill.models import Network, create, restore
+from raredistill.outputs import Outputs
 from raredistill.sampling import POWERS
 from raredistill.splits import Split
 from raredistill.study.plan import Entry, External, Run
@@ -128,7 +128,7 @@ def prior_of(entry: Entry, counts: Tensor) -> tuple[float, ...] | None:
         return None
     if entry.teacher is not None:
         # What a student's logits carry also depends on its teacher's: only a consistent method says it.
-        return taught_prior(entry.method, counts, entry.method_options)
+        return method_class(entry.method, entry.method_options).carries(counts, entry.method_options)
     if settings.mixing != "none":
         return None
     return carried_prior(settings.loss, counts=counts, sampler=settings.sampler, deferred=settings.deferred, **settings.loss_options)
@@ -170,8 +170,7 @@ def _expected_prior(entry: Entry, teachers: Sequence[Entry], counts: Tensor, *, 
 def _reliability(run: Run, cohort: Cohort, teachers: Sequence[Teacher], runs: Path) -> Tensor | None:
     """Recalls of the corrected teachers: out of fold where they are cross-fitted, on validation otherwise; None without either."""
     part = "test" if run.entry.cross_fit else "validation"
-    options = run.entry.method_options
-    shift = corrects(run.entry.method, options) * options.get("tau", 1.0)
+    shift = method_class(run.entry.method, run.entry.method_options).corrects(run.entry.method_options)
     found = []
     for source, teacher in zip(run.teachers, teachers, strict=False):
         logits, labels = _seen_by(source, runs, part)
