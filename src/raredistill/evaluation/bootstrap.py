@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ from scipy import stats
 from raredistill.errors import ConfigError, DataError
 from raredistill.evaluation.ranking import rank
 from raredistill.metrics import metrics_from_margins
+from raredistill.options import did_you_mean
 from raredistill.predictions import Predictions
 
 Floats = NDArray[np.float64]
@@ -256,9 +256,9 @@ def parse_metric(metric: str, classes: tuple[str, ...]) -> tuple[str, int]:
     name, colon, which = metric.partition(":")
     known = [*_OVERALL, *(f"{each}:{label}" for each in (*_COUNTED, *_RANKED) for label in classes)]
     if metric not in known:
-        near = difflib.get_close_matches(metric, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown metric {metric!r}{hint} (overall: {', '.join(_OVERALL)}; by class: f1:{classes[-1]} and so on)")
+        raise ConfigError(
+            f"unknown metric {metric!r}{did_you_mean(metric, known)} (overall: {', '.join(_OVERALL)}; by class: f1:{classes[-1]} and so on)"
+        )
     return name, classes.index(which) if colon else -1
 
 
