@@ -10,6 +10,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from raredistill.errors import DataError
+from raredistill.evaluation.ranking import placements
 
 
 def corrected_resampled_t(differences: ArrayLike, *, train_size: float, test_size: float) -> tuple[float, float]:
@@ -166,7 +167,7 @@ def delong(positive: ArrayLike, first: ArrayLike, second: ArrayLike) -> tuple[fl
     truth = np.asarray(positive, dtype=bool).ravel()
     if truth.sum() < 2 or (~truth).sum() < 2:
         raise DataError(f"DeLong's test needs two patients of each kind, not {int(truth.sum())} and {int((~truth).sum())}")
-    parts = [_placements(truth, np.asarray(score, dtype=np.float64).ravel()) for score in (first, second)]
+    parts = [placements(truth, np.asarray(score, dtype=np.float64).ravel()) for score in (first, second)]
     areas = [float(above.mean()) for above, _ in parts]
     spread = [np.cov(np.stack([part[kind] for part in parts])) / len(parts[0][kind]) for kind in (0, 1)]
     variance = float(sum(each[0, 0] + each[1, 1] - 2 * each[0, 1] for each in spread))
@@ -174,15 +175,6 @@ def delong(positive: ArrayLike, first: ArrayLike, second: ArrayLike) -> tuple[fl
     if error < 1e-12:
         return areas[0], areas[1], 0.0, float(areas[0] == areas[1])
     return areas[0], areas[1], error, float(2 * stats.norm.sf(abs(areas[0] - areas[1]) / error))
-
-
-def _placements(truth: NDArray[np.bool_], score: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Share of negatives below each positive, and of positives above each negative, ties counting half."""
-    together = stats.rankdata(score)
-    positives, negatives = int(truth.sum()), int((~truth).sum())
-    above = (together[truth] - stats.rankdata(score[truth])) / negatives
-    below = 1 - (together[~truth] - stats.rankdata(score[~truth])) / positives
-    return above, below
 
 
 def _corrected(differences: ArrayLike, train_size: float, test_size: float) -> tuple[float, float, int]:

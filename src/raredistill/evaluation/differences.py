@@ -11,16 +11,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from raredistill.errors import DataError
-from raredistill.evaluation.bootstrap import check_same, p_of_draws, paired_draws, parse_metric, tested_once
+from raredistill.evaluation.bootstrap import check_same, p_of_draws, paired_draws, tested_once
 from raredistill.evaluation.compare import bayesian_correlated_t, corrected_error, corrected_interval, corrected_resampled_t, detectable
-from raredistill.metrics import auprc, auroc, confusion_matrix, metrics_from_confusion
+from raredistill.evaluation.sums import NEEDS, RANKED, lacks_probabilities, parse_metric, patient_sums, scores_of
+from raredistill.metrics import auprc, auroc
 from raredistill.predictions import Predictions
 
 Floats = NDArray[np.float64]
 
 ROPE = 0.01
-_RANKED = ("auprc", "auroc")
-_NEEDS = "{metric} needs probabilities, and only hard labels are known; choose f1, recall, precision or macro_f1"
 _ABSENT = "{metric} has no value on these predictions: its class has no samples here; choose another class or part"
 FEW_SPLITS = 3
 """With two splits the corrected t-test has one degree of freedom and finds nothing."""
@@ -101,9 +100,7 @@ def differences_of(
     Raises:
         ConfigError: unknown metric or class.
     """
-    problems = {
-        metric: _NEEDS.format(metric=metric) for metric in metrics if control.hard and parse_metric(metric, control.classes)[0] in _RANKED
-    }
+    problems = {metric: NEEDS.format(metric=metric) for metric in metrics if lacks_probabilities(control, metric)}
     known = [metric for metric in metrics if metric not in problems]
     make = _by_fold if in_folds(control) else _by_draw
     found = dict(zip(known, make(control, other, known, sizes, resamples, seed), strict=True))
@@ -185,18 +182,16 @@ def metric_of(predictions: Predictions, metric: str) -> float:
 
 
 def _metrics_of(predictions: Predictions, metrics: Sequence[str], rows: NDArray[np.int64]) -> list[float]:
-    label, probability = predictions.labels()[rows], predictions.probabilities()[rows]
-    counted = metrics_from_confusion(confusion_matrix(label, probability.argmax(axis=1), len(predictions.classes)))
-    found = []
-    for metric in metrics:
-        name, place = parse_metric(metric, predictions.classes)
-        if name in _RANKED and predictions.hard:
-            raise DataError(_NEEDS.format(metric=metric))
-        if name in _RANKED:
-            found.append((auprc if name == "auprc" else auroc)(label == place, probability[:, place]))
-        else:
-            found.append(float(counted[name] if place < 0 else counted[name][place]))
-    return found
+    chosen = predictions.rows(rows)
+    if lacking := [metric for metric in metrics if lacks_probabilities(predictions, metric)]:
+        raise DataError(NEEDS.format(metric=lacking[0]))
+    parsed = [parse_metric(metric, predictions.classes) for metric in metrics]
+    sums = patient_sums(chosen, np.zeros(len(rows), dtype=np.int64), 1)[0]
+    return [_area(chosen, name, place) if name in RANKED else float(scores_of(sums, [(name, place)])[0]) for name, place in parsed]
+
+
+def _area(predictions: Predictions, name: str, place: int) -> float:
+    return (auprc if name == "auprc" else auroc)(predictions.labels() == place, predictions.probabilities()[:, place])
 
 
 def side_sizes(predictions: Predictions) -> tuple[float, float]:

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 
 from raredistill.errors import DataError
-from raredistill.evaluation.bootstrap import check_same, parse_metric
+from raredistill.evaluation.bootstrap import check_same
 from raredistill.evaluation.compare import wilcoxon_over_datasets
 from raredistill.evaluation.differences import FEW_PATIENTS, in_folds, side_sizes
 from raredistill.evaluation.levels import by_patient, has_patients
+from raredistill.evaluation.sums import parse_metric
 from raredistill.predictions import Predictions, concatenate, read
 from raredistill.report.pairs import Pair, compared, comparisons, metrics_of
 from raredistill.report.results import Results, read_results
