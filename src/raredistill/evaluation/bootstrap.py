@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ from scipy import stats
 
 from raredistill.errors import ConfigError, DataError
 from raredistill.evaluation.ranking import rank
-from raredistill.evaluation.sums import NEEDS, RANKED, lacks_probabilities, parse_metric, patient_sums, scores_of
+from raredistill.evaluation.sums import LOSSES, NEEDS, RANKED, lacks_probabilities, parse_metric, patient_sums, scores_of
 from raredistill.predictions import Predictions
 
 Floats = NDArray[np.float64]
@@ -70,7 +71,9 @@ def patient_intervals(
         intervals: wanted.
 
     Returns:
-        Estimate, and low and high by kind of interval, of each metric; NaN where it has no value.
+        Estimate, and low and high by kind of interval, of each metric; NaN where it has no value. Proportions of patients (recall,
+        specificity, precision and accuracy where each patient is one row) get Wilson's interval in place of both kinds, as do other scores
+        whose draws do not differ, with the number of patients that they rest on.
 
     Raises:
         ConfigError: unknown metric or class.
@@ -81,10 +84,56 @@ def patient_intervals(
     draws = np.concatenate([statistic(weights) for weights in _draws(patients, resamples, seed)], axis=1)
     estimates = statistic(_once(patients))[:, 0]
     skews = _accelerations(statistic, patients) if "bca" in intervals else np.zeros(len(estimates))
+    shares = [patient_share(predictions, metric) for metric in metrics]
     return [
-        (float(estimate), {kind: _interval(own, estimate, _tails(kind, own, estimate, skew)) for kind in intervals})
-        for estimate, own, skew in zip(estimates, draws, skews, strict=True)
-    ]
+        (float(estimate), {kind: _with_edge(metric, estimate, _interval(own, estimate, _tails(kind, own, estimate, skew)), share)
+                           for kind in intervals})
+        for metric, estimate, own, skew, share in zip(metrics, estimates, draws, skews, shares, strict=True)
+    ]  # fmt: skip
+
+
+def _with_edge(metric: Metric, estimate: float, limits: tuple[float, float], share: tuple[float, bool]) -> tuple[float, float]:
+    """Wilson's interval for a proportion of patients, and for any score whose draws do not differ: no spread is not certainty."""
+    number, proportion = share
+    if not isinstance(metric, str) or np.isnan(estimate) or not number or not (proportion or limits[0] == limits[1]):
+        return limits
+    if metric.partition(":")[0] in LOSSES:
+        return limits if limits[0] < limits[1] else (np.nan, np.nan)
+    if metric in ("mcc", "kappa"):
+        low, high = wilson((estimate + 1) / 2, number)
+        return 2 * low - 1, 2 * high - 1
+    return wilson(estimate, number)
+
+
+def wilson(share: float, number: float, level: float = 0.05) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a proportion.
+
+    Args:
+        share: seen, 0 to 1.
+        number: of independent units, patients.
+        level: two-sided.
+    """
+    squared = float(stats.norm.isf(level / 2)) ** 2
+    centre = (share + squared / (2 * number)) / (1 + squared / number)
+    half = math.sqrt(squared * (share * (1 - share) / number + squared / (4 * number**2))) / (1 + squared / number)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def patient_share(predictions: Predictions, metric: Metric) -> tuple[float, bool]:
+    """How many patients a score rests on, and whether it is a proportion of patients (one row each) rather than a score of their rows."""
+    if not isinstance(metric, str):
+        return 0.0, False
+    name, place = parse_metric(metric, predictions.classes)
+    of_row, patients = predictions.patients
+    labels, runs = predictions.labels(), len(runs_of(predictions))
+    single = len(of_row) == len(patients) * runs
+    if name == "precision" and single:
+        return float((predictions.probabilities().argmax(axis=1) == place).sum() / runs), True
+    if place < 0:
+        fewest = min(len(np.unique(of_row[labels == k])) for k in np.unique(labels))
+        return float(len(patients) if name == "accuracy" else fewest), single and name == "accuracy"
+    chosen = labels != place if name == "specificity" else labels == place
+    return float(len(np.unique(of_row[chosen]))), single and name in ("recall", "specificity")
 
 
 def paired_patient_bootstrap(

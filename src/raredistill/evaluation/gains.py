@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from scipy.optimize import brentq
 
 from raredistill.errors import DataError
 
@@ -24,6 +25,7 @@ FEWEST_PATIENTS = 10
 """With fewer tested patients of a kind a difference is described, not tested."""
 POWER = 0.8
 _NOTHING = 1e-12
+_FARTHEST = 1e6
 
 
 @dataclass(frozen=True)
@@ -261,19 +263,21 @@ def closed_gap(student: Contrast, teacher: Contrast, *, kept: float = 1.0, level
     Raises:
         DataError: as :func:`assess`.
     """
-    sides = [student, teacher, combine([student, teacher], [1, 1])]
-    numerator, denominator, both = assess(sides, kept=kept, level=level)
-    if denominator.low <= 0:
+    (advantage,) = assess([teacher], kept=kept, level=level)
+    if advantage.gain <= 0 or advantage.p >= level:
         return None
-    covariance = (both.variance - numerator.variance - denominator.variance) / 2
-    squared = float(stats.t.ppf(1 - level / 2, min(numerator.df, denominator.df))) ** 2
-    a = denominator.gain**2 - squared * denominator.variance
-    b = numerator.gain * denominator.gain - squared * covariance
-    c = numerator.gain**2 - squared * numerator.variance
-    if a <= 0:
-        return None
-    root = max(b * b - a * c, 0.0) ** 0.5
-    return numerator.gain / denominator.gain, (b - root) / a, (b + root) / a
+    share = student.gain / teacher.gain
+
+    def surplus(ratio: float) -> float:
+        return assess([combine([student, teacher], [1.0, -ratio])], kept=kept)[0].p - level
+
+    # The shares that the same test does not reject: Fieller's set, which is an interval since the teacher's advantage is shown.
+    ends = []
+    for step in (-0.1, 0.1):
+        while surplus(share + step) > 0 and abs(step) < _FARTHEST:
+            step *= 2
+        ends.append(float(brentq(surplus, share, share + step, xtol=1e-6)) if surplus(share + step) <= 0 else step * np.inf)
+    return share, ends[0], ends[1]
 
 
 def _parts(values: Floats, layout: Layout) -> dict[str, Floats]:
