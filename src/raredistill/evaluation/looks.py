@@ -57,11 +57,13 @@ class State:
     """Where one pair stands.
 
     Attributes:
-        outcome: ``open`` while it is trained on; ``floor`` where these patients cannot show the wanted gain; ``budget`` after the last look.
+        outcome: ``open`` while it is trained on; ``floor`` where these patients cannot show the wanted gain; ``budget`` after the
+            last look.
         look: repeats at which it was settled, or at which it was tested last.
         level: the alpha of that look.
         gain: what was found there, with its interval at the look's level.
         p_holm: adjusted over all pairs of the look.
+        history: repeats, gain and adjusted p of each look so far.
     """
 
     outcome: Outcome = "open"

@@ -142,5 +142,5 @@ def error_range(df: float) -> tuple[float, float]:
 
 
 def floor_sentence(plan: Forecast, what: str, patients: str) -> str:
-    """The floor in words: ``With these 66 rare patients no number of trainings finds gains in LGG F1 below 0.030.``"""
+    """Say what no number of trainings goes below."""
     return f"With {patients} no number of trainings finds gains in {what} below {plan.floor:.3f} (80 % power)."
