@@ -12,10 +12,10 @@ import argparse
 import sys
 
 import numpy as np
-from simulated_studies import LEARNERS, SCORES, Counts, calibrated, learned, scored, shift_for
 
 from raredistill.evaluation import gain_test
 from raredistill.evaluation.planning import Pilot, forecast
+from simulated_studies import LEARNERS, SCORES, Counts, calibrated, learned, scored, shift_for
 
 POWERS = (
     ("369 alike, noise 0.05", 5, 0.05, 0.65), ("369 alike, noise 0.05", 2, 0.05, 0.28), ("369 patients, noise 0.05", 5, 0.05, 0.27),

@@ -10,11 +10,11 @@ import argparse
 import sys
 
 import numpy as np
-from sim_gain import first_repeats
-from simulated_studies import SCORES, calibrated, scored, shift_for
 
 from raredistill.evaluation import gain_test
 from raredistill.evaluation.looks import Looks, settle
+from sim_gain import first_repeats
+from simulated_studies import SCORES, calibrated, scored, shift_for
 
 RULE = Looks((2, 4, 10), (0.01, 0.01, 0.03))
 
@@ -52,7 +52,8 @@ def main(studies: int) -> int:
             false = found["helps"] + found["harms"] if not gain else found["harms"]
             failed += false > limit
             print(
-                f"{'FAIL' if false > limit else 'ok  '} {name}, gain {gain:.2f}, margin {margin}, pairs {pairs}: helps {found['helps']:.1%}, "
+                f"{'FAIL' if false > limit else 'ok  '} {name}, gain {gain:.2f}, margin {margin}, pairs {pairs}: "
+                f"helps {found['helps']:.1%}, "
                 f"harms {found['harms']:.1%}, no practical difference {found['makes no practical difference']:.1%}; "
                 f"{found['repeats']:.1f} repeats of {RULE.looks[-1]}; peeking claims {found['peeking']:.1%}", flush=True,
             )  # fmt: skip

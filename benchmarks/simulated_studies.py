@@ -1,6 +1,6 @@
 """Simulated studies whose truth is known, for sim_gain.py and sim_looks.py.
 
-``learned``: real learners (random features, weighted ridge) trained on redrawn cohorts; arms are exchangeable unless the scenario says otherwise.
+``learned``: real learners (random features, weighted ridge) trained on redrawn cohorts; arms are exchangeable unless a scenario says so.
 ``scored``: scores built of patient, sample, network and cohort parts, all normal, so that the population's F1 is known in closed form.
 Both return ``tp, pp, actual, fold, rare`` as :func:`raredistill.evaluation.gain_test` takes them.
 """
@@ -219,14 +219,14 @@ SCORES = {
 }
 
 
-def population_f1(setting: Scores, arm: int, shift: float = 0.0, moved: float = 0.0) -> float:
-    """F1 of infinitely many patients and networks when class means are ``shift`` further apart on each side, and all scores ``moved``."""
+def population_f1(setting: Scores, arm: int, shift: float = 0.0) -> float:
+    """F1 of infinitely many patients and networks when class means are ``shift`` further apart on each side."""
     ratio = setting.ratio if arm else 1.0
     parts = (setting.patient, setting.patient_arm, setting.sample, setting.sample_arm, setting.run_patient, setting.run_sample,
              ratio * setting.threshold, ratio * setting.quality, setting.cohort_sd)  # fmt: skip
     spread = float(np.sqrt(np.square(parts).sum()))
-    hit = float(norm.cdf((setting.rare_mean + shift + moved) / spread))
-    false = float(norm.cdf((setting.common_mean - shift + moved) / spread))
+    hit = float(norm.cdf((setting.rare_mean + shift) / spread))
+    false = float(norm.cdf((setting.common_mean - shift) / spread))
     return 2 * hit / (1 + hit + (1 - setting.share) / setting.share * false)
 
 
@@ -240,7 +240,7 @@ def calibrated(setting: Scores) -> Scores:
     """The scenario with the standard deviation that gives the training patients' luck its share."""
     if not setting.cohort:
         return setting
-    slope = abs(population_f1(setting, 0, moved=1e-4) - population_f1(setting, 0, moved=-1e-4)) / 2e-4
+    slope = abs(population_f1(setting, 0, 1e-4) - population_f1(setting, 0, -1e-4)) / 2e-4
     generator, quiet = np.random.default_rng(0), replace(setting, cohort=0.0)
     tested = np.mean([gain_test(*scored(generator, quiet, 5, 3, 1, 0.0)).variance_patients for _ in range(100)])
     return replace(setting, cohort_sd=float(np.sqrt(setting.cohort * tested / (2 * slope**2 * 0.8))))

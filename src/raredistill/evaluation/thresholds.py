@@ -73,5 +73,35 @@ def decision_curve(positive: ArrayLike, score: ArrayLike, thresholds: ArrayLike)
     return pd.DataFrame({"threshold": at, "benefit": true - false * odds, "act_on_all": everyone})
 
 
+def decision_summary(curve: pd.DataFrame, at: float) -> dict[str, float]:
+    """What a decision curve says in five numbers (Vickers and Elkin 2006; Vickers et al. 2016).
+
+    Args:
+        curve: of :func:`decision_curve`.
+        at: the threshold probability at which one would act; the nearest of the curve is read.
+
+    Returns:
+        ``threshold``, ``benefit`` there, ``over_default``, what it adds to the better of acting on all and on nobody; ``spared``, actions
+        avoided per 100 samples without missing more than acting on all does; ``useful_from`` and ``useful_to``, the lowest and the highest
+        threshold at which the classifier beats both (NaN where it never does).
+
+    Raises:
+        DataError: the curve has no row.
+    """
+    if curve.empty:
+        raise DataError("a decision curve without thresholds cannot be summed up; give thresholds between 0 and 1")
+    threshold, benefit, everyone = (curve[column].to_numpy(dtype=np.float64) for column in ("threshold", "benefit", "act_on_all"))
+    default = np.maximum(everyone, 0.0)
+    place = int(np.abs(threshold - at).argmin())
+    useful = threshold[benefit > default + 1e-12]
+    odds = threshold[place] / (1 - threshold[place])
+    return {
+        "threshold": float(threshold[place]), "benefit": float(benefit[place]), "over_default": float((benefit - default)[place]),
+        "spared": float(100 * (benefit - everyone)[place] / odds) if odds else float("nan"),
+        "useful_from": float(useful.min()) if len(useful) else float("nan"),
+        "useful_to": float(useful.max()) if len(useful) else float("nan"),
+    }  # fmt: skip
+
+
 def _mean(values: NDArray[np.bool_]) -> float:
     return float(values.mean()) if len(values) else float("nan")

@@ -136,7 +136,7 @@ def _notes(found: Gain, verdict: Verdict, what: str, level: float, kept: float, 
 
 
 def not_learned(side: Tally, rare: str) -> str:
-    """Why a side's networks did not learn the rare class: one never predicts it, or all are no better than a constant; empty if they did."""
+    """Why a side's networks did not learn the rare class (one never predicts it, or none beats a constant); empty if they did."""
     place, classes = side.classes.index(rare), len(side.classes)
     right, actual, guessed = (side.sums[..., start * classes + place] for start in range(3))
     for run, fold in zip(side.runs, side.fold, strict=True):
