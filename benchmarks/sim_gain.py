@@ -14,9 +14,12 @@ import sys
 import numpy as np
 
 from raredistill.evaluation import gain_test
+from raredistill.evaluation.contrasts import contrasts, tally
+from raredistill.evaluation.gains import assess
 from raredistill.evaluation.planning import Pilot, forecast
-from simulated_studies import LEARNERS, SCORES, Counts, calibrated, learned, scored, shift_for
+from simulated_studies import LEARNERS, SCORES, Counts, calibrated, drawn, learned, scored, shift_for, tables
 
+METRICS = ["recall:rare", "precision:rare", "macro_f1", "balanced_accuracy", "log_loss", "auroc:rare", "auprc:rare"]
 POWERS = (
     ("369 alike, noise 0.05", 5, 0.05, 0.65), ("369 alike, noise 0.05", 2, 0.05, 0.28), ("369 patients, noise 0.05", 5, 0.05, 0.27),
     ("100 alike, noise 0.05", 5, 0.10, 0.90),
@@ -60,6 +63,17 @@ def forecasts(name: str, studies: int) -> tuple[float, float, float]:
     return float(np.mean(held)), float(np.median(told)), float(np.median(seen))
 
 
+def other_metrics(name: str, repeats: int, studies: int) -> dict[str, float]:
+    """Share of null studies with p < 0.05 by metric, by way of predictions tables."""
+    generator, small = np.random.default_rng(64), {metric: [] for metric in METRICS}
+    for _ in range(studies):
+        sides = [tally(each, METRICS) for each in tables(*drawn(generator, SCORES[name], 5, repeats, 1, 0.0))]
+        made = contrasts(sides[0], sides[1], METRICS, "rare").found
+        for metric, found in zip(made, assess(list(made.values())), strict=True):
+            small[metric].append(found.p < 0.05)
+    return {metric: float(np.mean(each)) for metric, each in small.items()}
+
+
 def main(studies: int) -> int:
     """Print every row; the number of rows that fail."""
     nulls, failed = [], 0
@@ -78,6 +92,11 @@ def main(studies: int) -> int:
         for repeats, seeds in ((1, 2), (2, 1), (5, 1)):
             nulls.append(rejections(name, repeats, seeds, 0.0, studies))
             row(f"scores: {name}, 5 x {repeats} x {seeds}: false alarms", nulls[-1], nulls[-1] <= limit, f"at most {100 * limit:.1f}")
+    for name in ("100 patients, noise 0.05", "100 alike, noise 0.05"):
+        for metric, share in other_metrics(name, 3, studies // 2).items():
+            nulls.append(share)
+            above = 0.06 + 2 * (0.06 * 0.94 / (studies // 2)) ** 0.5
+            row(f"{metric}: {name}, 5 x 3: false alarms", share, share <= above, f"at most {100 * above:.1f}")
     for name, repeats, gain, least in POWERS:
         share = rejections(name, repeats, 1, gain, studies)
         row(f"scores: {name}, 5 x {repeats}, gain {gain}: power", share, share >= least, f"at least {100 * least:.0f}")

@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import norm
 
 from raredistill.evaluation import gain_test
+from raredistill.predictions import Predictions
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -248,6 +250,15 @@ def calibrated(setting: Scores) -> Scores:
 
 def scored(generator: np.random.Generator, setting: Scores, folds: int, repeats: int, seeds: int, shift: float) -> Counts:
     """Counts of a study."""
+    score, fold, rare = drawn(generator, setting, folds, repeats, seeds, shift)
+    calls = (score > 0).sum(axis=-1).astype(np.float64)
+    return calls * rare, calls, rare * float(setting.samples), fold, rare
+
+
+def drawn(
+    generator: np.random.Generator, setting: Scores, folds: int, repeats: int, seeds: int, shift: float
+) -> tuple[NDArray[np.float32], Integers, Bools]:
+    """Scores ``(2, repeats, seeds, patients, samples)``, the fold of each repeat and patient, and the rare patients."""
     n, samples = setting.patients, setting.samples
     rare = np.arange(n) < round(setting.share * n)
     fold = np.stack([outer_folds(generator, rare, folds) for _ in range(repeats)])
@@ -266,8 +277,24 @@ def scored(generator: np.random.Generator, setting: Scores, folds: int, repeats:
     network = np.stack([threshold[:, r][:, fold[r]] + side[:, None] * quality[:, r][:, fold[r]] for r in range(repeats)], axis=1)
     score = base[:, None, None] + np.swapaxes(network, 2, 3)[..., None]
     score = score + setting.run_patient * normal(2, repeats, seeds, n, 1) + setting.run_sample * normal(2, repeats, seeds, n, samples)
-    calls = (score > 0).sum(axis=-1).astype(np.float64)
-    return calls * rare, calls, rare * float(samples), fold, rare
+    return score, fold, rare
+
+
+def tables(score: NDArray[np.float32], fold: Integers, rare: Bools) -> list[Predictions]:
+    """Both arms of :func:`drawn` as predictions of the classes ``common`` and ``rare``."""
+    _, repeats, seeds, n, samples = score.shape
+    repeat, seed, patient, sample = (each.ravel() for each in np.indices((repeats, seeds, n, samples)))
+    names = np.char.zfill(patient.astype(str), 4)
+    label = np.where(rare[patient], "rare", "common")
+    columns = {
+        "run": "r", "sample": np.char.add(np.char.add(names, "-"), sample.astype(str)), "patient": names, "patient_label": label,
+        "split": "test", "repeat": repeat, "fold": fold[repeat, patient], "seed": seed, "checkpoint": "best", "label": label,
+    }  # fmt: skip
+    sides = []
+    for arm in score:
+        logits = np.stack([np.zeros(arm.size), arm.ravel()], axis=1)
+        sides.append(Predictions(pd.DataFrame(columns).assign(logits=None), ("common", "rare")).with_logits(logits))
+    return sides
 
 
 def _luck(worth: NDArray[np.float32], fold: Integers, folds: int, spread: float) -> NDArray[np.float32]:

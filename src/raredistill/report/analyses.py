@@ -86,7 +86,7 @@ def calibrated(results: Results, entry: str, fitted: pd.DataFrame) -> dict[str, 
     """Labels ``(N,)`` and probabilities ``(N, K)`` of an entry's test parts by level and stage; without a validation part raw only.
 
     The deployment prior is the class share of the cohort outside a run's test part, before anything is made rare; it can be restored where
-    the carried prior is known. It is a prior of slices, so it is restored by slice only; a patient is made of slices at the slices' temperature.
+    the carried prior is known. It is a prior of slices, so it is restored by slice only; a patient is made of slices at their temperature.
     """
     found: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
     known = {tuple(row[:4]): float(row[4]) for row in fitted.itertuples(index=False)}
