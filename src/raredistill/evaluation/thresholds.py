@@ -36,6 +36,23 @@ def operating_point(positive: ArrayLike, score: ArrayLike, sensitivity: float) -
     return float(scores[math.ceil(round(sensitivity * len(scores), 9)) - 1])
 
 
+def matched_shift(positive: ArrayLike, logits: ArrayLike, place: int) -> float:
+    """How much to take off a class's logit so that argmax calls as many samples this class as there are; choose it on validation.
+
+    Args:
+        positive: ``(N,)`` whether a sample is of the class.
+        logits: ``(N, K)``.
+        place: index of the class.
+
+    Returns:
+        Half-way between the last sample that is called and the first that is not; 0 where all samples, or none, are of the class.
+    """
+    scores = np.asarray(logits, dtype=np.float64)
+    margins = np.sort(scores[:, place] - np.delete(scores, place, axis=1).max(axis=1))[::-1]
+    wanted = int(np.asarray(positive, dtype=bool).sum())
+    return float((margins[wanted - 1] + margins[wanted]) / 2) if 0 < wanted < len(margins) else 0.0
+
+
 def at_threshold(positive: ArrayLike, score: ArrayLike, threshold: float) -> dict[str, float]:
     """What a threshold gives.
 

@@ -24,7 +24,7 @@ class Verdict(StrEnum):
     HARMS = "harms"
     SAME = "makes no practical difference"
     UNDECIDED = "not decided"
-    DESCRIBED = "described, not tested"
+    DESCRIBED = "described"
 
 
 @dataclass(frozen=True)

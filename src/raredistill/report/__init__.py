@@ -13,6 +13,7 @@ from raredistill.files import write_text
 from raredistill.report import analyses, datasets, figures, tables
 from raredistill.report.controls import controls, missing
 from raredistill.report.costs import costs
+from raredistill.report.decision import rare_kept
 from raredistill.report.explain import explain
 from raredistill.report.html import Page, render
 from raredistill.report.pairs import Pair, comparisons, fold_differences, make_pairs
@@ -21,8 +22,8 @@ from raredistill.report.verdicts import cautions, family, notes_on_tests, rare_p
 
 STEPS = 5
 VERDICT_COLUMNS = (
-    "entry", "control", "teacher", "relation", "difference", "low", "high", "p", "p_holm", "detectable", "worse", "equal", "better",
-    "verdict", "basis",
+    "entry", "control", "teacher", "relation", "difference", "low", "high", "p", "p_holm", "p_same", "detectable", "training_share",
+    "argmax", "best_checkpoint", "nb_p", "worse", "equal", "better", "verdict", "basis",
 )  # fmt: skip
 
 
@@ -75,9 +76,10 @@ def summary_table(study: Path) -> pd.DataFrame:
 
 
 def _answer(results: Results, pairs: list[Pair]) -> dict[str, Any]:
-    rare = results.study["rare"]
+    rare, config = results.study["rare"], results.study["config"]
+    margin = (config.get("evidence") or {}).get("margin")
     return {
-        "verdicts": verdicts(pairs, rare), "family": family(pairs, rare), "size": size_verdict(results, pairs),
+        "verdicts": verdicts(pairs, rare, margin, rare_kept(config, rare)), "family": family(pairs, rare), "size": size_verdict(results, pairs),
         "power": rare_power(results, pairs), "cautions": cautions(results), "tests": notes_on_tests(results),
     }  # fmt: skip
 
