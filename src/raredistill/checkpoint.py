@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,23 @@ def load(path: Path) -> tuple[dict[str, Tensor], Promise]:
         CheckpointError: missing, cut, altered, or something else than a network's checkpoint.
     """
     tensors, record = _read(path, _NETWORK)
+    return tensors, _promise(record, path)
+
+
+def read_promise(path: Path) -> Promise:
+    """Read the promise of a checkpoint from its header alone; whether the tensors are intact shows when they are loaded.
+
+    Raises:
+        CheckpointError: as :func:`load`, apart from altered tensors.
+    """
+    metadata = read_header(path)
+    _refuse_other(path, _NETWORK, metadata)
+    return _promise(json.loads(metadata.get("record", "null")), path)
+
+
+def _promise(record: Any, path: Path) -> Promise:
     try:
-        return tensors, Promise(**record)
+        return Promise(**record)
     except (TypeError, CheckpointError) as error:
         wanted = ", ".join(field.name for field in fields(Promise))
         raise CheckpointError(f"{path}: its promise is not one of this version ({error}); it needs {wanted}") from None
@@ -95,7 +111,7 @@ def content_hash(path: Path) -> str:
     Raises:
         CheckpointError: as :func:`load`.
     """
-    return read_safetensors(path)[1].get("sha256", "")
+    return read_header(path).get("sha256", "")
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], info: Any) -> None:
@@ -124,6 +140,22 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: missing, unreadable, or not safetensors (a pickle is never opened).
     """
+    with _opened(path) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118 - not a mapping
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; no tensor is read.
+
+    Raises:
+        CheckpointError: as :func:`read_safetensors`.
+    """
+    with _opened(path) as handle:
+        return dict(handle.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if path.suffix in _PICKLES:
         raise CheckpointError(
             f"{path}: only .safetensors files are read, because a pickle can run code when it is opened; "
@@ -131,7 +163,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118 - not a mapping
+            yield handle
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
@@ -150,14 +182,18 @@ def _write(path: Path, tensors: Mapping[str, Tensor], kind: str, record: Any) ->
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
     tensors, metadata = read_safetensors(path)
-    if metadata.get("kind") != kind:
-        raise CheckpointError(f"{path}: not a {kind.split('.')[1]} checkpoint of raredistill, but {metadata.get('kind', 'plain weights')}")
+    _refuse_other(path, kind, metadata)
     text = metadata.get("record", "")
     if metadata.get("sha256") != _digest(tensors, kind, text):
         raise CheckpointError(
             f"{path}: its content does not match its hash, so it was damaged or edited; delete it and run the command again"
         )
     return tensors, json.loads(text)
+
+
+def _refuse_other(path: Path, kind: str, metadata: Mapping[str, str]) -> None:
+    if metadata.get("kind") != kind:
+        raise CheckpointError(f"{path}: not a {kind.split('.')[1]} checkpoint of raredistill, but {metadata.get('kind', 'plain weights')}")
 
 
 def _digest(tensors: Mapping[str, Tensor], kind: str, text: str) -> str:

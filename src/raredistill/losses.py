@@ -416,6 +416,15 @@ def make_loss(name: str, *, counts: Tensor, **options: Any) -> Loss:
         raise ConfigError(f"loss {name}: {error}") from None
 
 
+def check_loss(name: str, options: dict[str, Any]) -> None:
+    """Refuse a loss or an option that is unknown, or a value out of its range.
+
+    Raises:
+        ConfigError: names the nearest known one, or the range.
+    """
+    _row(name, options)
+
+
 def carried_prior(name: str, *, counts: Tensor, sampler: str, deferred: str = "none", **options: Any) -> tuple[float, ...] | None:
     """The class prior that trained logits encode: sampling share x class weight x exp(-logit shift), normalised; None if unknown.
 
