@@ -13,6 +13,7 @@ from raredistill.files import write_text
 from raredistill.reports import analyses, datasets, figures, tables
 from raredistill.reports.controls import controls, missing
 from raredistill.reports.costs import costs
+from raredistill.reports.decision import rare_kept
 from raredistill.reports.html import Page, render
 from raredistill.reports.maps import map_figures, map_rows
 from raredistill.reports.pairs import Pair, comparisons, fold_differences, make_pairs
@@ -23,8 +24,8 @@ from raredistill.runs.maps import read_maps
 
 STEPS = 5
 VERDICT_COLUMNS = (
-    "entry", "control", "teacher", "relation", "difference", "low", "high", "p", "p_holm", "detectable", "worse", "equal", "better",
-    "verdict", "basis",
+    "entry", "control", "teacher", "relation", "difference", "low", "high", "p", "p_holm", "p_same", "detectable", "training_share",
+    "argmax", "best_checkpoint", "nb_p", "worse", "equal", "better", "verdict", "basis",
 )  # fmt: skip
 
 
@@ -89,9 +90,10 @@ def verdict_sentences(study: Path) -> list[str]:
 
 
 def _answer(results: Results, pairs: list[Pair]) -> dict[str, Any]:
-    rare = results.study.rare
+    rare, config = results.study.rare, results.study.config
+    margin = (config.get("evidence") or {}).get("margin")
     return {
-        "verdicts": verdicts(pairs, rare), "family": family(pairs, rare), "size": size_verdict(results, pairs),
+        "verdicts": verdicts(pairs, rare, margin, rare_kept(config, rare)), "family": family(pairs, rare), "size": size_verdict(results, pairs),
         "power": rare_power(results, pairs), "cautions": cautions(results), "tests": notes_on_tests(results),
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from raredistill.errors import RareDistillError
 from raredistill.evaluation.agreement import inheritance
@@ -85,8 +86,8 @@ def calibrated_entries(results: Results) -> tuple[Stages, pd.DataFrame]:
 def calibrated(results: Results, entry: str, fitted: pd.DataFrame) -> dict[str, dict[str, tuple[Any, Any]]]:
     """Labels ``(N,)`` and probabilities ``(N, K)`` of an entry's test parts by level and stage; without a validation part raw only.
 
-    The deployment prior is the class share of a run's validation part; it can be restored where the carried prior is known. It is a prior
-    of slices, so it is restored by slice only; a patient is made of slices at the slices' temperature.
+    The deployment prior is the class share of the cohort outside a run's test part, before anything is made rare; it can be restored where
+    the carried prior is known. It is a prior of slices, so it is restored by slice only; a patient is made of slices at their temperature.
     """
     found: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
     known = {tuple(row[:4]): float(row[4]) for row in fitted.itertuples(index=False)}
@@ -111,10 +112,16 @@ def _stages(results: Results, run: RunRecord, test: Predictions, temperature: fl
         return stages
     stages["temperature"] = scaled(test.logits(), temperature)
     if run.id in results.priors:
-        labels = results.tables[run.id].part("validation").labels()
-        share = np.bincount(labels, minlength=len(test.classes)) / len(labels)
-        stages[PRIOR] = restore_prior(test.probabilities(), results.priors[run.id], share)
+        stages[PRIOR] = restore_prior(test.probabilities(), results.priors[run.id], deployment_prior(results, test))
     return stages
+
+
+def deployment_prior(results: Results, test: Predictions) -> NDArray[np.float64]:
+    """Class shares ``(K,)`` of the cohort without a run's test part: validation may be rarefied or truncated, and is no deployment."""
+    whole = {row["class"]: row["slices"] for row in results.study.cohort.counts}
+    counts = np.array([whole[name] for name in test.classes], dtype=np.float64)
+    rest = counts - np.bincount(test.labels(), minlength=len(test.classes))
+    return np.asarray((rest if (rest > 0).all() else counts) / (rest if (rest > 0).all() else counts).sum())
 
 
 def temperatures(results: Results) -> pd.DataFrame:

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from raredistill.errors import RareDistillError
-from raredistill.evaluation.bootstrap import check_same
-from raredistill.evaluation.differences import Differences, Evidence, differences_of, weigh
+from raredistill.evaluation.bootstrap import check_same, tested_once
+from raredistill.evaluation.differences import Differences, Evidence, differences_of, in_folds, weigh
 from raredistill.predictions import Predictions
+from raredistill.reports.decision import Decision, Sides, decide, rare_kept
 from raredistill.reports.results import Results
 from raredistill.runs.record import RunRecord
 
@@ -37,7 +38,9 @@ class Pair:
         sides: test predictions of control and entry over the cells that both have finished; None without.
         differences: by metric, entry minus control.
         evidence: the same, tested; metrics that cannot be tested are left out.
-        problem: why the rare class's F1 cannot be tested; empty when it can.
+        problem: why the rare class's F1 has no reference test; empty when it has.
+        decision: the gain test, which alone decides.
+        shared: all runs share one test set, so that only these networks can be compared.
     """
 
     entry: str
@@ -48,6 +51,8 @@ class Pair:
     differences: dict[str, Differences] = field(default_factory=dict)
     evidence: dict[str, Evidence] = field(default_factory=dict)
     problem: str = ""
+    decision: Decision = field(default_factory=Decision)
+    shared: bool = False
 
     @property
     def relation(self) -> str:
@@ -61,7 +66,8 @@ class Pair:
 
 def make_pairs(results: Results) -> list[Pair]:
     """Compare every distilled entry with its control, in the order of the study."""
-    return [_pair(results, name) for name in results.entries if results.first(name).kind == "distilled"]
+    sides = Sides(results.whole, results.study.rare)
+    return [_pair(results, name, sides) for name in results.entries if results.first(name).kind == "distilled"]
 
 
 def control_of(results: Results, name: str) -> str:
@@ -86,22 +92,31 @@ def metrics_of(rare: str, classes: Sequence[str]) -> list[str]:
     return [*named, "macro_f1", "balanced_accuracy", *others]
 
 
-def _pair(results: Results, name: str) -> Pair:
+def _pair(results: Results, name: str, tallies: Sides) -> Pair:
     run, control = results.first(name), control_of(results, name)
     fixed: dict[str, Any] = {"entry": name, "control": control, "teacher": run.teacher_name, "ratio": _ratio(results, run)}
     cells = results.cells(name) & results.cells(control)
     if not control or not cells:
-        return Pair(**fixed, problem="the study has no finished baseline of the same network, loss recipe and channels")
+        problem = "the study has no finished baseline of the same network, loss recipe and channels"
+        return Pair(**fixed, problem=problem, decision=Decision(reason=problem))
     sides = results.pooled(control, cells), results.pooled(name, cells)
     if sides[0] is None or sides[1] is None:
-        return Pair(**fixed, problem="the runs have no test part")
-    metrics = metrics_of(results.study.rare, results.study.cohort.classes)
-    return compared(Pair(**fixed), (sides[0], sides[1]), metrics, results.sizes)
+        return Pair(**fixed, problem="the runs have no test part", decision=Decision(reason="the runs have no test part"))
+    rare = results.study.rare
+    teacher = run.teacher_name if run.teacher_name in results.entries and results.of(run.teacher_name) else ""
+    kept = rare_kept(results.study.config, rare)
+    decision = decide(tallies, control, name, teacher, expected=results.planned(name), kept=kept)
+    pair = Pair(**fixed, decision=decision, shared=not tested_once(sides[0]) or not in_folds(sides[0]))
+    return compared(pair, (sides[0], sides[1]), metrics_of(rare, results.study.cohort.classes), results.sizes)
 
 
 def compared(pair: Pair, sides: tuple[Predictions, Predictions], metrics: list[str], sizes: tuple[float, float] | None) -> Pair:
     """The pair with its two sides, control first, compared by every metric; the first metric decides whether there is a problem."""
-    check_same(*sides)
+    try:
+        check_same(*sides)
+    except RareDistillError as error:
+        # An unfinished study, whose seeds differ by fold: its difference is described by the runs that are complete.
+        return replace(pair, problem=str(error), decision=replace(pair.decision, reason=pair.decision.reason or str(error)))
     found, problems = differences_of(*sides, metrics, sizes=sizes, resamples=RESAMPLES)
     evidence: dict[str, Evidence] = {}
     for metric, each in found.items():

@@ -64,6 +64,15 @@ class Results:
             return None
         return predictions.concatenate(parts)
 
+    def whole(self, entry: str) -> Predictions | None:
+        """All parts and checkpoints of an entry's finished runs; None without any."""
+        tables = [self.tables[run.id] for run in self.of(entry)]
+        return predictions.concatenate(tables) if tables else None
+
+    def planned(self, entry: str) -> set[Cell]:
+        """The (repeat, fold, seed) of an entry's runs, finished or not."""
+        return {run.cell for run in self.study.runs if run.name == entry}
+
     @cached_property
     def levels(self) -> list[tuple[str, str, Predictions]]:
         """Entry, level (``slice``, and ``patient`` where there is one) and the pooled predictions of its test parts at that level."""

@@ -10,14 +10,17 @@ import numpy as np
 import pandas as pd
 
 from raredistill.errors import DataError
-from raredistill.evaluation.bootstrap import check_same, parse_metric
+from raredistill.evaluation.bootstrap import check_same
 from raredistill.evaluation.compare import wilcoxon_over_datasets
 from raredistill.evaluation.differences import FEW_PATIENTS, in_folds, side_sizes
 from raredistill.evaluation.levels import by_patient, has_patients
+from raredistill.evaluation.sums import parse_metric
+from raredistill.evaluation.verdicts import signed
 from raredistill.predictions import Predictions, concatenate, read
+from raredistill.reports.decision import Decision, Sides, decide
 from raredistill.reports.pairs import Pair, compared, comparisons, metrics_of
 from raredistill.reports.results import Results, read_results
-from raredistill.reports.verdicts import signed, verdicts
+from raredistill.reports.verdicts import verdicts
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,8 @@ def versus(first: Path, second: Path, *, metric: str | None = None, background: 
         parse_metric(metric, sides[0][1].classes)
         wanted = [metric]
     pairs = [_pair(names, control, other, wanted) for names, control, other in sides]
-    if untested := [pair.problem for pair in pairs if pair.problem]:
-        described = "; ".join(f"{m} {signed(found.estimate)}" for m, found in pairs[0].differences.items())
-        raise DataError(f"{untested[0]}" + (f" (differences, second minus first: {described})" if described else ""))
+    if untested := [pair.problem for pair in pairs if pair.problem and not pair.differences]:
+        raise DataError(untested[0])
     return Versus(_rows(pairs, wanted), _sentences(pairs, rare, metric), pairs[0].differences[wanted[0]].estimate)
 
 
@@ -109,8 +111,11 @@ def _whole(results: Results, entry: str, cells: set[Any]) -> Predictions:
 def _pair(names: tuple[str, str], first: Predictions, second: Predictions, metrics: list[str]) -> Pair:
     sides = first.part("test"), second.part("test")
     check_same(*sides)
-    sizes = side_sizes(first.checkpoint("best")) if in_folds(sides[0]) else None
-    return compared(Pair(names[1], names[0], "", float("nan")), sides, metrics, sizes)
+    folds = in_folds(sides[0])
+    sizes = side_sizes(first.checkpoint("best")) if folds else None
+    decision = decide(Sides(dict(zip(names, (first, second), strict=True)).get, rarest(sides[1])), *names) if folds else Decision()
+    pair = Pair(names[1], names[0], "", float("nan"), decision=decision, shared=not folds)
+    return compared(pair, sides, metrics, sizes)
 
 
 def _rows(pairs: list[Pair], metrics: list[str]) -> pd.DataFrame:
@@ -138,8 +143,8 @@ def _sentences(pairs: list[Pair], rare: str, metric: str | None) -> list[str]:
     said = []
     if metric is None:
         for record in verdicts(pairs, rare):
-            said += [f"{record['sentence']} ({record['basis']})", *record["notes"]]
-    elif pairs[0].evidence[metric].basis == "patients":
+            said += [f"{record['sentence']} ({record['basis']})" if record["basis"] else record["sentence"], *record["notes"]]
+    elif pairs[0].shared:
         said.append("One test set: the interval is over its patients, and the variance of training is not covered.")
     table = pairs[0].sides[0].table if pairs[0].sides else pd.DataFrame()
     patients = table.loc[table["label"] == rare, "patient"].nunique()
