@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from safetensors import safe_open
-
 from raredistill import predictions
-from raredistill.errors import DataError
+from raredistill.checkpoint import load_promise
 from raredistill.evaluation.levels import by_patient, has_patients
-from raredistill.files import read_json
 from raredistill.predictions import Predictions
+from raredistill.report.folder import patients_of_sides, read_description, read_run
 
 Cell = tuple[int, int, int]
 
@@ -90,35 +87,24 @@ def read_results(study: Path) -> Results:
     """Read a study's folder, also an unfinished one.
 
     Raises:
-        DataError: there is no study.json, or a finished run is damaged.
+        DataError: there is no study.json or it holds something else, or a finished run is damaged or another's.
+        CheckpointError: the weights of a finished run are no checkpoint.
     """
-    if not (study / "study.json").is_file():
-        raise DataError(f"{study}: no study.json there; name the folder given to raredistill study --out")
-    description = read_json(study / "study.json")
+    description = read_description(study)
     # Their test sides are training patients of the study's folds: teachers are means, not results.
     description["runs"] = [run for run in description["runs"] if run["kind"] != "cross-fitted teacher"]
     tables, epochs, priors = {}, {}, {}
     for run in description["runs"]:
         folder = study / "runs" / run["id"]
         if run["status"] == "done" and folder.is_dir():
-            tables[run["id"]] = predictions.read(folder / "predictions.parquet")
-            epochs[run["id"]] = [json.loads(line) for line in (folder / "epochs.jsonl").read_text(encoding="utf-8").splitlines()]
-            if prior := _carried_prior(folder / "best.safetensors"):
+            tables[run["id"]], epochs[run["id"]] = read_run(folder, run, description["cohort"]["classes"])
+            if prior := load_promise(folder / "best.safetensors").prior:
                 priors[run["id"]] = prior
     return Results(description, tables, epochs, _sizes(study / "splits"), priors)
 
 
-def _carried_prior(weights: Path) -> tuple[float, ...] | None:
-    # Its head only: reading all weights would take longer than the statistics.
-    if not weights.is_file():
-        return None
-    with safe_open(weights, framework="numpy") as handle:
-        prior = json.loads((handle.metadata() or {}).get("record", "{}")).get("prior")
-    return tuple(prior) if prior else None
-
-
 def _sizes(folder: Path) -> tuple[float, float] | None:
-    sides = [read_json(path)["patients"] for path in sorted(folder.glob("*.json"))]
+    sides = [patients_of_sides(path) for path in sorted(folder.glob("*.json"))]
     if not sides:
         return None
     return mean(len(side["train"]) for side in sides), mean(len(side["test"]) for side in sides)

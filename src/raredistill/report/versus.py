@@ -15,9 +15,13 @@ from raredistill.evaluation.compare import wilcoxon_over_datasets
 from raredistill.evaluation.differences import FEW_PATIENTS, in_folds, side_sizes
 from raredistill.evaluation.levels import by_patient, has_patients
 from raredistill.predictions import Predictions, concatenate, read
+from raredistill.report.folder import READ, refuse_foreign
 from raredistill.report.pairs import Pair, compared, comparisons, metrics_of
 from raredistill.report.results import Results, read_results
 from raredistill.report.verdicts import signed, verdicts
+from raredistill.study.drafts import RECORD, checked_record
+
+PREDICTIONS = READ[0]
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,20 @@ def _is_study(path: Path) -> bool:
 
 
 def _files(first: Path, second: Path, background: str | None) -> tuple[tuple[str, str], Predictions, Predictions]:
-    paths = [path / "predictions.parquet" if path.is_dir() else path for path in (first, second)]
-    tables = [read(path, background=background) for path in paths]
+    paths = [path / PREDICTIONS if path.is_dir() else path for path in (first, second)]
+    tables = [_own(read(path, background=background), path) for path in paths]
     if tables[0].classes != tables[1].classes:
         # Files made elsewhere may order their columns differently, and hard labels show only the classes that occur.
         classes = list(dict.fromkeys([*tables[0].classes, *tables[1].classes]))
         tables = [read(path, classes=classes, background=background) for path in paths]
     return (str(first), str(second)), tables[0], tables[1]
+
+
+def _own(table: Predictions, path: Path) -> Predictions:
+    """The table, where it lies beside a run's record only after both were compared."""
+    if path.name == PREDICTIONS and (path.parent / RECORD).is_file():
+        refuse_foreign(table, checked_record(path.parent, [PREDICTIONS]), path)
+    return table
 
 
 def _studies(first: Path, second: Path) -> list[tuple[tuple[str, str], Predictions, Predictions]]:

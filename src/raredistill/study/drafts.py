@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -118,19 +118,38 @@ def abandon(folder: Path) -> None:
         shutil.rmtree(unfinished(folder), ignore_errors=True)
 
 
+def discard(folder: Path) -> None:
+    """Remove the draft of a run with all that was kept of it: it must not be gone on with."""
+    shutil.rmtree(unfinished(folder), ignore_errors=True)
+
+
 def read_finished(folder: Path) -> dict[str, Any]:
     """The record of a finished run, after a look at every byte of its results.
 
     Raises:
         DataError: a file is missing, or is not what was written.
     """
-    record = read_json(folder / RECORD)
-    if not isinstance(record, dict) or ("seal" in record and not is_sealed(record)):
-        raise DataError(f"{folder / RECORD}: its content does not match its hash")
-    for name, digest in record.get("files", {}).items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise DataError(f"{folder / name}: missing, or its content does not match its hash")
+    record = checked_record(folder)
     clear_state(folder)
+    return record
+
+
+def checked_record(folder: Path, names: Sequence[str] = RESULTS) -> dict[str, Any]:
+    """The record of a finished run, after its own hash and those of some of its results were compared.
+
+    Args:
+        folder: of the run.
+        names: the results whose bytes are read; all by default.
+
+    Raises:
+        DataError: a file is missing, or is not what was written.
+    """
+    record = read_json(folder / RECORD)
+    if not isinstance(record, dict) or not is_sealed(record) or set(record.get("files", ())) != set(RESULTS):
+        raise DataError(f"{folder / RECORD}: its content does not match its hash")
+    for name in names:
+        if not (folder / name).is_file() or sha256(folder / name) != record["files"][name]:
+            raise DataError(f"{folder / name}: missing, or its content does not match its hash")
     return {key: value for key, value in record.items() if key not in ("files", "seal")}
 
 

@@ -30,7 +30,7 @@ from raredistill.losses import class_weights, make_loss
 from raredistill.models import Network, facts, measure_latency, unfold_batch_norm
 from raredistill.study.board import Curves
 from raredistill.study.cache import Cache
-from raredistill.study.drafts import abandon, check_origin, finish, open_draft, origin, read_finished, set_aside, unfinished
+from raredistill.study.drafts import abandon, check_origin, discard, finish, open_draft, origin, read_finished, set_aside, unfinished
 from raredistill.study.plan import Entry, External, Run
 from raredistill.study.predict import plain_batches, prediction_table
 from raredistill.study.stages import second_stage
@@ -184,6 +184,7 @@ def _one(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping
             remarks.append(f"{error}; the run was made again, what was there is in {set_aside(folder)}")
     try:
         record = _train(run, cohort, folder, watcher, remarks)
+        changed = _changed_pixels(cohort)
     except torch.AcceleratorError as error:
         raise RareDistillError(
             f"the device failed in {run.id} ({str(error).splitlines()[0]}); what was kept of the run is in {unfinished(folder)}; "
@@ -196,8 +197,21 @@ def _one(run: Run, cohort: Cohort, out: Path, watcher: Watcher, records: Mapping
         write_text(failure, traceback.format_exc())
         abandon(folder)
         return {**describe(run, cohort), "status": "failed", "error": str(error) or type(error).__name__}, False
+    if changed:  # every other run would meet it too
+        discard(folder)
+        raise DataError(f"{changed}. The run {run.id} was trained meanwhile and is thrown away")
+    finish(folder, record)
     failure.unlink(missing_ok=True)
     return record, False
+
+
+def _changed_pixels(cohort: Cohort) -> str:
+    """What happened to the pixels since the study compared them with their hashes; empty where nothing did."""
+    try:
+        cohort.check_pixels()
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def describe(run: Run, cohort: Cohort) -> Record:
@@ -263,9 +277,7 @@ def _train(run: Run, cohort: Cohort, folder: Path, watcher: Watcher, remarks: li
             _make, (run, cohort, draft), devices=settings.devices, accelerator=settings.accelerator, precision=settings.precision,
             hear=lambda event, *facts: heard[event](*facts),
         )  # fmt: skip
-    record = {**describe(run, cohort), "status": "done", **made, "remarks": [*remarks, *made["remarks"]], "made_with": now}
-    finish(folder, record)
-    return record
+    return {**describe(run, cohort), "status": "done", **made, "remarks": [*remarks, *made["remarks"]], "made_with": now}
 
 
 def _make(place: Place, run: Run, cohort: Cohort, draft: Path) -> Record:

@@ -10,6 +10,7 @@ from typing import Any
 from raredistill.cohort.sources import Problem
 from raredistill.cohort.sources.images import SUFFIXES, ImageFiles, ImageSample, Mode, ordered_classes
 from raredistill.errors import DataError
+from raredistill.files import files_below, folders_in
 
 OWN_UNIT = "each image is its own unit: no patient is known, so images of one patient may stand on both sides of a split"
 
@@ -65,7 +66,7 @@ class ImageFolder(ImageFiles):
         """Images without a patient, class folders without images, files that are no images, patients of several classes."""
         cure = f"change patient={self._patient!r} so that it matches every path, or move the file"
         unmatched = [Problem("error", "", str(sample.file), "no patient can be told from its path", cure) for sample in self._unmatched]
-        empty = [folder for folder in _class_folders(self._path) if folder.name not in self._classes]
+        empty = [folder for folder in folders_in(self._path) if folder.name not in self._classes]
         bare = [Problem("warning", "", str(folder), "holds no PNG, JPEG or TIFF image", "fill or remove the folder") for folder in empty]
         alone = [] if self._patient else [no_patients("patient=folder or patient=REGULAR_EXPRESSION")]
         return unmatched + alone + bare + self.file_problems()
@@ -75,14 +76,10 @@ class ImageFolder(ImageFiles):
         return {"kind": self.kind, "classes": list(self._classes), "patient": self._patient or OWN_UNIT, **self.decoding()}
 
 
-def _class_folders(path: Path) -> list[Path]:
-    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-
-
 def _images(path: Path) -> dict[str, list[Path]]:
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; name the folder that holds one folder per class")
-    files = {folder.name: [file for file in sorted(folder.rglob("*")) if _is_image(file)] for folder in _class_folders(path)}
+    files = {folder.name: [file for file in files_below(folder) if _is_image(file)] for folder in folders_in(path)}
     files = {label: found for label, found in files.items() if found}
     if not files:
         raise DataError(f"{path}: no folder in it holds a PNG, JPEG or TIFF image; name the folder that holds one folder per class")
