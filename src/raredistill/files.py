@@ -11,7 +11,7 @@ import platform
 import re
 import time
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -115,7 +115,8 @@ def parse_yaml(text: str, name: str) -> Any:
         raise ConfigError(f"{name}: has {len(text)} characters of YAML; at most {MOST_TEXT} are read")
     try:
         _refuse_tags_and_depth(text, name)  # before anything is built: the C library's composer would run out of its stack
-        value = yaml.load(text, Loader=_plain_loader())
+        with closing(_plain_loader()(text)) as loader:
+            value = loader.get_single_data()
         repeats = _values(value, {}) > MOST_VALUES
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise ConfigError(f"{name}: cannot be read as YAML ({' '.join(str(error).split())}); lists are written [flair, t1ce]") from None
@@ -142,8 +143,8 @@ def _base_loader() -> Any:
 @cache
 def _plain_loader() -> Any:
     base = _base_loader()
-    kinds = {"construct_mapping": _mapping, "yaml_implicit_resolvers": _resolvers(base.yaml_implicit_resolvers)}
-    return type("PlainLoader", (base,), kinds)
+    changed = {"construct_mapping": _mapping, "yaml_implicit_resolvers": _resolvers(base.yaml_implicit_resolvers), "close": base.dispose}
+    return type("PlainLoader", (base,), changed)
 
 
 def _resolvers(known: Mapping[str, list[tuple[str, Any]]]) -> dict[str, list[tuple[str, Any]]]:
