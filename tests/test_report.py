@@ -28,7 +28,8 @@ from sklearn.metrics import (
     roc_curve,
 )  # fmt: skip
 
-from raredistill import checkpoint, predictions
+from raredistill import predictions
+from raredistill.checkpoint import Promise, save
 from raredistill.errors import DataError
 from raredistill.files import seal, sha256, write_json
 from raredistill.report import analyses, figures, summary_table, write_report
@@ -40,7 +41,7 @@ from raredistill.study.drafts import RESULTS
 
 CLASSES = ("healthy", "HGG", "LGG")
 FOLDS = 3
-PROMISE = checkpoint.Promise("small_cnn", "linear", 0.0, CLASSES, ("flair",), 16, (0.5,), (0.5,), None, ("p",), False, "")
+PROMISE = Promise("small_cnn", "linear", 0.0, CLASSES, ("flair",), 16, (0.5,), (0.5,), None, ("p",), False, "")
 SKILL = {"small": 0.8, "taught": 2.5, "odd": 0.8}
 
 
@@ -101,7 +102,7 @@ def write_run(folder, run, skill, *, shared):
     made = table(run["id"], skill, 0, run["seed"]) if shared else table(run["id"], skill, run["fold"], run["seed"])
     predictions.write(folder / "predictions.parquet", made.assign(fold=run["fold"]), CLASSES, "healthy")
     for name in ("best", "last"):
-        checkpoint.save(folder / f"{name}.safetensors", {}, PROMISE)
+        save(folder / f"{name}.safetensors", {}, PROMISE)
     seal_run(folder, run)
 
 

@@ -43,7 +43,7 @@ def problems_of(source: Source) -> list[Problem]:
 
 
 def name_problems(source: Source) -> list[Problem]:
-    """Names of classes, channels, patients and files that no cohort can hold. Such a name is mended, not left out: it is not one of ours."""
+    """Names of classes, channels, patients and files that no cohort can hold. Such a name is mended, not left out."""
     cure = "rename it, in plain UTF-8 (convmv -f utf8 -t utf8 --nfc -r --notest FOLDER composes names from macOS)"
     named = [("the class", name, "") for name in source.classes()] + [("the channel", name, "") for name in source.channels]
     for unit in source.units():
