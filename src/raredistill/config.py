@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Interval, MinLen
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from raredistill.cohort.store import MASK, Cohort
 from raredistill.distill.consistent import taught_prior
@@ -19,12 +19,16 @@ from raredistill.errors import ConfigError
 from raredistill.files import fingerprint, parse_yaml
 from raredistill.losses import carried_prior, make_loss
 from raredistill.models import facts, widths
-from raredistill.splits import Split, make_splits
+from raredistill.names import checked
+from raredistill.splits import LARGEST_SEED, MOST_REPEATS, Split, make_splits
 from raredistill.study.plan import Entry, External
 from raredistill.study.run import Study
 from raredistill.study.teachers import check_external, expected_facts, network_of, patients_before
 from raredistill.training.optimizers import check_schedule
 from raredistill.training.settings import Settings
+
+Name = Annotated[str, AfterValidator(checked)]
+Seed = Annotated[int, Interval(ge=0, le=LARGEST_SEED)]
 
 
 class _Strict(BaseModel):
@@ -46,10 +50,10 @@ class SplitConfig(_Strict):
 
     protocol: Literal["outer", "holdout", "given"] = "outer"
     folds: Annotated[int, Ge(2)] = 5
-    repeats: Annotated[int, Ge(1)] = 1
+    repeats: Annotated[int, Interval(ge=1, le=MOST_REPEATS)] = 1
     validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.2
     test_share: Annotated[float, Interval(gt=0, lt=1)] = 0.3
-    seed: int = 0
+    seed: Seed = 0
     rarefy: dict[str, Annotated[float, Interval(gt=0, le=1)]] = {}
     truncate_validation: bool = False
 
@@ -72,7 +76,7 @@ class ExternalConfig(_Strict):
 class RunConfig(_Strict):
     """One line of the grid. ``training`` overrides the study's settings for this entry."""
 
-    name: Annotated[str, MinLen(1)]
+    name: Annotated[Name, MinLen(1)]
     model: str
     pretrained: bool | Path = False
     mean: float | None = None
@@ -97,11 +101,11 @@ _CHOICES = ("SourceConfig", "ExternalConfig")
 class StudyConfig(_Strict):
     """A study: which data, which splits, how to train, and a grid of runs."""
 
-    name: str
+    name: Name
     cohort: Path | SourceConfig
     channels: tuple[str, ...] | None = None
     splits: SplitConfig = SplitConfig()
-    seeds: Annotated[tuple[int, ...], MinLen(1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (0,)
     training: dict[str, Any] = {}
     runs: Annotated[tuple[RunConfig, ...], MinLen(1)]
 

@@ -55,12 +55,13 @@ def write_report(
     if across:
         made["datasets"] = datasets.across([(results, pairs), *((other, make_pairs(other)) for other in map(read_results, across))])
         made["datasets_tested"] = datasets.tested_across(made["datasets"])
-    made["maps"], pictures = explain(study, results, pairs, made.get("hardest_slices", pd.DataFrame()))
-    answer["missing"] = missing(made["controls"])
-    made = {name: table for name, table in made.items() if len(table.columns)}
-    tables.write_tables(made, study / "report" / "tables")
-    tell(3, STEPS)
-    drawn = figures.write_figures({**_figures(results, made), **pictures}, study / "report" / "figures")
+    with figures.plain_texts():
+        made["maps"], pictures = explain(study, results, pairs, made.get("hardest_slices", pd.DataFrame()))
+        answer["missing"] = missing(made["controls"])
+        made = {name: table for name, table in made.items() if len(table.columns)}
+        tables.write_tables(made, study / "report" / "tables")
+        tell(3, STEPS)
+        drawn = figures.write_figures({**_figures(results, made), **pictures}, study / "report" / "figures")
     tell(4, STEPS)
     page = study / "report" / "report.html"
     write_text(page, render(Page(results, answer, made, drawn)))

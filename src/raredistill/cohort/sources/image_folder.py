@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from raredistill.cohort.sources import Problem
 from raredistill.cohort.sources.images import SUFFIXES, ImageFiles, ImageSample, Mode, ordered_classes
 from raredistill.errors import DataError
 from raredistill.files import files_below, folders_in
+from raredistill.names import shown
 
+PATIENCE = 1.0
+"""Seconds in which the patient must be told from one path; a usual pattern takes a few microseconds."""
 OWN_UNIT = "each image is its own unit: no patient is known, so images of one patient may stand on both sides of a split"
 
 
@@ -54,7 +58,7 @@ class ImageFolder(ImageFiles):
         self._unmatched = [sample for sample in samples if not sample.patient]
         super().__init__([sample for sample in samples if sample.patient], self._path, mode=mode, window=window)
 
-    def _sample(self, file: Path, label: str, pattern: re.Pattern[str] | None) -> ImageSample:
+    def _sample(self, file: Path, label: str, pattern: regex.Pattern[str] | None) -> ImageSample:
         name = file.relative_to(self._path).as_posix()
         return ImageSample(name, file, label, _patient(name, pattern))
 
@@ -90,20 +94,26 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
 
 
-def _pattern(patient: str | None) -> re.Pattern[str] | None:
+def _pattern(patient: str | None) -> regex.Pattern[str] | None:
     if patient is None:
         return None
     try:
-        pattern = re.compile(r"^[^/]+/([^/]+)/" if patient == "folder" else patient)
-    except re.error as error:
+        pattern = regex.compile(r"^[^/]+/([^/]+)/" if patient == "folder" else patient)
+    except (regex.error, RecursionError) as error:
         raise DataError(f"patient={patient!r} is not a regular expression ({error})") from None
     if not pattern.groups:
         raise DataError(f"patient={patient!r} has no group; put the part that names the patient in brackets")
     return pattern
 
 
-def _patient(name: str, pattern: re.Pattern[str] | None) -> str:
+def _patient(name: str, pattern: regex.Pattern[str] | None) -> str:
     if pattern is None:
         return name
-    match = pattern.search(name)
+    try:
+        match = pattern.search(name, timeout=PATIENCE)
+    except TimeoutError:
+        raise DataError(
+            f"patient={pattern.pattern!r} takes more than {PATIENCE:.0f} s to match {shown(name)!r:.80}: repetitions inside repetitions, "
+            "such as (a+)+, can be matched in too many ways; write it without them"
+        ) from None
     return (match["patient" if "patient" in pattern.groupindex else 1] or "") if match else ""
