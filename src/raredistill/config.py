@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Interval, MinLen
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from raredistill.declared import field_mistakes, mistakes, read
+from raredistill.declared import LARGEST_SEED, MOST_REPEATS, field_mistakes, mistakes, read
 from raredistill.errors import ConfigError
 from raredistill.files import fingerprint, parse_yaml
+from raredistill.names import checked
 from raredistill.runs.entry import Channels, Entry
 from raredistill.training.settings import Settings
 
 if TYPE_CHECKING:
     from raredistill.cohort.store import Cohort
     from raredistill.studies.study import Study
+
+Name = Annotated[str, AfterValidator(checked)]
+Seed = Annotated[int, Interval(ge=0, le=LARGEST_SEED)]
 
 
 class _Strict(BaseModel):
@@ -42,10 +46,10 @@ class SplitConfig(_Strict):
 
     protocol: Literal["outer", "holdout", "given"] = "outer"
     folds: Annotated[int, Ge(2)] = 5
-    repeats: Annotated[int, Ge(1)] = 1
+    repeats: Annotated[int, Interval(ge=1, le=MOST_REPEATS)] = 1
     validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.2
     test_share: Annotated[float, Interval(gt=0, lt=1)] = 0.3
-    seed: int = 0
+    seed: Seed = 0
     rarefy: dict[str, Annotated[float, Interval(gt=0, le=1)]] = {}
     truncate_validation: bool = False
 
@@ -57,11 +61,11 @@ class StudyConfig(_Strict):
     study's.
     """
 
-    name: str
+    name: Name
     cohort: Path | SourceConfig
     channels: Channels = ()
     splits: SplitConfig = SplitConfig()
-    seeds: Annotated[tuple[int, ...], MinLen(1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (0,)
     training: dict[str, Any] = {}
     runs: Annotated[tuple[dict[str, Any], ...], MinLen(1)]
 
