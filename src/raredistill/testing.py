@@ -24,7 +24,7 @@ from raredistill.cohort.sources import Source
 from raredistill.distill.contract import Facts, Method, Shape
 from raredistill.distill.registry import METHODS, make_method
 from raredistill.errors import RareDistillError
-from raredistill.losses import LOSSES, carried_prior, make_loss
+from raredistill.losses import carried_prior, make_loss
 from raredistill.models import create
 from raredistill.outputs import Outputs
 from raredistill.plugins import Plugin
@@ -92,6 +92,10 @@ def problem(classes: int, samples: int = 6) -> tuple[Outputs, Outputs, Tensor]:
 def total(method: Method, labels: Tensor, student: Outputs, teacher: Outputs) -> Tensor:
     """The sum of a method's terms."""
     return torch.stack(list(method.terms(SimpleNamespace(labels=labels), student, teacher).values())).sum()
+
+
+def _number(value: Tensor) -> float:
+    return float(value.detach())
 
 
 def leaves(side: Outputs) -> list[Tensor]:
@@ -169,7 +173,7 @@ def an_equal_student_learns_nothing(name: str) -> str:
     for classes in _sound(name) if METHODS[name].zero_at_equal else []:
         _, teacher, labels = problem(classes)
         # Attention and cosines are weighted by up to 1000 against nats.
-        if abs(value := float(total(make(name, classes), labels, teacher, teacher))) > CLOSE:
+        if abs(value := _number(total(make(name, classes), labels, teacher, teacher))) > CLOSE:
             return f"the terms are {value:.4g} with {classes} classes; they should be 0, or zero_at_equal False"
     return ""
 
@@ -179,8 +183,8 @@ def means_over_the_batch(name: str) -> str:
     for classes in _sound(name):
         student, teacher, labels = problem(classes)
         method = make(name, classes)
-        whole = float(total(method, labels, student, teacher))
-        parts = [float(total(method, labels[cut], chosen(student, cut), chosen(teacher, cut))) for cut in (slice(0, 4), slice(4, 6))]
+        whole = _number(total(method, labels, student, teacher))
+        parts = [_number(total(method, labels[cut], chosen(student, cut), chosen(teacher, cut))) for cut in (slice(0, 4), slice(4, 6))]
         same = abs((4 * parts[0] + 2 * parts[1]) / 6 - whole) <= CLOSE * max(abs(whole), 1e-6)
         if same is METHODS[name].within_batch:
             declared = (
@@ -199,8 +203,8 @@ def class_order_does_not_matter(name: str) -> str:
         def permuted(side: Outputs, order: Tensor = order) -> Outputs:
             return Outputs(side.logits[:, order], side.features, side.maps, None if side.log_prior is None else side.log_prior[order])
 
-        once = float(total(make(name, classes), labels, student, teacher))
-        again = float(total(make(name, classes, order), torch.argsort(order)[labels], permuted(student), permuted(teacher)))
+        once = _number(total(make(name, classes), labels, student, teacher))
+        again = _number(total(make(name, classes, order), torch.argsort(order)[labels], permuted(student), permuted(teacher)))
         if abs(again - once) > CLOSE * max(abs(once), 1e-6):
             return f"{once:.6g} becomes {again:.6g} with {classes} classes in another order"
     return ""
@@ -412,7 +416,3 @@ def _outcome(check: Callable[[str], str], name: str) -> str:
         return check(name)
     except Exception as error:  # whatever a stranger's code raises is the finding
         return f"it raises {type(error).__name__}: {error}"
-
-
-BUILT_IN = {"distiller": (METHODS, DISTILLER_CHECKS), "loss": (LOSSES, LOSS_CHECKS)}
-"""Registries that the project's own tests run through the checks."""
