@@ -140,8 +140,9 @@ def not_learned(side: Tally, rare: str) -> str:
     place, classes = side.classes.index(rare), len(side.classes)
     right, actual, guessed = (side.sums[..., start * classes + place] for start in range(3))
     for run, fold in zip(side.runs, side.fold, strict=True):
-        calls = np.bincount(fold, weights=guessed[side.runs.index(run)])
-        for which in np.unique(fold[calls[fold] == 0]):
+        tested = fold >= 0  # an unfinished run tests some patients only
+        calls = np.bincount(fold[tested], weights=guessed[side.runs.index(run)][tested])
+        for which in np.unique(fold[tested][calls[fold[tested]] == 0]):
             return f"a network never predicts {rare} (repeat {run[0]}, fold {which}, seed {run[1]})"
     share = actual.sum() / side.sums[..., -1].sum()
     score, constant = 2 * right.sum() / (actual.sum() + guessed.sum()), 2 * share / (1 + share)

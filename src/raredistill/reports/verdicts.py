@@ -13,7 +13,7 @@ from raredistill.evaluation.gains import assess, slope
 from raredistill.evaluation.planning import error_range
 from raredistill.evaluation.verdicts import LEVEL, Ruling, Verdict, p_text, rule, signed
 from raredistill.reports.decision import DECIDING, rare_kept
-from raredistill.reports.pairs import Pair
+from raredistill.reports.pairs import Pair, seen_gain
 from raredistill.reports.results import Results
 
 NETWORKS = "paired bootstrap over the patients of one test set: a claim about these networks only"
@@ -77,22 +77,15 @@ def _record(pair: Pair, rare: str, ruling: Ruling) -> dict[str, Any]:
     basis = NETWORKS if described else BASIS.format(runs=gain.runs, folds=gain.folds, view=DECIDING) if gain else ""
     return {
         "entry": pair.entry, "control": pair.control, "teacher": pair.teacher, "relation": pair.relation,
-        "difference": _seen(pair, rare), **numbers, "p_holm": ruling.p_holm, "p_same": ruling.p_same, **references,
+        "difference": seen_gain(pair, rare), **numbers, "p_holm": ruling.p_holm, "p_same": ruling.p_same, **references,
         **dict.fromkeys(("argmax", "best_checkpoint")), **beside, "basis": basis, "verdict": str(ruling.verdict),
         "sentence": _networks(pair, rare) if described else _described(pair, rare, ruling),
         "notes": [*ruling.notes, *_notes(pair, rare, ruling)],
     }  # fmt: skip
 
 
-def _seen(pair: Pair, rare: str) -> float | None:
-    if pair.decision.seen is not None and not pair.shared:
-        return pair.decision.seen
-    found = pair.differences.get(f"f1:{rare}")
-    return found.estimate if found else None
-
-
 def _described(pair: Pair, rare: str, ruling: Ruling) -> str:
-    seen = _seen(pair, rare)
+    seen = seen_gain(pair, rare)
     if ruling.verdict is not Verdict.DESCRIBED or ruling.gain is not None or seen is None:
         return ruling.sentence
     reason = _reason(pair).rstrip(".")
@@ -190,7 +183,7 @@ def size_verdict(results: Results, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def _by_relation(pairs: list[Pair], relation: str, rare: str) -> str:
-    seen = [(pair, _seen(pair, rare)) for pair in pairs if pair.relation == relation]
+    seen = [(pair, seen_gain(pair, rare)) for pair in pairs if pair.relation == relation]
     gains = [f"{pair.teacher} → {pair.entry} {signed(gain)}" for pair, gain in seen if gain is not None]
     name = {"larger": "Teacher larger than the student", "equal": "Equal in size", "smaller": "Teacher smaller than the student"}[relation]
     return f"{name}: {'; '.join(gains) if gains else 'no pair in this study'}."
@@ -254,6 +247,6 @@ def rare_power(results: Results, pairs: list[Pair]) -> str:
     low, high = error_range(best.df)
     return (
         f"The most precise comparison, {name}, could have shown gains in {results.study.rare} F1 of about {smallest:.3f} with 80 % "
-        f"power at the level that Holm leaves for {len(known)} comparisons; estimated from so few networks, the true figure may be {smallest / high:.3f} to "
-        f"{smallest / low:.3f}. Smaller gains it cannot exclude."
+        f"power at the level that Holm leaves for {len(known)} comparisons; estimated from so few networks, the true figure may be "
+        f"{smallest / high:.3f} to {smallest / low:.3f}. Smaller gains it cannot exclude."
     )
