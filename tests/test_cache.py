@@ -118,7 +118,7 @@ def test_each_view_is_computed_once_a_fold_and_shared_by_its_students(done):
         assert facts["taught", fold]["seconds"] > facts["again", fold]["seconds"] == 0
         assert [each[2:] for each in watched.views if each[:2] == ("taught", fold)] == [(0, VIEWS), (1, VIEWS)]
     assert len(list(StudyFolder(out).teacher_cache.glob("*/view*.safetensors"))) == 4 * VIEWS * 2
-    assert all(record.remarks == [] for record in records)
+    assert all(record.remarks == () for record in records)
 
 
 def test_what_the_content_depends_on_names_it(done):

@@ -224,9 +224,9 @@ def test_refuses_several_parts_and_metrics_without_a_value():
 
 def test_unknown_metrics_meet_a_suggestion():
     predictions = _predictions(patients=4)
-    with pytest.raises(ConfigError, match="did you mean 'macro_f1'"):
+    with pytest.raises(ConfigError, match="did you mean macro_f1"):
         patient_bootstrap(predictions, "makro_f1")
-    with pytest.raises(ConfigError, match="did you mean 'f1:LGG'"):
+    with pytest.raises(ConfigError, match="did you mean f1:LGG"):
         patient_bootstrap(predictions, "f1:LG")
     with pytest.raises(ConfigError, match="resamples"):
         patient_bootstrap(predictions, "macro_f1", resamples=0)

@@ -363,7 +363,7 @@ def test_peers_are_trained_in_the_run_itself_and_name_it(taught):
     assert run.teachers == ()
     assert [peer.name for peer in run.peers] == ["big", "margin"]
     assert records["peers", 0].kind == "distilled"
-    assert records["peers", 0]["teacher_name"] == "big + margin"
+    assert records["peers", 0].teacher_name == "big + margin"
     other = study(made.cohort, [{**entry, "dropout": 0.1} if entry["name"] == "margin" else entry for entry in TAUGHT])
     assert next(each for each in other.plan() if each.entry.name == "peers").id != run.id
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar, cast, get_args, get_type_hints
@@ -11,6 +10,7 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from raredistill.errors import ConfigError
+from raredistill.options import did_you_mean
 
 Kind = TypeVar("Kind")
 
@@ -100,8 +100,7 @@ def _mistake(item: dict[str, Any], kind: type) -> str:
     if item["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: {item['msg'].lower()} (it is {item['input']!r:.60})"
     known = _known_keys(kind, item["loc"])
-    close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-    return f"{where}: unknown key; " + (f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}")
+    return f"{where}: unknown key" + (did_you_mean(str(item["loc"][-1]), known) or f"; the keys are {', '.join(known)}")
 
 
 def _is_noise(item: dict[str, Any]) -> bool:

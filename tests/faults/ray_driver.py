@@ -24,6 +24,7 @@ from raredistill import api, cli
 from raredistill.cohort.store import Cohort
 from raredistill.config import StudyConfig, make_study
 from raredistill.errors import ConfigError
+from raredistill.runs.layout import StudyFolder
 from raredistill.studies import on_ray
 from raredistill.studies.study import Study, run_study
 
@@ -38,7 +39,6 @@ def slowly(job, run, records, threads, work=on_ray.work):
 
     import ray
 
-    from raredistill.runs.layout import StudyFolder
     from raredistill.training import loop, resume
 
     resume.SAVE_EVERY = 0.0
@@ -119,7 +119,7 @@ def refused(folder: Path, out: Path, cluster) -> dict:
         for name, threads in (("too_much", 3), ("not_shared", 1)):
             engine.threads = threads
             try:
-                engine.check(study.plan(), study.cohort, out)
+                engine.check(study.plan(), study.cohort, StudyFolder(out))
             except ConfigError as error:
                 found[name] = str(error)
     if alone.poll() is not None:

@@ -242,8 +242,8 @@ def test_a_finished_run_says_what_it_was_made_with(done):
     out, records = done
     run = read_json(out / "runs" / records[0].id / "run.json")
     assert is_sealed(run)
-    assert run.made_with["versions"]["torch"] == version("torch")
-    assert run.made_with["code"]["training/loop.py"] == drafts.sha256(Path(loop.__file__))[:16]
+    assert run["made_with"]["versions"]["torch"] == version("torch")
+    assert run["made_with"]["code"]["training/loop.py"] == drafts.sha256(Path(loop.__file__))[:16]
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "predictions.parquet", "epochs.jsonl", "run.json"])

@@ -80,7 +80,7 @@ def test_a_study_and_its_report_ask_no_network(tiny_cohort, tmp_path, monkeypatc
     records = run_study(study(tiny_cohort, runs), tmp_path / "s", Silent())
     write_report(tmp_path / "s")
     assert {record.status for record in records} == {"done"}
-    assert {record.status for record in read_json(tmp_path / "s" / "study.json")["runs"]} == {"done"}
+    assert {record["status"] for record in read_json(tmp_path / "s" / "study.json")["runs"]} == {"done"}
     assert asked == []
 
 

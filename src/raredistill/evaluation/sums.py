@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from raredistill.errors import ConfigError
 from raredistill.metrics import metrics_from_margins
+from raredistill.options import did_you_mean
 from raredistill.predictions import Predictions
 
 Floats = NDArray[np.float64]
@@ -32,8 +32,7 @@ def parse_metric(metric: str, classes: tuple[str, ...]) -> tuple[str, int]:
     name, colon, which = metric.partition(":")
     known = [*_OVERALL, *(f"{each}:{label}" for each in (*_COUNTED, *RANKED) for label in classes)]
     if metric not in known:
-        near = difflib.get_close_matches(metric, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(metric, known)
         raise ConfigError(f"unknown metric {metric!r}{hint} (overall: {', '.join(_OVERALL)}; by class: f1:{classes[-1]} and so on)")
     return name, classes.index(which) if colon else -1
 

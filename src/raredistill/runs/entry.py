@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Interval, MinLen
 from pydantic import BeforeValidator
@@ -15,6 +15,9 @@ from pydantic import BeforeValidator
 from raredistill.declared import Declared
 from raredistill.errors import ConfigError
 from raredistill.training.settings import Settings
+
+if TYPE_CHECKING:
+    from raredistill.distill.contract import Method
 
 
 @dataclass(frozen=True)
@@ -130,43 +133,51 @@ class Entry(Declared):
         return " + ".join(self.teachers)
 
     @property
+    def method_class(self) -> type[Method]:
+        """The class of its distiller.
+
+        Raises:
+            ConfigError: the method or one of its options is unknown.
+        """
+        from raredistill.distill.registry import method_class
+
+        try:
+            return method_class(self.method, self.method_options)
+        except ConfigError as error:
+            raise ConfigError(f"{self.called}{error}") from None
+
+    @property
     def wants(self) -> tuple[str, ...]:
         """What its method asks of a teacher: ``logits``, ``features``, ``maps``, ``labels``, ``prior``, ``reliability``.
 
         Raises:
             ConfigError: the method or one of its options is unknown.
         """
-        return () if self.teacher is None else tuple(_method(self).wants(self.method_options))
+        return () if self.teacher is None else self.method_class.wants(self.method_options)
 
     def conflicts(self) -> list[str]:
         """What the network, the settings and the teacher cannot do together."""
-        method = None if self.teacher is None else _method(self)
+        method = None if self.teacher is None else self.method_class
         held = {**_head_conflicts(self), **_speed_conflicts(self, method), **_teaching_conflicts(self, method)}
         return [message for message, wrong in held.items() if wrong]
 
 
-def _method(entry: Entry) -> Any:
-    from raredistill.distill.registry import method_class
-
-    try:
-        return method_class(entry.method, entry.method_options)
-    except ConfigError as error:
-        raise ConfigError(f"{entry.called}{error}") from None
-
-
 def _head_conflicts(entry: Entry) -> dict[str, bool]:
     """What a head cannot do with a loss or a second stage; each message with whether it holds."""
+    from raredistill.losses import named_loss
+
     settings, corrected = entry.settings, ""
+    head = named_loss(settings.loss, settings.loss_options).head or entry.head
     if settings.stage == "logit_adjustment":
         corrected = _corrected(entry)
     return {
-        "loss ldam needs cosines, but head is not cosine: set head: cosine": settings.loss == "ldam" and entry.head != "cosine",
+        f"loss {settings.loss} needs cosines, but head is not cosine: set head: cosine": head != entry.head,
         f"stage {settings.stage} changes a linear classifier, but head is cosine": settings.stage != "none" and entry.head == "cosine",
         f"stage logit_adjustment takes the training prior off, but {corrected} has done so already; use stage: none": bool(corrected),
     }
 
 
-def _speed_conflicts(entry: Entry, method: Any) -> dict[str, bool]:
+def _speed_conflicts(entry: Entry, method: type[Method] | None) -> dict[str, bool]:
     """What a method cannot do with a teacher cache, compiling and several devices."""
     settings, wants = entry.settings, entry.wants
     return {
@@ -185,7 +196,7 @@ def _speed_conflicts(entry: Entry, method: Any) -> dict[str, bool]:
     }
 
 
-def _teaching_conflicts(entry: Entry, method: Any) -> dict[str, bool]:
+def _teaching_conflicts(entry: Entry, method: type[Method] | None) -> dict[str, bool]:
     """What a method, its teachers and mixed samples cannot do together."""
     settings, wants = entry.settings, entry.wants
     own = ["the only loss on labels"] if method is not None and method.own_loss else []
@@ -218,12 +229,11 @@ def _corrected(entry: Entry) -> str:
     """What takes the training prior off the logits during training, for a message; empty when nothing is known to."""
     import torch
 
-    from raredistill.distill.consistent import taught_prior
     from raredistill.losses import carried_prior
 
     settings, counts = entry.settings, torch.tensor([1.0, 2.0])
     if entry.teacher is not None:
-        return f"method {entry.method}" if taught_prior(entry.method, counts, entry.method_options) is not None else ""
+        return f"method {entry.method}" if entry.method_class.carries(counts, entry.method_options) is not None else ""
     carried = carried_prior(settings.loss, counts=counts, sampler=settings.sampler, deferred=settings.deferred, **settings.loss_options)
     if carried is None or settings.mixing != "none" or abs(carried[0] - 1 / 3) < 1e-6:
         return ""

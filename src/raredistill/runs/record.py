@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from raredistill.cohort.store import Cohort
-from raredistill.distill.registry import method_class
 from raredistill.errors import DataError
 from raredistill.files import read_json
 from raredistill.models import facts
@@ -237,7 +236,7 @@ def describe(run: Run, cohort: Cohort) -> RunRecord:
 
 def _recipe(entry: Entry) -> str:
     # What is left of a run without its teacher: its fair control is the baseline of that loss.
-    own = "" if entry.teacher is None else method_class(entry.method, entry.method_options).own_loss
+    own = "" if entry.teacher is None else entry.method_class.own_loss
     return (replace(entry.settings, loss=own) if own else entry.settings).recipe
 
 

@@ -15,12 +15,12 @@ from raredistill import predictions
 from raredistill.batches import Batch
 from raredistill.checkpoint import Promise, read_header, read_promise
 from raredistill.cohort.store import Cohort
-from raredistill.distill.consistent import corrects, taught_prior
-from raredistill.distill.contract import Facts, Outputs, Shape
+from raredistill.distill.contract import Facts, Shape
 from raredistill.distill.imbalance import shrunk_recall
 from raredistill.errors import CheckpointError
 from raredistill.losses import carried_prior, estimate_prior, make_loss
 from raredistill.models import Network, create, restore
+from raredistill.outputs import Outputs
 from raredistill.runs.entry import Entry, External
 from raredistill.runs.external import load_external, promise_of
 from raredistill.runs.layout import StudyFolder
@@ -129,7 +129,7 @@ def prior_of(entry: Entry, counts: Tensor) -> tuple[float, ...] | None:
         return None
     if entry.teacher is not None:
         # What a student's logits carry also depends on its teacher's: only a consistent method says it.
-        return taught_prior(entry.method, counts, entry.method_options)
+        return entry.method_class.carries(counts, entry.method_options)
     if settings.mixing != "none":
         return None
     return carried_prior(settings.loss, counts=counts, sampler=settings.sampler, deferred=settings.deferred, **settings.loss_options)
@@ -171,8 +171,7 @@ def _expected_prior(entry: Entry, teachers: Sequence[Entry], counts: Tensor, *, 
 def _reliability(run: Run, cohort: Cohort, teachers: Sequence[Teacher], folder: StudyFolder) -> Tensor | None:
     """Recalls of the corrected teachers: out of fold where they are cross-fitted, on validation otherwise; None without either."""
     part = "test" if run.entry.cross_fit else "validation"
-    options = run.entry.method_options
-    shift = corrects(run.entry.method, options) * options.get("tau", 1.0)
+    shift = run.entry.method_class.corrects(run.entry.method_options)
     found = []
     for source, teacher in zip(run.teachers, teachers, strict=False):
         logits, labels = _seen_by(source, folder, part)

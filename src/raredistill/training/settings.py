@@ -135,16 +135,15 @@ class Settings(Declared):
 
 def _loss_conflicts(settings: Settings) -> dict[str, bool]:
     """What is wrong with the loss; each message with whether it holds."""
-    from raredistill.losses import check_loss
+    from raredistill.losses import named_loss
 
     try:
-        check_loss(settings.loss, settings.loss_options)
+        loss = named_loss(settings.loss, settings.loss_options)
     except ConfigError as error:
         return {str(error): True}
-    weighs = settings.loss in ("weighted_cross_entropy", "class_balanced_focal")
     return {
         f"deferred: {settings.deferred} weighs classes that loss {settings.loss} weighs already; use cross_entropy or deferred: none": (
-            settings.deferred != "none" and weighs
+            settings.deferred != "none" and loss.weighs
         ),
     }
 
