@@ -116,8 +116,8 @@ def compared(pair: Pair, sides: tuple[Predictions, Predictions], metrics: list[s
     try:
         check_same(*sides)
     except RareDistillError as error:
-        # An unfinished study, whose seeds differ by fold: its difference is described by the runs that are complete.
-        return replace(pair, problem=str(error), decision=replace(pair.decision, reason=pair.decision.reason or str(error)))
+        # An unfinished study, whose seeds differ by fold: the gain test takes the runs that are complete, the references do not.
+        return replace(pair, problem=str(error))
     found, problems = differences_of(*sides, metrics, sizes=sizes, resamples=RESAMPLES)
     evidence: dict[str, Evidence] = {}
     for metric, each in found.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy import stats
 from raredistill.errors import RareDistillError
 from raredistill.evaluation.differences import FEW_PATIENTS, Evidence
 from raredistill.evaluation.gains import assess, slope
+from raredistill.evaluation.looks import State
 from raredistill.evaluation.planning import error_range
 from raredistill.evaluation.verdicts import LEVEL, Ruling, Verdict, p_text, rule, signed
 from raredistill.reports.decision import DECIDING, rare_kept
@@ -20,7 +22,9 @@ NETWORKS = "paired bootstrap over the patients of one test set: a claim about th
 BASIS = "gain test over {runs} runs of {folds} folds; {view}"
 
 
-def verdicts(pairs: list[Pair], rare: str, margin: float | None = None, kept: float = 1.0) -> list[dict[str, Any]]:
+def verdicts(
+    pairs: list[Pair], rare: str, margin: float | None = None, kept: float = 1.0, states: Mapping[str, State] | None = None
+) -> list[dict[str, Any]]:
     """A record for each pair on the rare class's F1, decided by the gain test, with Holm's adjustment over all tested pairs.
 
     Args:
@@ -28,6 +32,7 @@ def verdicts(pairs: list[Pair], rare: str, margin: float | None = None, kept: fl
         rare: the rare class.
         margin: largest difference without practical meaning, fixed before the study; None leaves equivalence out.
         kept: share of the rare class's patients that training keeps.
+        states: what the looks of a study that stops by looks have decided.
 
     Returns:
         ``entry, control, teacher, relation, difference, low, high, p, p_holm, p_same, detectable, training_share, basis, sentence, notes``,
@@ -38,7 +43,7 @@ def verdicts(pairs: list[Pair], rare: str, margin: float | None = None, kept: fl
     barred = {pair.entry: _reason(pair) for pair in pairs if pair.entry not in gains or pair.decision.reason}
     patients = {pair.decision.rare_patients for pair in pairs if pair.entry in gains}
     ruled = rule(gains, controls={pair.entry: pair.control for pair in pairs}, what=f"{rare} F1", described=barred, margin=margin,
-                 kept=kept, rare_patients=min(patients) if patients else None)  # fmt: skip
+                 kept=kept, rare_patients=min(patients) if patients else None, states=states)  # fmt: skip
     return [_record(pair, rare, ruled[pair.entry]) for pair in pairs]
 
 
@@ -189,10 +194,12 @@ def _by_relation(pairs: list[Pair], relation: str, rare: str) -> str:
     return f"{name}: {'; '.join(gains) if gains else 'no pair in this study'}."
 
 
-def cautions(results: Results) -> list[str]:
-    """What a reader must know before believing a verdict."""
+def cautions(results: Results, spared: int = 0) -> list[str]:
+    """What a reader must know before believing a verdict; ``spared`` runs were not needed, since their pairs were settled."""
     study, said = results.study, []
-    unfinished = len(study.runs) - len(results.runs)
+    unfinished = len(study.runs) - len(results.runs) - spared
+    if spared:
+        said.append(f"By its looks the study was settled early: {spared} of {len(study.runs)} runs were not needed.")
     if unfinished:
         said.append(f"This study is unfinished: {unfinished} of {len(study.runs)} runs are missing or failed.")
     said += [f"{run.id}: {each}." for run in results.runs for each in run.remarks]
@@ -215,8 +222,8 @@ def notes_on_tests(results: Results) -> list[str]:
     folds = len(results.study.splits)
     if results.study.protocol == "outer":
         said = [
-            "Each patient is tested once per repeat, so the gain test applies: it covers new patients, new trainings and a new cohort of "
-            "this size. That training patients' luck adds as much variance as tested patients' is an assumption, which simulations bear out.",
+            "Each patient is tested once per repeat, so the gain test applies: it covers new patients, new trainings and a new cohort "
+            "of this size. That training patients' luck adds as much variance as tested patients' is an assumption that simulations bear out.",
             "The corrected t-test over folds and the Bayesian one ask the same with less power and stand beside it. Training sizes leave "
             "validation and rarefied patients out, which widens them by 1.07 to 1.16.",
             "Intervals of single scores resample the patients of all test parts; what another training set would change they do not cover.",
