@@ -64,8 +64,8 @@ def write_study(root, *, entries=tuple(SKILL), waiting=(), folds=FOLDS, shared=F
     for name in entries:
         for fold, seed in itertools.product(range(folds), range(seeds)):
             run = {
-                "id": f"{name}-f{fold}" + (f"-s{seed}" if seed else ""), "name": name, "kind": "baseline" if name == "small" else "distilled",
-                "direction": "",
+                "id": f"{name}-f{fold}" + (f"-s{seed}" if seed else ""), "name": name,
+                "kind": "baseline" if name == "small" else "distilled", "direction": "",
                 "model": "other" if name == "odd" else "small_cnn", "loss": "cross_entropy", "method": "kd", "teacher": "",
                 "teacher_name": "t<b>",
                 "external_teacher": False, "channels": ["flair"], "repeat": 0, "fold": fold, "seed": seed,

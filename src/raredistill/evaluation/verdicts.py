@@ -106,8 +106,11 @@ def verdict_of(gain: float, p: float, p_same: float | None = None, level: float 
     return Verdict.UNDECIDED
 
 
-def _sentence(name: str, control: str, what: str, found: Gain, verdict: Verdict, p: float, family: int, margin: float | None) -> str:
-    numbers = f"{signed(found.gain)} [{signed(found.low)}, {signed(found.high)}]"
+def _sentence(
+    name: str, control: str, what: str, found: Gain, verdict: Verdict, p: float, family: int, margin: float | None, level: float
+) -> str:
+    low, high = found.interval(level)
+    numbers = f"{signed(found.gain)} [{signed(low)}, {signed(high)}]"
     over = f"{p_text(p)}, Holm over {family}" if family > 1 else p_text(p)
     recipe = "for new patients and new trainings on a cohort of this size"
     if verdict is Verdict.SAME:

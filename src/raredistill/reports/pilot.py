@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,15 +37,20 @@ def design_of(made: Study, out: Path, repeats: int, gain: float | None) -> Plan:
         )
     rare, folds = rare_class(made.cohort, made.splits), len({split.fold for split in made.splits})
     patients = next(int(row["patients"]) for row in made.cohort.counts().to_dict("records") if row["class"] == rare)
-    pilot, basis = _pilot(out, rare) or (
-        assumed(patients, folds), f"Assumed, since {out} holds no two finished repeats: a student and its control that differ little, and "
-        f"single networks whose {rare} F1 has a standard deviation of 0.05 by training alone; run two repeats to know",
-    )  # fmt: skip
     pairs = sum(entry.teacher is not None for entry in made.entries)
-    return make_plan_of(
-        pilot, basis=basis, folds=folds, repeats=repeats, pairs=pairs, entries=len(made.entries), rare=rare, rare_patients=patients, gain=gain,
-        kept=rare_kept(made.config, rare),
-    )  # fmt: skip
+    design: dict[str, Any] = {
+        "folds": folds, "repeats": repeats, "pairs": pairs, "entries": len(made.entries), "rare": rare, "rare_patients": patients,
+        "gain": gain, "kept": rare_kept(made.config, rare),
+    }  # fmt: skip
+    if (known := _pilot(out, rare)) is not None:
+        return make_plan_of(known[0], basis=known[1], **design)
+    basis = (
+        f"Assumed, since {out} holds no two finished repeats: a student and its control that differ little, and single networks whose {rare} "
+        "F1 has a standard deviation of 0.05 by training alone; run two repeats to know"
+    )
+    plan, apart = (make_plan_of(assumed(patients, folds, alike=each), basis=basis, **design) for each in (True, False))
+    wider = f"Where they differ as two methods do it takes {apart.forecast.detectable:.3f}, never less than {apart.forecast.floor:.3f}."
+    return replace(plan, sentences=[*plan.sentences, wider])
 
 
 def _pilot(out: Path, rare: str) -> tuple[Pilot, str] | None:

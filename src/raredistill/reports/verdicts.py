@@ -101,8 +101,8 @@ def _networks(pair: Pair, rare: str) -> str:
     found = pair.evidence[f"f1:{rare}"]
     numbers = told(vars(found) | {"difference": found.estimate})
     return (
-        f"{pair.entry} against {pair.control}: {rare} F1 {numbers} on this test set ({p_text(found.p)}). This is about these networks only: "
-        "all runs share one test set, so whether the recipe helps is not tested."
+        f"{pair.entry} against {pair.control}: {rare} F1 {numbers} on this test set ({p_text(found.p)}). This is about these networks "
+        "only: all runs share one test set, so whether the recipe helps is not tested."
     )
 
 
@@ -223,7 +223,8 @@ def notes_on_tests(results: Results) -> list[str]:
     if results.study.protocol == "outer":
         said = [
             "Each patient is tested once per repeat, so the gain test applies: it covers new patients, new trainings and a new cohort "
-            "of this size. That training patients' luck adds as much variance as tested patients' is an assumption that simulations bear out.",
+            "of this size. That training patients' luck adds as much variance as tested patients' is an assumption that simulations bear "
+            "out.",
             "The corrected t-test over folds and the Bayesian one ask the same with less power and stand beside it. Training sizes leave "
             "validation and rarefied patients out, which widens them by 1.07 to 1.16.",
             "Intervals of single scores resample the patients of all test parts; what another training set would change they do not cover.",
