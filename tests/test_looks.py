@@ -22,7 +22,7 @@ from raredistill.studies.power import assumed, chart, make_plan_of, repeats_with
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("looks") / "cohort", patients={"HGG": 14, "LGG": 12}, slices=1)
+    return write_tiny(tmp_path_factory.mktemp("looks") / "cohort", patients={"HGG": 18, "LGG": 12}, slices=1)
 
 
 def config(cohort, **changes):

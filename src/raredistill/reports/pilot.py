@@ -45,8 +45,8 @@ def design_of(made: Study, out: Path, repeats: int, gain: float | None) -> Plan:
     if (known := _pilot(out, rare)) is not None:
         return make_plan_of(known[0], basis=known[1], **design)
     basis = (
-        f"Assumed, since {out} holds no two finished repeats: a student and its control that differ little, and single networks whose {rare} "
-        "F1 has a standard deviation of 0.05 by training alone; run two repeats to know"
+        f"Assumed, since {out} holds no two finished repeats: a student and its control that differ little, and single networks whose "
+        f"{rare} F1 has a standard deviation of 0.05 by training alone; run two repeats to know"
     )
     plan, apart = (make_plan_of(assumed(patients, folds, alike=each), basis=basis, **design) for each in (True, False))
     wider = f"Where they differ as two methods do it takes {apart.forecast.detectable:.3f}, never less than {apart.forecast.floor:.3f}."

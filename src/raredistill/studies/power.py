@@ -90,9 +90,10 @@ def _sentences(
 ) -> list[str]:
     over = f"at Holm's level for {pairs} comparisons" if pairs > 1 else "at 5 %"
     single = f"; a single comparison at 5 % would find {alone.detectable:.3f}" if pairs > 1 else ""
+    known = f" ({plan.low:.3f} to {plan.high:.3f}, as far as the pilot tells)" if plan.low < plan.high else ""
     said = [
-        f"{folds} folds x {repeats} repeats find gains in {rare} F1 of {plan.detectable:.3f} or more with 80 % power {over} "
-        f"({plan.low:.3f} to {plan.high:.3f}, 5 to 95 % of what is known){single}."
+        f"{folds} folds x {repeats} repeats find gains in {rare} F1 of {plan.detectable:.3f} or more with 80 % power {over}"
+        f"{known}{single}."
     ]
     if gain is not None and not reached:
         said.append(
