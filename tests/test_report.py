@@ -29,18 +29,21 @@ from sklearn.metrics import (
 )  # fmt: skip
 
 from raredistill import predictions
+from raredistill.checkpoint import Promise, save
 from raredistill.errors import DataError
 from raredistill.evaluation import gain_test
-from raredistill.files import write_json
+from raredistill.files import seal, sha256, write_json
 from raredistill.reports import analyses, figures, summary_table, write_report
 from raredistill.reports.decision import Decision
 from raredistill.reports.pairs import make_pairs
 from raredistill.reports.results import read_results
 from raredistill.reports.tables import confusion_rows, latex, safe
 from raredistill.reports.verdicts import family, notes_on_tests, verdicts
+from raredistill.runs.layout import RESULTS
 
 CLASSES = ("healthy", "HGG", "LGG")
 FOLDS = 3
+PROMISE = Promise("small_cnn", "linear", 0.0, CLASSES, ("flair",), 16, (0.5,), (0.5,), None, ("p",), False, "")
 SKILL = {"small": 0.8, "taught": 2.5, "odd": 0.8}
 
 
@@ -96,12 +99,24 @@ def write_study(root, *, entries=tuple(SKILL), waiting=(), folds=FOLDS, shared=F
 
 def write_run(folder, run, skill, *, shared):
     folder.mkdir(parents=True)
-    write_json(folder / "run.json", run)
     f1 = dict.fromkeys(CLASSES, 0.5)
     part = {"loss": 1.0, "macro_f1": 0.5, "f1": f1}
     (folder / "epochs.jsonl").write_text("".join(json.dumps({"epoch": n, "train": part, "validation": part}) + "\n" for n in range(3)))
     made = table(run["id"], skill, 0, run["seed"]) if shared else table(run["id"], skill, run["fold"], run["seed"])
     predictions.write(folder / "predictions.parquet", made.assign(fold=run["fold"]), CLASSES, "healthy")
+    for name in ("best", "last"):
+        save(folder / f"{name}.safetensors", {}, PROMISE)
+    seal_run(folder, run)
+
+
+def reseal(folder):
+    """The run's record after a test has given it other results on purpose."""
+    record = json.loads((folder / "run.json").read_text())
+    seal_run(folder, {key: value for key, value in record.items() if key not in ("files", "seal")})
+
+
+def seal_run(folder, run):
+    write_json(folder / "run.json", seal({**run, "files": {name: sha256(folder / name) for name in RESULTS}}))
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +194,7 @@ def test_a_margin_of_the_study_makes_equivalence_a_verdict(tmp_path, monkeypatch
         changed = table(name, SKILL["small"], 0, seed)
         changed["logits"] = [row + np.array([0, 0, 0.2]) * (n % 7 == 0) for n, row in enumerate(changed["logits"])]
         predictions.write(root / "runs" / name / "predictions.parquet", changed, CLASSES, "healthy")
+        reseal(root / "runs" / name)
     write_json(root / "study.json", {**study, "config": {"name": "s", "evidence": {"margin": 0.3}}})
     page = html.unescape(write_report(root).read_text())
     assert "makes no practical difference to LGG F1" in page
@@ -235,6 +251,7 @@ def test_a_moved_threshold_is_told_from_a_gain(tmp_path, monkeypatch):
         moved = table(f"taught-f{fold}", SKILL["small"], 0, 0).assign(fold=fold)
         moved["logits"] = [row + np.array([0, 0, 1.5]) for row in moved["logits"]]
         predictions.write(root / "runs" / f"taught-f{fold}" / "predictions.parquet", moved, CLASSES, "healthy")
+        reseal(root / "runs" / f"taught-f{fold}")
     assert any("Only recall moved, AUPRC did not" in note for note in judged(root)["taught"]["notes"])
 
 
@@ -519,6 +536,7 @@ def test_classes_may_be_called_like_columns(tmp_path):
         for old, new in renamed.items():
             history = history.replace(f'"{old}"', f'"{new}"')
         (folder / "epochs.jsonl").write_text(history)
+        reseal(folder)
     results = read_results(root)
     counted = confusion_rows(results)
     assert list(counted) == ["entry", "repeat", "fold", "seed", "true", "as fold", "as true", "as equal_mass"]
@@ -536,6 +554,7 @@ def test_costs_are_means_over_runs_and_the_cache_stands_beside_them(tmp_path):
         path = root / "runs" / run["id"] / "epochs.jsonl"
         records = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps({**each, "seconds": s}) + "\n" for each, s in zip(records, seconds, strict=True)))
+        reseal(path.parent)
         run |= {"seconds": sum(seconds) + 1, "made_with": {"versions": {"device": "cpu"}}}
         if run["name"] == "taught":
             filled = (4.0, 6.0, 0.0)[run["fold"]]  # the third run found its views computed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,7 +18,12 @@ from torch import Tensor
 
 from raredistill.errors import CheckpointError
 from raredistill.files import atomic
+from raredistill.names import fault, shown
 
+PRIOR_TOLERANCE = 1e-3
+"""By how much the shares of a class prior may miss 1."""
+LARGEST = 1e9
+"""Any number of a promise is smaller."""
 _PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle")
 _NETWORK, _STATE = "raredistill.network.1", "raredistill.state.1"
 
@@ -58,11 +64,37 @@ class Promise:
     def __post_init__(self) -> None:
         for name in ("classes", "channels", "mean", "std", "prior", "training_patients"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(value))
-        if self.prior is not None and len(self.prior) != len(self.classes):
-            raise CheckpointError(f"the prior has {len(self.prior)} values for {len(self.classes)} classes")
+                object.__setattr__(self, name, tuple(value) if isinstance(value, list | tuple) else value)
+        _check_types(self)
+        if self.prior is not None and (said := fault_of_prior(self.prior, len(self.classes))):
+            raise CheckpointError(said)
         if not len(self.mean) == len(self.std) == len(self.channels):
             raise CheckpointError(f"mean and std have {len(self.mean)} and {len(self.std)} values for {len(self.channels)} channels")
+
+
+def fault_of_prior(prior: Sequence[float], classes: int) -> str:
+    """What keeps numbers from being the shares of so many classes, for a message; empty when nothing does."""
+    if len(prior) != classes:
+        return f"the prior has {len(prior)} values for {classes} classes"
+    if not all(isinstance(share, int | float) and math.isfinite(share) and share >= 0 for share in prior):
+        return f"the prior holds something else than shares of classes: {list(prior)!r:.80}"
+    return "" if abs(sum(prior) - 1) <= PRIOR_TOLERANCE else f"the shares of the prior add up to {sum(prior):.4g}, not 1"
+
+
+def _check_types(promise: Promise) -> None:
+    texts = [promise.model, promise.head, promise.split_hash, *_items(promise.classes), *_items(promise.channels)]
+    texts += _items(promise.training_patients or ())
+    numbers = [promise.dropout, promise.image_size, *_items(promise.mean), *_items(promise.std), *_items(promise.prior or ())]
+    wrong = [value for value in texts if not isinstance(value, str)]
+    wrong += [value for value in numbers if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST]
+    if wrong or not isinstance(promise.external, bool):
+        raise CheckpointError(f"it holds {(wrong or [promise.external])[0]!r:.60} where something else is needed")
+    if said := next((f"the name {shown(name)!r:.60} {said}" for name in texts if (said := fault(name))), ""):
+        raise CheckpointError(said)
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, tuple) else [value]
 
 
 def save(path: Path, state_dict: Mapping[str, Tensor], promise: Promise) -> None:
@@ -94,7 +126,7 @@ def read_promise(path: Path) -> Promise:
     """
     metadata = read_header(path)
     _refuse_other(path, _NETWORK, metadata)
-    return _promise(json.loads(metadata.get("record", "null")), path)
+    return _promise(_parsed(path, metadata.get("record", "")), path)
 
 
 def _promise(record: Any, path: Path) -> Promise:
@@ -166,8 +198,16 @@ def _opened(path: Path) -> Iterator[Any]:
             yield handle
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    # Types that torch does not have (F6, E8M0 and others to come) are whatever error its bindings make of them.
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); delete it and use another copy") from None
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its record is not JSON ({error}); delete it and use another copy") from None
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], kind: str, record: Any) -> None:
@@ -188,7 +228,7 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
         raise CheckpointError(
             f"{path}: its content does not match its hash, so it was damaged or edited; delete it and run the command again"
         )
-    return tensors, json.loads(text)
+    return tensors, _parsed(path, text)
 
 
 def _refuse_other(path: Path, kind: str, metadata: Mapping[str, str]) -> None:

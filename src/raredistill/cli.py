@@ -40,6 +40,8 @@ PATIENTS_SHOWN = 12
 def main() -> None:
     """Run the command line: 0 done; 1 finished, but runs failed; 2 bad input; 130 and 143 interrupted and resumable."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may hold bytes that are no UTF-8
     try:
         if app(standalone_mode=False) == INTERRUPTED:  # what typer makes of Ctrl-C
             _stop(f"interrupted; {_resume()}", INTERRUPTED)
@@ -77,7 +79,9 @@ def _usage(error: Any) -> None:
 
 
 def _stop(message: str, code: int) -> None:
-    print(f"raredistill: {message}", file=sys.stderr)
+    from raredistill.console import said
+
+    print(f"raredistill: {said(message)}", file=sys.stderr)
     sys.exit(code)
 
 

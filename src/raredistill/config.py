@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from raredistill.declared import field_mistakes, mistakes, read
+from raredistill.declared import LARGEST_SEED, MOST_REPEATS, field_mistakes, mistakes, read
 from raredistill.errors import ConfigError
 from raredistill.evaluation.looks import Looks
 from raredistill.files import fingerprint, parse_yaml
+from raredistill.names import checked
 from raredistill.runs.entry import Channels, Entry
 from raredistill.training.settings import Settings
 
 if TYPE_CHECKING:
     from raredistill.cohort.store import Cohort
     from raredistill.studies.study import Study
+
+Name = Annotated[str, AfterValidator(checked)]
+Seed = Annotated[int, Interval(ge=0, le=LARGEST_SEED)]
 
 
 class _Strict(BaseModel):
@@ -43,10 +47,10 @@ class SplitConfig(_Strict):
 
     protocol: Literal["outer", "holdout", "given"] = "outer"
     folds: Annotated[int, Ge(2)] = 5
-    repeats: Annotated[int, Ge(1)] = 3
+    repeats: Annotated[int, Interval(ge=1, le=MOST_REPEATS)] = 3
     validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.2
     test_share: Annotated[float, Interval(gt=0, lt=1)] = 0.3
-    seed: int = 0
+    seed: Seed = 0
     rarefy: dict[str, Annotated[float, Interval(gt=0, le=1)]] = {}
     truncate_validation: bool = False
 
@@ -67,11 +71,11 @@ class StudyConfig(_Strict):
     study's.
     """
 
-    name: str
+    name: Name
     cohort: Path | SourceConfig
     channels: Channels = ()
     splits: SplitConfig = SplitConfig()
-    seeds: Annotated[tuple[int, ...], MinLen(1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (0,)
     evidence: EvidenceConfig = EvidenceConfig()
     training: dict[str, Any] = {}
     runs: Annotated[tuple[dict[str, Any], ...], MinLen(1)]

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from raredistill.names import shown
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -62,6 +64,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def said(message: str) -> str:
+    """A message of several lines as a terminal can show it, whatever the names in it hold."""
+    return "\n".join(map(shown, message.split("\n")))
+
+
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of a data frame, for ``show_table``."""
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
@@ -77,10 +84,10 @@ def show_table(rows: list[dict[str, Any]], title: str = "") -> None:
         return
     table = Table()
     for name, value in rows[0].items():
-        table.add_column(name, justify="right" if isinstance(value, (int, float)) else "left", overflow="fold")
+        table.add_column(escape(shown(name)), justify="right" if isinstance(value, (int, float)) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(f"{value:.3f}" if isinstance(value, float) else str(value)) for value in row.values()))
+        table.add_row(*(escape(f"{value:.3f}" if isinstance(value, float) else shown(str(value))) for value in row.values()))
     if title:
-        print(title)  # not as the table's own title, which is cut to the table's width
+        print(shown(title))  # not as the table's own title, which is cut to the table's width
     console = Console()
     console.print(table) if console.is_terminal else Console(width=160).print(table)

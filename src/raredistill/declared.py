@@ -12,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from raredistill.errors import ConfigError
 from raredistill.options import did_you_mean
 
+LARGEST_SEED = 2**31 - 1
+"""A run's own seed, with its fold and repeat added, still fits where a generator takes 32 bits."""
+MOST_REPEATS = 1000
+
 Kind = TypeVar("Kind")
 
 

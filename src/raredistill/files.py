@@ -8,18 +8,25 @@ import hashlib
 import json
 import os
 import platform
+import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from raredistill.errors import ConfigError, DataError
+from raredistill.names import shown
 
+MOST_TEXT = 2**20
+"""Characters that a YAML file may have."""
 MOST_VALUES = 100_000
 """Values that a YAML file may hold."""
+DEEPEST = 100
+"""Lists and mappings of a YAML file that may stand inside each other."""
 
 FORGOTTEN = 3600.0
 """Seconds after which an unfinished file that nobody has touched is nobody's."""
@@ -98,17 +105,68 @@ def read_json(path: Path) -> Any:
 def parse_yaml(text: str, name: str) -> Any:
     """Understand plain YAML, which can name no code; ``name`` is for messages.
 
+    Less than YAML's safe subset: no tags, no key twice, no merge keys (``<<``, whose cost doubles line by line), no numbers of base 60 and
+    no dates (``1:30`` and ``2026-01-01`` stay texts).
+
     Raises:
-        ConfigError: it is no YAML, or its aliases stand for more than memory holds.
+        ConfigError: it is no YAML, gives a key twice, or holds more than memory or patience take.
     """
+    if len(text) > MOST_TEXT:
+        raise ConfigError(f"{name}: has {len(text)} characters of YAML; at most {MOST_TEXT} are read")
     try:
-        value = yaml.safe_load(text)
+        _refuse_tags_and_depth(text, name)  # before anything is built: the C library's composer would run out of its stack
+        with closing(_plain_loader()(text)) as loader:
+            value = loader.get_single_data()
         repeats = _values(value, {}) > MOST_VALUES
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise ConfigError(f"{name}: cannot be read as YAML ({' '.join(str(error).split())}); lists are written [flair, t1ce]") from None
     if repeats:
         raise ConfigError(f"{name}: its aliases (&, *) stand for more than {MOST_VALUES} values; write them out")
     return value
+
+
+def _refuse_tags_and_depth(text: str, name: str) -> None:
+    depth = values = 0
+    for event in yaml.parse(text, Loader=_base_loader()):
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise ConfigError(f"{name}: YAML tags such as {str(tag)!r:.60} are not read; write plain values")
+        values += isinstance(event, yaml.NodeEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST or values > MOST_VALUES:
+            raise ConfigError(f"{name}: holds more than {MOST_VALUES} values, or lists and mappings nested more than {DEEPEST} deep")
+
+
+def _base_loader() -> Any:
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without its C library
+
+
+@cache
+def _plain_loader() -> Any:
+    base = _base_loader()
+    changed = {"construct_mapping": _mapping, "yaml_implicit_resolvers": _resolvers(base.yaml_implicit_resolvers), "close": base.dispose}
+    return type("PlainLoader", (base,), changed)
+
+
+def _resolvers(known: Mapping[str, list[tuple[str, Any]]]) -> dict[str, list[tuple[str, Any]]]:
+    """What a word without quotes can be beside a text: YAML 1.1's numbers without a colon, truth values and nothing."""
+    kinds = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "null")}
+    return {
+        letter: [(tag, re.compile(rf"(?!.*:)(?:{pattern.pattern})", pattern.flags)) for tag, pattern in pairs if tag in kinds]
+        for letter, pairs in known.items()
+    }
+
+
+def _mapping(loader: Any, node: Any, deep: bool = False) -> dict[Any, Any]:
+    """A mapping whose keys are plain and stand once; the place of a repeated one is named."""
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=deep)
+        if key == "<<" or not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, f"{str(key)!r:.60} cannot be a key", key_node.start_mark)
+        if key in found:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r:.60} stands twice", key_node.start_mark)
+        found[key] = loader.construct_object(value_node, deep=deep)
+    return found
 
 
 def _values(value: Any, known: dict[int, float]) -> float:
@@ -119,6 +177,38 @@ def _values(value: Any, known: dict[int, float]) -> float:
         known[id(value)] = float("inf")  # until it is counted, so that a list inside itself is endless
         known[id(value)] = 1 + sum(_values(item, known) for item in (value.values() if isinstance(value, dict) else value))
     return known[id(value)]
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file at any depth below a folder, sorted, none where it is no folder; links to folders are not followed.
+
+    Raises:
+        DataError: a folder cannot be read, so that what it holds is unknown.
+    """
+    found: list[Path] = []
+    for place, _, names in os.walk(folder, onerror=_refuse_unread) if folder.is_dir() else ():
+        found += [Path(place, name) for name in names]
+    return sorted(found)
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones; a link to a folder is one.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    try:
+        return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    except OSError as error:
+        _refuse_unread(error)
+        raise  # never reached: the line before has raised
+
+
+def _refuse_unread(error: OSError) -> None:
+    raise DataError(
+        f"{shown(error.filename)}: cannot be read ({error.strerror}), so that what it holds is unknown; "
+        "give yourself the right to read it (chmod u+rX), or move it out of the source"
+    ) from None
 
 
 def inside(path: Path, folder: Path) -> bool:

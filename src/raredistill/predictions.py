@@ -18,8 +18,12 @@ from numpy.typing import NDArray
 
 from raredistill.errors import DataError
 from raredistill.files import atomic
+from raredistill.names import first_fault
 
 COLUMNS = ("run", "sample", "patient", "patient_label", "split", "repeat", "fold", "seed", "checkpoint", "label", "logits")
+
+MOST_ROWS = 5_000_000
+"""Rows that a table of predictions may have; in memory each takes about a kilobyte."""
 
 _NUMBERS = ("repeat", "fold", "seed")
 _TEXTS = ("run", "sample", "patient", "patient_label", "split", "checkpoint", "label")
@@ -180,12 +184,30 @@ def _read_csv(path: Path) -> pd.DataFrame:
 def _read_parquet(path: Path) -> tuple[pd.DataFrame, bytes | None]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as handle:
-            arrow = handle.read()
+            wanted = _plain_columns(handle, path)
+            arrow = handle.read(columns=wanted)
         return arrow.to_pandas(), (arrow.schema.metadata or {}).get(_METADATA)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, pa.ArrowException, ValueError) as error:
+    except (OSError, pa.ArrowException, ValueError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error}); delete it and write it again") from None
+
+
+def _plain_columns(handle: pq.ParquetFile, path: Path) -> list[str]:
+    """The columns that a table of predictions can have, found from the file's head alone: a small file may promise any number of rows.
+
+    Raises:
+        DataError: it has too many rows, or a column that is needed is nested.
+    """
+    if (rows := handle.metadata.num_rows) > MOST_ROWS:
+        raise DataError(f"{path}: has {rows} rows; at most {MOST_ROWS} are read: write fewer runs into one file")
+    schema = handle.schema_arrow
+    wanted = [field for field in schema if field.name in (*COLUMNS, "predicted") or field.name.startswith(("p_", "logit_"))]
+    for field in wanted:
+        plain = pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type)
+        if pa.types.is_nested(field.type) and not (field.name == "logits" and plain):
+            raise DataError(f"{path}: its column {field.name} holds {field.type!s:.60}; write one plain value in each cell")
+    return [field.name for field in wanted]
 
 
 def _native(frame: pd.DataFrame, record: bytes, path: Path) -> Predictions:
@@ -267,6 +289,10 @@ def _check(table: pd.DataFrame, classes: tuple[str, ...], background: str | None
     _require(table, COLUMNS, where)
     _check_classes(classes, background, where)
     checked = _typed(table[list(COLUMNS)].reset_index(drop=True), where)
+    for column in _TEXTS:
+        name, said = first_fault(checked[column])
+        if said:
+            raise DataError(f"{where}: the {column} {name!r:.80} {said}; rename it")
     for column, allowed in (("label", ()), ("patient_label", ("",))):
         if unknown := sorted(set(checked[column]) - {*classes, *allowed}):
             raise DataError(f"{where}: {column} holds {unknown[0]!r}, which is not one of the classes {list(classes)}")

@@ -13,6 +13,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from raredistill.cohort.store import Cohort
+from raredistill.declared import LARGEST_SEED, MOST_REPEATS
 from raredistill.errors import SplitError
 from raredistill.files import fingerprint, read_json, write_json
 
@@ -82,6 +83,8 @@ def make_splits(
     Raises:
         SplitError: a part would lack a class, or the protocol does not fit the cohort.
     """
+    if not (0 <= seed <= LARGEST_SEED and 1 <= repeats <= MOST_REPEATS):
+        raise SplitError(f"seed {seed} and repeats {repeats}: seeds go from 0 to {LARGEST_SEED}, repeats from 1 to {MOST_REPEATS}")
     people = Patients(cohort)
     _check_rarefy(rarefy or {}, people)
     if protocol == "given":
@@ -304,6 +307,8 @@ def load_split(path: Path, cohort: Cohort) -> Split:
         names = {side: set(cohort.samples["patient"].to_numpy()[rows[side]]) for side in SIDES}
     except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         raise SplitError(f"{path}: a side lacks its patients or its rows, or holds something else; make the splits again") from None
+    if not all(type(raw[key]) is int for key in ("repeat", "fold")):
+        raise SplitError(f"{path}: its repeat and fold are no whole numbers; make the splits again")
     split = Split(raw["repeat"], raw["fold"], rows["train"], rows["validation"], rows["test"], patients)
     for side in SIDES:
         if not names[side] <= set(patients[side]):

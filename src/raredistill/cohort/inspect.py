@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from raredistill import files
 from raredistill.cohort.store import Cohort
@@ -105,6 +106,8 @@ def contact_sheet(cohort: Cohort, path: Path, *, per_class: int = 8, channel: st
     for row, (name, chosen) in zip(axes, choose(cohort, per_class=per_class, seed=seed).items(), strict=True):
         _draw_class(row, name, cohort, chosen, shown)
     figure.suptitle(_title(cohort, channel), fontsize=14)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar sign in a name begins no formula
     with files.atomic(path) as temporary:
         FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=110, metadata={"Software": None})
     return path

@@ -22,7 +22,7 @@ from raredistill.cohort import store
 from raredistill.cohort.parallel import over_units
 from raredistill.cohort.sources import Problem, Source, Unit
 from raredistill.cohort.store import WORK, Cohort
-from raredistill.cohort.verify import decoding_error
+from raredistill.cohort.verify import decoding_error, problems_of
 from raredistill.errors import ConfigError, DataError
 
 JOB = "job.json"
@@ -68,7 +68,7 @@ def prepare(
     out, job = Path(out), _job(source, size)
     if (out / store.DESCRIPTION).exists():
         return _finished(out, job)
-    problems = source.problems()
+    problems = problems_of(source)
     _refuse(source, problems, leave_out_bad)
     if (out / store.DESCRIPTION).exists():  # another process has made it in the meantime
         return _finished(out, job)

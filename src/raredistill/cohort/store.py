@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ import pandas as pd
 
 from raredistill import files
 from raredistill.errors import DataError
+from raredistill.names import fault, fault_of_part, first_fault, shown
 
-FORMAT = 1
+FORMAT = 2
+"""2: the whole description is sealed; those of format 1 are refused."""
 COLUMNS = ("sample", "patient", "patient_label", "label", "slice", "source", "split")
 DESCRIPTION = "cohort.json"
 SAMPLES = "samples.parquet"
@@ -111,13 +113,15 @@ class Cohort:
     def check_pixels(self, channels: Iterable[str] | None = None) -> None:
         """Read some channels once, all by default, and compare them with their hashes: a disk may change what it keeps.
 
+        A file that this process has read before, and that nobody has touched since, is not read again.
+
         Raises:
             DataError: a channel's file was changed after the cohort was made.
         """
         told = _description(self.root)["pixels"]
         paths = {channel: pixel_file(self.root, channel) for channel in (self.channels if channels is None else channels)}
         with ThreadPoolExecutor() as threads:
-            for channel, digest in zip(paths, threads.map(files.sha256, paths.values()), strict=True):
+            for channel, digest in zip(paths, threads.map(_hash_unless_known, paths.values()), strict=True):
                 if digest != told[channel]:
                     raise DataError(f"{paths[channel]} was changed after the cohort was made; prepare the cohort again")
 
@@ -313,7 +317,7 @@ def pixel_file(root: Path, channel: str) -> Path:
 def _describe(
     root: Path, table: pd.DataFrame, content: dict[str, Any], classes: tuple[str, ...], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
-    return {
+    described = {
         "format": FORMAT,
         **content,
         "background": background_of(table, classes),
@@ -321,6 +325,7 @@ def _describe(
         "samples_file": files.sha256(root / SAMPLES),
         "provenance": dict(provenance),
     }
+    return files.seal(described)
 
 
 def checked(samples: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
@@ -344,9 +349,26 @@ def _check_samples(samples: pd.DataFrame, classes: tuple[str, ...]) -> None:
     unknown = sorted(set(samples["label"]) - set(classes))
     if unknown:
         raise DataError(f"samples carry the unknown label(s) {', '.join(unknown)}; the classes are {', '.join(classes)}")
+    for column in ("sample", "patient", "label", "split"):
+        name, said = first_fault(samples[column])
+        if said:
+            raise DataError(f"the {column} {name!r:.80} {said}; rename it in the source")
     twice = samples["sample"][samples["sample"].duplicated()]
     if len(twice):
         raise DataError(f"sample '{twice.iloc[0]}' occurs twice; give every sample a name of its own")
+
+
+def _hash_unless_known(path: Path) -> str:
+    try:
+        known = path.stat()
+    except OSError:
+        return ""
+    return _hash_of(path.resolve(), (known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns, known.st_ctime_ns))
+
+
+@cache
+def _hash_of(path: Path, stamp: tuple[int, ...]) -> str:
+    return files.sha256(path)
 
 
 def _bytes(block: np.ndarray, path: Path) -> memoryview:
@@ -369,13 +391,26 @@ def _description(root: Path) -> dict[str, Any]:
         raise DataError(f"{root} is {state}" if root.exists() else f"{root}: no such folder; make a cohort with `raredistill prepare`")
     description = files.read_json(root / DESCRIPTION)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise DataError(f"{root / DESCRIPTION} is of an unknown format; prepare the cohort again with this version")
-    if description.get("hash") != files.fingerprint({key: description.get(key) for key in CONTENT}):
+        raise DataError(f"{root / DESCRIPTION} was written by another version of raredistill; prepare the cohort again with this one")
+    if not files.is_sealed(description) or description.get("hash") != files.fingerprint({key: description.get(key) for key in CONTENT}):
         raise DataError(
             f"{root / DESCRIPTION}: its content does not match its hash, so it was changed after the cohort was made; "
             "prepare the cohort again"
         )
+    _check_names(root, description)
     return description
+
+
+def _check_names(root: Path, description: dict[str, Any]) -> None:
+    """A seal says who wrote a file, not what it asks for: names stay in their folder, and the background is a class."""
+    faulty = [(name, said) for name in description["channels"] if (said := fault_of_part(name))]
+    faulty += [(name, said) for name in description["classes"] if (said := fault(name))]
+    if faulty:
+        raise DataError(f"{root / DESCRIPTION}: the name {shown(faulty[0][0])!r:.80} {faulty[0][1]}; prepare the cohort again")
+    if description["background"] not in (None, *description["classes"]):
+        raise DataError(f"{root / DESCRIPTION}: the background is none of the classes; prepare the cohort again")
+    if linked := [name for name in description["channels"] if not files.inside(pixel_file(root, name), root)]:
+        raise DataError(f"{pixel_file(root, linked[0])} is a link out of the cohort; put the file itself in its place")
 
 
 def _read_samples(root: Path, description: dict[str, Any]) -> pd.DataFrame:

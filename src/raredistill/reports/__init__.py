@@ -73,7 +73,8 @@ def write_report(
     made = {name: table for name, table in made.items() if len(table.columns)}
     tables.write_tables(made, folder.report / "tables")
     tell(3, STEPS)
-    drawn = figures.write_figures({**_figures(results, made), **map_figures(results, maps)}, folder.report / "figures")
+    with figures.plain_texts():
+        drawn = figures.write_figures({**_figures(results, made), **map_figures(results, maps)}, folder.report / "figures")
     tell(4, STEPS)
     write_text(folder.page, render(Page(results, answer, made, drawn)))
     tell(STEPS, STEPS)

@@ -1,4 +1,4 @@
-"""What decides a pair: the gain test on the last epoch with the rare threshold matched on validation; argmax and best stand beside it."""
+"""The decision on a pair: the gain test on the last epoch with a threshold matched on validation; argmax and best stand beside it."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ MANY = 12
 """Classes that a figure by class can show apart."""
 DARK_CELL = 0.715
 """Share from which a cell of a confusion matrix is dark enough for white figures."""
+
+
+def plain_texts() -> AbstractContextManager[None]:
+    """While it holds, texts of figures that are made and written are texts: a dollar sign in a name begins no formula."""
+    return rc_context({"text.parse_math": False})
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 from raredistill import predictions
 from raredistill.checkpoint import read_promise
 from raredistill.evaluation.levels import by_patient, has_patients
-from raredistill.files import read_json
 from raredistill.predictions import Predictions
+from raredistill.reports.folder import patients_of_sides, read_results_of
 from raredistill.runs.layout import StudyFolder
 from raredistill.runs.record import Cell, RunRecord, StudyRecord, read_study
 
@@ -93,7 +92,8 @@ def read_results(study: Path) -> Results:
     """Read a study's folder, also an unfinished one.
 
     Raises:
-        DataError: there is no study.json, or a finished run is damaged.
+        DataError: there is no study.json or it holds something else, or a finished run is damaged or another's.
+        CheckpointError: the weights of a finished run are no checkpoint.
     """
     folder = StudyFolder(study)
     description = read_study(folder.description)
@@ -103,19 +103,14 @@ def read_results(study: Path) -> Results:
     for run in described.runs:
         own = folder.run(run.id)
         if run.status == "done" and own.path.is_dir():
-            tables[run.id] = predictions.read(own.predictions)
-            epochs[run.id] = [json.loads(line) for line in own.epochs.read_text(encoding="utf-8").splitlines()]
-            if prior := _carried_prior(own.weights("best")):
+            tables[run.id], epochs[run.id] = read_results_of(own, run, description.cohort.classes)
+            if prior := read_promise(own.weights("best")).prior:
                 priors[run.id] = prior
     return Results(described, tables, epochs, _sizes(folder.splits), priors)
 
 
-def _carried_prior(weights: Path) -> tuple[float, ...] | None:
-    return read_promise(weights).prior if weights.is_file() else None
-
-
 def _sizes(folder: Path) -> tuple[float, float] | None:
-    sides = [read_json(path)["patients"] for path in sorted(folder.glob("*.json"))]
+    sides = [patients_of_sides(path) for path in sorted(folder.glob("*.json"))]
     if not sides:
         return None
     return mean(len(side["train"]) for side in sides), mean(len(side["test"]) for side in sides)

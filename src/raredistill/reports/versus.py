@@ -18,9 +18,14 @@ from raredistill.evaluation.sums import parse_metric
 from raredistill.evaluation.verdicts import signed
 from raredistill.predictions import Predictions, concatenate, read
 from raredistill.reports.decision import Decision, Sides, decide
+from raredistill.reports.folder import READ, refuse_foreign
 from raredistill.reports.pairs import Pair, compared, comparisons, metrics_of
 from raredistill.reports.results import Results, read_results
 from raredistill.reports.verdicts import verdicts
+from raredistill.runs.drafts import checked_record
+from raredistill.runs.layout import RunFolder
+
+PREDICTIONS = READ[0]
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,21 @@ def _is_study(path: Path) -> bool:
 
 
 def _files(first: Path, second: Path, background: str | None) -> tuple[tuple[str, str], Predictions, Predictions]:
-    paths = [path / "predictions.parquet" if path.is_dir() else path for path in (first, second)]
-    tables = [read(path, background=background) for path in paths]
+    paths = [path / PREDICTIONS if path.is_dir() else path for path in (first, second)]
+    tables = [_own(read(path, background=background), path) for path in paths]
     if tables[0].classes != tables[1].classes:
         # Files made elsewhere may order their columns differently, and hard labels show only the classes that occur.
         classes = list(dict.fromkeys([*tables[0].classes, *tables[1].classes]))
         tables = [read(path, classes=classes, background=background) for path in paths]
     return (str(first), str(second)), tables[0], tables[1]
+
+
+def _own(table: Predictions, path: Path) -> Predictions:
+    """The table, where it lies beside a run's record only after both were compared."""
+    folder = RunFolder(path.parent)
+    if path == folder.predictions and folder.record.is_file():
+        refuse_foreign(table, checked_record(folder, [PREDICTIONS]), path)
+    return table
 
 
 def _studies(first: Path, second: Path) -> list[tuple[tuple[str, str], Predictions, Predictions]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -125,19 +125,38 @@ def abandon(folder: RunFolder) -> None:
         shutil.rmtree(draft.path, ignore_errors=True)
 
 
+def discard(folder: RunFolder) -> None:
+    """Remove the draft of a run with everything that was kept of it: it must not be resumed."""
+    shutil.rmtree(folder.draft.path, ignore_errors=True)
+
+
 def read_finished(folder: RunFolder) -> RunRecord:
     """The record of a finished run, after every byte of its results was checked.
 
     Raises:
         DataError: a file is missing, or is not what was written.
     """
-    record = read_json(folder.record)
-    if not isinstance(record, dict) or ("seal" in record and not is_sealed(record)):
-        raise DataError(f"{folder.record}: its content does not match its hash")
-    for name, digest in record.get("files", {}).items():
-        if not (folder.path / name).is_file() or sha256(folder.path / name) != digest:
-            raise DataError(f"{folder.path / name}: missing, or its content does not match its hash")
+    record = checked_record(folder)
     clear_state(folder.path)
+    return record
+
+
+def checked_record(folder: RunFolder, names: Sequence[str] = RESULTS) -> RunRecord:
+    """The record of a finished run, after its own hash and those of some of its results were compared.
+
+    Args:
+        folder: of the run.
+        names: the results whose bytes are read; all by default.
+
+    Raises:
+        DataError: a file is missing, or is not what was written.
+    """
+    record = read_json(folder.record)
+    if not isinstance(record, dict) or not is_sealed(record) or set(record.get("files", ())) != set(RESULTS):
+        raise DataError(f"{folder.record}: its content does not match its hash")
+    for name in names:
+        if not (folder.path / name).is_file() or sha256(folder.path / name) != record["files"][name]:
+            raise DataError(f"{folder.path / name}: missing, or its content does not match its hash")
     return read_run(record, folder.record)
 
 

@@ -6,19 +6,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from annotated_types import Interval, MinLen
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from raredistill.cohort.store import Cohort
 from raredistill.errors import DataError
-from raredistill.files import read_json
+from raredistill.files import inside, read_json
 from raredistill.models import facts
+from raredistill.names import checked, fault_of_part, shown
 from raredistill.runs.entry import Entry, External
+from raredistill.runs.layout import StudyFolder
 from raredistill.runs.run import Run
 
 Cell = tuple[int, int, int]
 Status = Literal["waiting", "done", "failed"]
+Name = Annotated[str, AfterValidator(checked)]
+Count = Annotated[int, Interval(ge=0, le=2**62)]
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class RunRecord:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
 
-    id: str
-    name: str
+    id: Name
+    name: Name
     kind: Literal["baseline", "distilled", "cross-fitted teacher"]
     direction: str
     model: str
@@ -71,13 +76,13 @@ class RunRecord:
     teacher: str
     teacher_name: str
     external_teacher: bool
-    channels: tuple[str, ...]
-    repeat: int
-    fold: int
+    channels: tuple[Name, ...]
+    repeat: Count
+    fold: Count
     seed: int
-    parameters: int
-    flops: int
-    bytes: int
+    parameters: Count
+    flops: Count
+    bytes: Count
     network: str = ""
     status: Status = "waiting"
     error: str = ""
@@ -126,11 +131,11 @@ class CohortRecord:
 
     name: str
     hash: str
-    classes: tuple[str, ...]
+    classes: Annotated[tuple[Name, ...], MinLen(2)]
     background: str | None
-    channels: tuple[str, ...]
-    samples: int
-    patients: int
+    channels: tuple[Name, ...]
+    samples: Count
+    patients: Count
     size: tuple[int, ...]
     provenance: dict[str, Any]
     counts: list[dict[str, Any]]
@@ -171,7 +176,7 @@ class StudyRecord:
     config: dict[str, Any]
     cohort: CohortRecord
     protocol: str
-    rare: str
+    rare: Name
     split_table: list[dict[str, Any]]
     splits: list[dict[str, Any]]
     versions: dict[str, str]
@@ -207,6 +212,12 @@ def read_study(path: Path) -> StudyRecord:
     if not path.is_file():
         raise DataError(f"{path.parent}: no {path.name} there; name the folder given to raredistill study --out")
     found: StudyRecord = _read(StudyRecord, read_json(path), path)
+    classes = found.cohort.classes
+    if found.rare not in classes or found.cohort.background not in (None, *classes):
+        raise DataError(f"{path}: its rare class or its background is none of the classes {list(classes)}; run raredistill study again")
+    for run in found.runs:
+        if (fault := fault_of_part(run.id)) or not inside(StudyFolder(path.parent).run(run.id).path, path.parent):
+            raise DataError(f"{path}: the run {shown(run.id)!r:.80} {fault or 'leads out of the study'}; run raredistill study again")
     return found
 
 
@@ -214,11 +225,9 @@ def _read(kind: type, value: Any, path: Path) -> Any:
     try:
         return _adapter(kind).validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "it"
-        raise DataError(
-            f"{path}: not a record of this version of raredistill ({place}: {first['msg'].lower()}); run the study again to write it anew"
-        ) from None
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise DataError(f"{path}: {where}: {first['msg'].lower()} (it is {first['input']!r:.60}); run raredistill study again") from None
 
 
 def describe(run: Run, cohort: Cohort) -> RunRecord:

@@ -23,7 +23,7 @@ from raredistill.models import Network, measure_latency, unfold_batch_norm
 from raredistill.runs.assemble import make_batches, make_objective, run_promise
 from raredistill.runs.cache import Cache
 from raredistill.runs.curves import Curves
-from raredistill.runs.drafts import abandon, finish, open_draft, origin, read_finished, set_aside
+from raredistill.runs.drafts import abandon, discard, finish, open_draft, origin, read_finished, set_aside
 from raredistill.runs.layout import RunFolder, StudyFolder
 from raredistill.runs.predict import plain_batches, prediction_table
 from raredistill.runs.record import RunRecord, describe
@@ -69,6 +69,7 @@ def _one(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, record
             remarks.append(f"{error}; the run was made again, the old one was moved to {set_aside(own)}")
     try:
         record = _train(run, cohort, folder, watcher, remarks)
+        changed = _changed_pixels(cohort)
     except torch.AcceleratorError as error:
         raise RareDistillError(
             f"the device failed in {run.id} ({str(error).splitlines()[0]}); the state of the run is kept in {own.draft.path}; "
@@ -81,8 +82,21 @@ def _one(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, record
         write_text(own.error, traceback.format_exc())
         abandon(own)
         return waiting.failed(str(error) or type(error).__name__), False
+    if changed:  # every other run would meet it too
+        discard(own)
+        raise DataError(f"{changed}. The run {run.id} was trained meanwhile and is discarded")
+    finish(own, record)
     own.error.unlink(missing_ok=True)
     return record, False
+
+
+def _changed_pixels(cohort: Cohort) -> str:
+    """What happened to the pixels since the study compared them with their hashes; empty where nothing did."""
+    try:
+        cohort.check_pixels()
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def _train(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, remarks: list[str]) -> RunRecord:
@@ -105,9 +119,7 @@ def _train(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, rema
             hear=lambda event, *facts: handlers[event](*facts),
         )  # fmt: skip
     remarks += made.pop("remarks")
-    record = replace(describe(run, cohort), status="done", **made, remarks=tuple(remarks), made_with=now)
-    finish(own, record)
-    return record
+    return replace(describe(run, cohort), status="done", **made, remarks=tuple(remarks), made_with=now)
 
 
 def _make(place: Place, run: Run, cohort: Cohort, folder: StudyFolder) -> dict[str, Any]:

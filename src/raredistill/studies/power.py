@@ -92,8 +92,7 @@ def _sentences(
     single = f"; a single comparison at 5 % would find {alone.detectable:.3f}" if pairs > 1 else ""
     known = f" ({plan.low:.3f} to {plan.high:.3f}, as far as the pilot tells)" if plan.low < plan.high else ""
     said = [
-        f"{folds} folds x {repeats} repeats find gains in {rare} F1 of {plan.detectable:.3f} or more with 80 % power {over}"
-        f"{known}{single}."
+        f"{folds} folds x {repeats} repeats find gains in {rare} F1 of {plan.detectable:.3f} or more with 80 % power {over}{known}{single}."
     ]
     if gain is not None and not reached:
         said.append(

@@ -16,7 +16,7 @@ from raredistill.cohort.sources import Problem, Slices, Unit, brats
 from raredistill.cohort.store import MASK
 from raredistill.cohort.volumes import Renderer
 from raredistill.errors import ConfigError, DataError
-from raredistill.files import inside
+from raredistill.files import files_below, inside
 
 NAME = re.compile(r"volume_(\d{1,6})_slice_(\d{1,4})\.(h5|hdf5)$", re.ASCII)
 PATIENT = "BraTS20_Training_{:03d}"
@@ -152,7 +152,7 @@ def _few(numbers: Sequence[int]) -> str:
 
 def _find_slices(path: Path) -> dict[str, dict[int, list[Path]]]:
     found: dict[int, dict[int, list[Path]]] = {}
-    for file in sorted(path.rglob("volume_*_slice_*")):
+    for file in files_below(path):
         match = NAME.match(file.name)
         if match:
             found.setdefault(int(match[1]), {}).setdefault(int(match[2]), []).append(file)

@@ -20,7 +20,7 @@ from raredistill.cohort.sources import Problem, Slices, Unit, brats
 from raredistill.cohort.store import MASK
 from raredistill.cohort.volumes import Renderer
 from raredistill.errors import DataError
-from raredistill.files import inside
+from raredistill.files import files_below, inside
 
 NAME = re.compile(r"[_-](flair|t2f|t1ce|t1c|t1n|t1|t2w|t2|segm?)\.nii(\.gz)?$", re.IGNORECASE)
 """``segm``: in BraTS2020 the segmentation of case 355 is called W39_1998.09.19_Segm.nii."""
@@ -151,7 +151,7 @@ class BratsNifti:
 
 def _find_cases(path: Path) -> list[_Case]:
     folders: dict[Path, dict[str, list[Path]]] = {}
-    for file in sorted(path.rglob("*.nii*")):
+    for file in files_below(path):
         match = NAME.search(file.name)
         if match and file.is_file() and not file.name.startswith("."):  # macOS leaves a ._ file beside every file of an archive
             role = match[1].lower()

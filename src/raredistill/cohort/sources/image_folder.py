@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from raredistill.cohort.sources import Problem
 from raredistill.cohort.sources.images import SUFFIXES, ImageFiles, ImageSample, Mode, ordered_classes
 from raredistill.errors import DataError
+from raredistill.files import files_below, folders_in
+from raredistill.names import shown
 
+PATIENCE = 1.0
+"""Seconds in which the patient must be told from one path; a usual pattern takes a few microseconds."""
 OWN_UNIT = "each image is its own unit: no patient is known, so images of one patient may stand on both sides of a split"
 
 
@@ -53,7 +58,7 @@ class ImageFolder(ImageFiles):
         self._unmatched = [sample for sample in samples if not sample.patient]
         super().__init__([sample for sample in samples if sample.patient], self._path, mode=mode, window=window)
 
-    def _sample(self, file: Path, label: str, pattern: re.Pattern[str] | None) -> ImageSample:
+    def _sample(self, file: Path, label: str, pattern: regex.Pattern[str] | None) -> ImageSample:
         name = file.relative_to(self._path).as_posix()
         return ImageSample(name, file, label, _patient(name, pattern))
 
@@ -65,7 +70,7 @@ class ImageFolder(ImageFiles):
         """Images without a patient, class folders without images, files that are no images, patients of several classes."""
         cure = f"change patient={self._patient!r} so that it matches every path, or move the file"
         unmatched = [Problem("error", "", str(sample.file), "no patient can be told from its path", cure) for sample in self._unmatched]
-        empty = [folder for folder in _class_folders(self._path) if folder.name not in self._classes]
+        empty = [folder for folder in folders_in(self._path) if folder.name not in self._classes]
         bare = [Problem("warning", "", str(folder), "holds no PNG, JPEG or TIFF image", "fill or remove the folder") for folder in empty]
         alone = [] if self._patient else [no_patients("patient=folder or patient=REGULAR_EXPRESSION")]
         return unmatched + alone + bare + self.file_problems()
@@ -75,14 +80,10 @@ class ImageFolder(ImageFiles):
         return {"kind": self.kind, "classes": list(self._classes), "patient": self._patient or OWN_UNIT, **self.decoding()}
 
 
-def _class_folders(path: Path) -> list[Path]:
-    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-
-
 def _images(path: Path) -> dict[str, list[Path]]:
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; name the folder that holds one folder per class")
-    files = {folder.name: [file for file in sorted(folder.rglob("*")) if _is_image(file)] for folder in _class_folders(path)}
+    files = {folder.name: [file for file in files_below(folder) if _is_image(file)] for folder in folders_in(path)}
     files = {label: found for label, found in files.items() if found}
     if not files:
         raise DataError(f"{path}: no folder in it holds a PNG, JPEG or TIFF image; name the folder that holds one folder per class")
@@ -93,20 +94,26 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
 
 
-def _pattern(patient: str | None) -> re.Pattern[str] | None:
+def _pattern(patient: str | None) -> regex.Pattern[str] | None:
     if patient is None:
         return None
     try:
-        pattern = re.compile(r"^[^/]+/([^/]+)/" if patient == "folder" else patient)
-    except re.error as error:
+        pattern = regex.compile(r"^[^/]+/([^/]+)/" if patient == "folder" else patient)
+    except (regex.error, RecursionError) as error:
         raise DataError(f"patient={patient!r} is not a regular expression ({error})") from None
     if not pattern.groups:
         raise DataError(f"patient={patient!r} has no group; put the part that names the patient in brackets")
     return pattern
 
 
-def _patient(name: str, pattern: re.Pattern[str] | None) -> str:
+def _patient(name: str, pattern: regex.Pattern[str] | None) -> str:
     if pattern is None:
         return name
-    match = pattern.search(name)
+    try:
+        match = pattern.search(name, timeout=PATIENCE)
+    except TimeoutError:
+        raise DataError(
+            f"patient={pattern.pattern!r} takes more than {PATIENCE:.0f} s to match {shown(name)!r:.80}: repetitions inside repetitions, "
+            "such as (a+)+, can be matched in too many ways; write it without them"
+        ) from None
     return (match["patient" if "patient" in pattern.groupindex else 1] or "") if match else ""
