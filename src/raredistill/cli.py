@@ -280,9 +280,30 @@ def study(
         raise RareDistillError("--address and --gpus-per-run belong to a cluster; add --on ray")
     if dry_run:
         _show_forecast(api.forecast(config, out, **asked), out, again, only)
+        _show_power(config, out, overrides or [])
     else:
         engine = None if on is None else _on_ray(address, gpus_per_run)
         _finish(api.study(config, out, engine=engine, command=_command(), **asked), again)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of the study")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings to change, such as splits.repeats=5", metavar="[KEY=VALUE]...")
+    ] = None,
+    out: Out = Path("study"),
+    gain: Annotated[float | None, typer.Option(min=0.001, max=1, help="a true gain in the rare class's F1 that should be found")] = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="networks to train in all")] = None,
+    hours: Annotated[float | None, typer.Option(min=0.01, help="time on this machine; a few steps are measured")] = None,
+) -> None:
+    """Report what a study could show before it is run: detectable gains, the floor, the repeats that a gain needs."""
+    from raredistill import api
+    from raredistill.terminal import Terminal, show_plan
+
+    if sum(each is not None for each in (gain, runs, hours)) > 1:
+        raise RareDistillError("--gain, --runs and --hours are three questions; ask one at a time")
+    show_plan(api.plan(config, out, overrides=overrides or [], gain=gain, runs=runs, hours=hours, observer=Terminal()))
 
 
 def _on_ray(address: str | None, gpus_per_run: float | None) -> Any:
@@ -301,6 +322,16 @@ def _show_forecast(expected: list[Forecast], out: Path, again: str, only: str | 
     if problems := {each.problem: each.run.id for each in expected if each.problem}:
         _stop("; ".join(f"{run} does not fit on this machine: {problem}" for problem, run in problems.items()), 2)
     _next(again + (f" --only {only}" if only else ""))
+
+
+def _show_power(config: Path, out: Path, overrides: list[str]) -> None:
+    from raredistill import api
+    from raredistill.errors import ConfigError
+
+    try:
+        print("\n".join(api.plan(config, out, overrides=overrides).sentences))
+    except ConfigError as error:
+        print(f"What it could detect is not known: {error}")
 
 
 def _finish(found: Finished, again: str) -> None:

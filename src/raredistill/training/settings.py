@@ -48,6 +48,7 @@ class Settings(Declared):
         warmup_epochs: epochs over which the rate rises linearly from 0.
         clip_norm: largest gradient norm of each network in training; none when not given.
         ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated; none when not given.
+        average_epochs: evaluate the mean of the weights at the ends of the last so many epochs; the weights as they are when not given.
         select: the validation metric that chooses the best checkpoint; ``last`` takes the last epoch, as does a split without validation.
         patience: stop after so many epochs without improvement; never when not given.
         sampler: order of samples: ``natural``, ``sqrt``, ``balanced`` or ``progressive``.
@@ -89,6 +90,7 @@ class Settings(Declared):
     warmup_epochs: Annotated[float, Ge(0)] = 0.0
     clip_norm: Positive | None = None
     ema_decay: Annotated[float, Gt(0), Interval(lt=1)] | None = None
+    average_epochs: Count | None = None
     select: Metric = "macro_f1"
     patience: Count | None = None
     sampler: Literal["natural", "sqrt", "balanced", "progressive"] = "natural"
@@ -157,9 +159,12 @@ def _loss_conflicts(settings: Settings) -> dict[str, bool]:
 
 
 def _speed_conflicts(settings: Settings) -> dict[str, bool]:
-    """What a teacher cache, compiling and several devices cannot do; each message with whether it holds."""
+    """What averages, a teacher cache, compiling and several devices cannot do; each message with whether it holds."""
     several = settings.devices > 1
     return {
+        "ema_decay and average_epochs are two averages of the weights; set one of them": (
+            settings.ema_decay is not None and settings.average_epochs is not None
+        ),
         f"teacher_cache keeps a teacher's outputs for each sample's views, but mixing: {settings.mixing} puts two samples into one": (
             settings.teacher_cache is not None and settings.mixing != "none"
         ),
