@@ -23,10 +23,16 @@ SAME = ("id", "kind", "model", "teacher", "repeat", "fold", "seed")
 
 Name = Annotated[str, AfterValidator(checked)]
 Count = Annotated[int, Interval(ge=0, le=2**62)]
+Spent = Annotated[float, Interval(ge=0, lt=float("inf"))]
 
 
 class _Checked(BaseModel):
     model_config = ConfigDict(extra="allow")  # a later version may say more
+
+
+class _Counted(_Checked):
+    slices: Count
+    patients: Count
 
 
 class _Cohort(_Checked):
@@ -38,7 +44,7 @@ class _Cohort(_Checked):
     samples: Count
     patients: Count
     provenance: dict[str, Any]
-    counts: list[dict[str, Any]]
+    counts: list[_Counted]
 
 
 class _Run(_Checked):
@@ -61,6 +67,15 @@ class _Run(_Checked):
     parameters: Count
     flops: Count
     bytes: Count
+    network: str = ""
+    seconds: Spent = 0
+    latency_ms: Spent = 0
+    epochs: Count = 0
+    best_epoch: int = 0
+    micro_batch: Count = 0
+    remarks: list[str] = []
+    teacher_cache: dict[str, Any] | None = None
+    made_with: dict[str, dict[str, Any]] = {}
 
 
 class _Study(_Checked):
@@ -70,10 +85,11 @@ class _Study(_Checked):
     cohort: _Cohort
     protocol: str
     rare: Name
-    split_table: list[dict[str, Any]]
+    split_table: list[_Counted]
+    splits: list[dict[str, Any]]
     versions: dict[str, Any]
     machine: dict[str, Any]
-    runs: list[_Run]
+    runs: Annotated[list[_Run], MinLen(1)]
 
 
 class _Part(_Checked):
@@ -134,7 +150,7 @@ def read_run(folder: Path, run: dict[str, Any], classes: list[str]) -> tuple[Pre
     refuse_foreign(table, record, folder / READ[0])
     if list(table.classes) != classes:
         raise DataError(f"{folder / READ[0]}: its classes are {list(table.classes)}, those of the study {classes}")
-    return table, _epochs(folder / READ[1])
+    return table, _epochs(folder / READ[1], set(classes))
 
 
 def refuse_foreign(table: Predictions, record: dict[str, Any], path: Path) -> None:
@@ -148,12 +164,14 @@ def refuse_foreign(table: Predictions, record: dict[str, Any], path: Path) -> No
             raise DataError(f"{path}: holds predictions of the {column} {others[0]!r:.80}, but its record is that of {record[key]!r:.80}")
 
 
-def _epochs(path: Path) -> list[dict[str, Any]]:
+def _epochs(path: Path, classes: set[str]) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: its lines are not JSON ({error}); delete the run's folder and run raredistill study again") from None
     _validated(TypeAdapter(list[_Epoch]), lines, path)
+    if any(set(line[part]["f1"]) != classes for line in lines for part in ("train", "validation") if line.get(part)):
+        raise DataError(f"{path}: its classes are not those of the study; delete the run's folder and run raredistill study again")
     return lines
 
 
@@ -166,6 +184,6 @@ def patients_of_sides(path: Path) -> dict[str, list[str]]:
     found = read_json(path)
     _validated(TypeAdapter(dict[str, Any]), found, path)
     _validated(TypeAdapter(dict[Literal["train", "validation", "test"], list[str]]), found.get("patients"), path)
-    if missing := {"train", "test"} - set(found["patients"]):
-        raise DataError(f"{path}: lacks the patients of {', '.join(sorted(missing))}; run raredistill study again")
+    if missing := [side for side in ("train", "test") if not found["patients"].get(side)]:
+        raise DataError(f"{path}: lacks the patients of {', '.join(missing)}; run raredistill study again")
     return dict(found["patients"])

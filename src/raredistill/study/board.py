@@ -16,6 +16,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from raredistill.files import naming
+
 
 class Curves:
     """Epochs that are told one by one. Told from the first again (a run on several devices may start anew), they are written anew.
@@ -42,9 +44,11 @@ class Curves:
             self.close()
             self._open()
         self._told = True
-        self._log.write(json.dumps(record) + "\n")
-        self._log.flush()
-        self._board.add(record["epoch"], _scalars(record))
+        with naming(self._folder / "epochs.jsonl"):
+            self._log.write(json.dumps(record) + "\n")
+            self._log.flush()
+        with naming(self._folder / "tensorboard"):
+            self._board.add(record["epoch"], _scalars(record))
 
     def close(self) -> None:
         """End both files."""

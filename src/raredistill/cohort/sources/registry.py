@@ -23,7 +23,7 @@ KINDS = {
 """Kind -> module and class; modules load when asked for."""
 
 
-def open_source(kind: str, path: Path, **options: Any) -> Source:
+def open_source(kind: str, path: Path, /, **options: Any) -> Source:
     """Open raw data as a source.
 
     Args:
