@@ -20,7 +20,7 @@ import pandas as pd
 
 from raredistill import predictions
 from raredistill.files import write_json
-from raredistill.report import write_report
+from raredistill.reports import write_report
 
 WIDE, IMAGES = tuple(f"c{number:03d}" for number in range(100)), {"test": 10_000, "validation": 1_000}
 CLASSES, PATIENTS, RARE, SLICES, FOLDS = ("healthy", "HGG", "LGG"), 369, 76, 155, 5

@@ -391,9 +391,9 @@ def test_links_out_of_an_hdf5_file_are_refused(tmp_path):
 
 
 def test_the_registry_knows_names_and_suggests(tmp_path):
-    with pytest.raises(ConfigError, match="did you mean 'brats_nifti'"):
+    with pytest.raises(ConfigError, match="did you mean brats_nifti"):
         open_source("brats_nift", tmp_path)
-    with pytest.raises(ConfigError, match="did you mean 'min_tumour_voxels'"):
+    with pytest.raises(ConfigError, match="did you mean min_tumour_voxels"):
         open_source("brats_nifti", tmp_path, min_tumor_voxels=3)
     with pytest.raises(ConfigError, match="min_tumour_voxels='many' does not fit"):
         open_source("brats_nifti", tmp_path, min_tumour_voxels="many")

@@ -11,9 +11,10 @@ from raredistill.config import StudyConfig, make_study
 from raredistill.distill.contract import Facts
 from raredistill.distill.registry import make_method
 from raredistill.losses import make_loss
-from raredistill.study.cache import FOLDER, Cache
-from raredistill.study.run import run_study
-from raredistill.study.teachers import network_of, teach
+from raredistill.runs.cache import Cache
+from raredistill.runs.layout import StudyFolder
+from raredistill.runs.teachers import network_of, teach
+from raredistill.studies.study import run_study
 from raredistill.training.cache import look
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import Trainer
@@ -54,7 +55,7 @@ def run_of(made, name, fold=0):
 def live(made, out, name):
     run, fabric = run_of(made, name), make_fabric("cpu", "32-true")
     counts = torch.from_numpy(np.bincount(made.cohort.labels[run.split.train], minlength=3))
-    taught, facts = teach(run, made.cohort, network_of(run.entry, made.cohort), fabric, out / "runs", counts=counts)
+    taught, facts = teach(run, made.cohort, network_of(run.entry, made.cohort), fabric, StudyFolder(out), counts=counts)
     return run, fabric, taught, facts
 
 
@@ -69,7 +70,7 @@ def training_batches(made, run, channels):
 def test_what_is_kept_is_what_the_live_teacher_says_of_the_same_views(done, name):
     made, out, _, _ = done
     run, fabric, taught, _ = live(made, out, name)
-    kept = Cache(run, made.cohort, fabric, out / "runs", lambda done, total: None)(taught)
+    kept = Cache(run, made.cohort, fabric, StudyFolder(out), lambda done, total: None)(taught)
     # The student's batches hold its own channel only, in another order and of another size than the kept ones.
     pairs = zip(training_batches(made, run, ("flair",)).epoch(3), training_batches(made, run, ("flair", "t1ce")).epoch(3), strict=True)
     for narrow, wide in pairs:
@@ -87,7 +88,7 @@ def test_what_is_kept_is_what_the_live_teacher_says_of_the_same_views(done, name
 def test_a_step_from_the_cache_is_the_step_of_the_live_teacher(done):
     made, out, _, _ = done
     run, fabric, taught, _ = live(made, out, "taught")
-    kept = Cache(run, made.cohort, fabric, out / "runs", lambda done, total: None)(taught)
+    kept = Cache(run, made.cohort, fabric, StudyFolder(out), lambda done, total: None)(taught)
     weights = []
     for teacher, channels in ((taught, ("flair", "t1ce")), (kept, ("flair",))):
         torch.manual_seed(0)
@@ -103,8 +104,8 @@ def test_a_step_from_the_cache_is_the_step_of_the_live_teacher(done):
 
 def test_each_view_is_computed_once_a_fold_and_shared_by_its_students(done):
     _, out, records, watched = done
-    assert {record["status"] for record in records} == {"done"}
-    facts = {(record["name"], record["fold"]): record["teacher_cache"] for record in records if record["kind"] != "cross-fitted teacher"}
+    assert {record.status for record in records} == {"done"}
+    facts = {(record.name, record.fold): record.teacher_cache for record in records if record.kind != "cross-fitted teacher"}
     for fold in (0, 1):
         assert facts["large", fold] == facts["plain", fold] == {}
         assert [facts[name, fold]["computed"] for name in ("taught", "again", "features", "pair", "ours")] == [
@@ -116,8 +117,8 @@ def test_each_view_is_computed_once_a_fold_and_shared_by_its_students(done):
         ]
         assert facts["taught", fold]["seconds"] > facts["again", fold]["seconds"] == 0
         assert [each[2:] for each in watched.views if each[:2] == ("taught", fold)] == [(0, VIEWS), (1, VIEWS)]
-    assert len(list((out / FOLDER).glob("*/view*.safetensors"))) == 4 * VIEWS * 2
-    assert all(record["remarks"] == [] for record in records)
+    assert len(list(StudyFolder(out).teacher_cache.glob("*/view*.safetensors"))) == 4 * VIEWS * 2
+    assert all(record.remarks == () for record in records)
 
 
 def test_what_the_content_depends_on_names_it(done):
@@ -126,7 +127,7 @@ def test_what_the_content_depends_on_names_it(done):
     def folder(cohort=made.cohort, fold=0, **changes):
         run = run_of(study(cohort, RUNS, **changes), "taught", fold)
         run = type(run)(run.id, run.entry, run.split, run.seed, run_of(made, "taught", fold).teachers)
-        return Cache(run, cohort, make_fabric("cpu", "32-true"), out / "runs", lambda done, total: None)._folder
+        return Cache(run, cohort, make_fabric("cpu", "32-true"), StudyFolder(out), lambda done, total: None)._folder
 
     same = folder()
     assert same == folder(learning_rate=0.5) == folder(teacher_cache={"views": 7})
@@ -153,14 +154,14 @@ def test_a_device_that_holds_half_a_batch_is_asked_in_halves(done):
 def test_a_damaged_view_is_noticed_and_computed_again(done):
     made, out, _, _ = done
     run, fabric, taught, _ = live(made, out, "taught")
-    cache = Cache(run, made.cohort, fabric, out / "runs", lambda done, total: None)
+    cache = Cache(run, made.cohort, fabric, StudyFolder(out), lambda done, total: None)
     path = cache._folder / "view1.safetensors"
     before = path.read_bytes()
     path.write_bytes(before[:-4] + bytes(4))
     cache(taught)
     assert cache.facts["computed"] == 1
     assert "does not match its hash" in cache.remarks[0]
-    again = Cache(run, made.cohort, fabric, out / "runs", lambda done, total: None)
+    again = Cache(run, made.cohort, fabric, StudyFolder(out), lambda done, total: None)
     again(taught)
     assert again.facts["computed"] == 0
 
@@ -176,5 +177,5 @@ def test_nothing_random_is_one_view(done):
 
 def test_a_control_that_saw_other_views_is_another_recipe(done):
     made, _, records, _ = done
-    assert next(record for record in records if record["name"] == "plain")["loss"].endswith(f"{VIEWS} views")
+    assert next(record for record in records if record.name == "plain").loss.endswith(f"{VIEWS} views")
     assert "views" not in run_of(study(made.cohort, teacher_cache=None), "plain").entry.settings.recipe

@@ -29,6 +29,15 @@ def test_equal_mass_bins_hold_equally_many_samples():
     assert equal_mass_ece(label, probability, bins=10) == pytest.approx(expected)
 
 
+def test_equal_masses_do_not_depend_on_the_order_of_tied_rows():
+    # Half of the rows are right at the same confidence: sorted by luck they once gave 0.32, shuffled 0.04.
+    probability = np.full((300, 2), [0.6, 0.4])
+    label = np.repeat([0, 1], [180, 120])
+    orders = [np.arange(300), np.random.default_rng(0).permutation(300)]
+    found = [equal_mass_ece(label[order], probability[order]) for order in orders]
+    assert found == pytest.approx([0, 0], abs=1e-12)
+
+
 def test_class_wise_error_is_that_of_every_class_by_loop():
     label, probability = drawn()
     expected = []

@@ -12,8 +12,8 @@ from raredistill import predictions
 from raredistill.batches import Batches
 from raredistill.cohort.store import save
 from raredistill.evaluation.levels import by_patient, evaluate
+from raredistill.runs.predict import prediction_table
 from raredistill.splits import make_splits
-from raredistill.study.predict import prediction_table
 
 SHUFFLES = 12
 

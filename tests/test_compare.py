@@ -14,7 +14,7 @@ from raredistill.errors import DataError
 from raredistill.evaluation.levels import evaluate, metrics_rows, patient_predictions
 from raredistill.evaluation.published import is_published, published_tables, read_published
 from raredistill.predictions import COLUMNS, Predictions, read
-from raredistill.report.versus import over_datasets, versus
+from raredistill.reports.versus import over_datasets, versus
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CLASSES = ("healthy", "HGG", "LGG")

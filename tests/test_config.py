@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings, strategies
 
-from raredistill.config import load_config, make_study
+from raredistill.config import entries_of, load_config, make_study
 from raredistill.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -24,7 +24,7 @@ def write(tmp_path, **changes):
 def test_overrides_reach_into_the_file(tmp_path):
     config = load_config(write(tmp_path), ["training.epochs=7", "runs.0.model=resnet18", "seeds=[3, 4]"])
     assert config.training["epochs"] == 7
-    assert config.runs[0].model == "resnet18"
+    assert config.runs[0]["model"] == "resnet18"
     assert config.seeds == (3, 4)
 
 
@@ -111,13 +111,14 @@ def test_every_shipped_config_is_valid_and_says_how_to_run_it(path):
 
 def test_the_thesis_grid_has_its_published_hyper_parameters():
     config = load_config(Path(__file__).parents[1] / "configs" / "thesis-flair.yaml")
-    pairs = {(run.teacher, run.model) for run in config.runs if run.teacher}
+    entries = entries_of(config)
+    pairs = {(entry.teacher, entry.model) for entry in entries if entry.teacher}
     assert len(config.runs) == 10
     assert pairs == {
         ("efficientnet_v2_s", "densenet121"), ("efficientnet_v2_s", "mobilenet_v2"), ("mobilenet_v2", "efficientnet_v2_s"),
         ("efficientnet_v2_s", "efficientnet_v2_s"), ("mobilenet_v2", "mobilenet_v2"),
     }  # fmt: skip
-    assert all(run.ce_weight == 0.9 and run.kd_weight == pytest.approx(0.1 / 9) for run in config.runs if run.teacher)
+    assert all(entry.ce_weight == 0.9 and entry.kd_weight == pytest.approx(0.1 / 9) for entry in entries if entry.teacher)
     assert (config.training["weight_decay"], config.training["bias_weight_decay"], config.training["select"]) == (3e-4, 1e-4, "last")
 
 
@@ -144,7 +145,7 @@ def test_the_thesis_grid_has_its_published_hyper_parameters():
         ({"online": "one_way"}, "online: one_way trains entries of this study"),
         ({"cross_fit": 2}, "cross_fit makes copies of a teacher, but it has none"),
         ({"teacher": ["a", "b"], "method": "rkd"}, "compares features"),
-        ({"teacher": "a", "training": {"teacher_cache": "views=2", "mixing": "mixup"}}, "mixing: mixup shows two samples in one"),
+        ({"teacher": "a", "training": {"teacher_cache": "views=2", "mixing": "mixup"}}, "mixing: mixup puts two samples into one"),
         ({"teacher": "a", "method": "at", "training": {"teacher_cache": "views=2"}}, "method at compares feature maps; leave"),
         ({"training": {"compile": "default", "devices": 2}}, "is for one device, but devices: 2"),
         ({"teacher": "a", "method": "at", "training": {"compile": "default"}}, "compiles bodies whole, but method at looks into them"),

@@ -9,11 +9,12 @@ import torch
 
 from raredistill.batches import Batches
 from raredistill.checkpoint import Promise
-from raredistill.distill.contract import Facts, Outputs, Shape
+from raredistill.distill.contract import Facts, Shape
 from raredistill.distill.registry import METHODS, make_method, methods_table
 from raredistill.errors import ConfigError
 from raredistill.losses import make_loss
 from raredistill.models import create
+from raredistill.outputs import Outputs
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import Trainer
 from raredistill.training.objectives import Distilled

@@ -18,6 +18,7 @@ from raredistill.evaluation.compare import (
     delong,
     detectable,
     mcnemar,
+    swap_within_cells,
     wilcoxon_over_datasets,
 )
 from raredistill.evaluation.differences import combine, differences, differences_of, in_folds, metric_of, side_sizes, weigh
@@ -63,11 +64,36 @@ def test_bca_agrees_with_scipy_on_a_skewed_mean():
     right = generator.random(60) < 0.12
     rows = [("r", str(n), f"p{n}", "a", "test", 0, 0, 0, "best", "a", [1.0, 0.0] if hit else [0.0, 1.0]) for n, hit in enumerate(right)]
     table = Predictions(pd.DataFrame(rows, columns=list(COLUMNS)), ("a", "b"))
-    _, low, high = patient_bootstrap(table, "accuracy", resamples=8000, interval="bca")
+
+    def accuracy(label, probability):
+        return (probability.argmax(axis=1) == label).mean()
+
+    _, low, high = patient_bootstrap(table, accuracy, resamples=8000, interval="bca")
     expected = stats.bootstrap((right.astype(float),), np.mean, method="BCa", n_resamples=8000, rng=0).confidence_interval
     assert (low, high) == pytest.approx(tuple(expected), abs=0.02)
-    _, plain, _ = patient_bootstrap(table, "accuracy", resamples=8000)
+    _, plain, _ = patient_bootstrap(table, accuracy, resamples=8000)
     assert low > plain
+    # By name it is a proportion of patients, and those have a better interval.
+    expected = stats.binomtest(int(right.sum()), 60).proportion_ci(method="wilson")
+    assert patient_bootstrap(table, "accuracy")[1:] == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(("hits", "patients"), [(14, 14), (0, 14), (1, 1)])
+def test_a_score_whose_draws_do_not_differ_is_not_certain(hits, patients):
+    # Recall 1.000 from 14 patients once had the interval [1.000, 1.000].
+    rows = [(f"p{n}", f"{n}-{m}", "a", n < hits) for n in range(patients) for m in range(4)] + [
+        ("q", "q", "b", True),
+        ("s", "s", "b", True),
+    ]
+    table = Predictions(
+        pd.DataFrame([("r", s, p, y, "test", 0, 0, 0, "best", y, [1.0, 0.0] if (y == "a") == hit else [0.0, 1.0]) for p, s, y, hit in rows],
+                     columns=list(COLUMNS)), ("a", "b"))  # fmt: skip
+    estimate, low, high = patient_bootstrap(table, "recall:a")
+    expected = stats.binomtest(hits, patients).proportion_ci(method="wilson")
+    assert (estimate, low, high) == pytest.approx((hits / patients, expected.low, expected.high))
+    (_, limits), (_, loss) = patient_intervals(table, ["kappa", "brier"])
+    assert limits["percentile"][0] < limits["percentile"][1]
+    assert loss["percentile"][0] != loss["percentile"][1]
 
 
 def test_the_corrected_interval_ends_where_p_is_five_percent():
@@ -84,7 +110,7 @@ def test_bayesian_probabilities_are_those_of_the_posterior_drawn():
     mean = generator.normal(GAINS.mean(), np.sqrt(variance * (1 / n + correlation / (1 - correlation))))
     expected = [(mean < -0.01).mean(), (np.abs(mean) <= 0.01).mean(), (mean > 0.01).mean()]
     np.testing.assert_allclose(bayesian_correlated_t(GAINS, **SIZES), expected, atol=0.004)
-    assert bayesian_correlated_t([0.0, 0.0], **SIZES) == (0, 1, 0)
+    assert np.isnan(bayesian_correlated_t([0.0, 0.0], **SIZES)).all()
 
 
 def test_the_detectable_difference_is_found_with_its_power():
@@ -104,6 +130,16 @@ def test_wilcoxon_equals_all_signs_written_out_and_says_what_it_can_reach():
     p, smallest = wilcoxon_over_datasets(values)
     assert p == pytest.approx(min(1, 2 * min((sums >= seen).mean(), (sums <= seen).mean())))
     assert smallest == 0.0625
+    # Thirteen gains and a draw: the normal approximation said 0.0015.
+    p, smallest = wilcoxon_over_datasets([0.0, *np.linspace(0.01, 0.13, 13)])
+    assert p == smallest == pytest.approx(2 / 2**13)
+    # Ties: all signs written out again.
+    values = np.array([0.01, 0.01, -0.01, 0.02, 0.02, 0.03])
+    ranks = stats.rankdata(np.abs(values))
+    sums = np.array([ranks[np.array(signs)].sum() for signs in itertools.product([True, False], repeat=6)])
+    seen = ranks[values > 0].sum()
+    assert wilcoxon_over_datasets(values)[0] == pytest.approx(min(1, 2 * min((sums >= seen).mean(), (sums <= seen).mean())))
+    assert wilcoxon_over_datasets([0.0, 0.0]) == (1.0, 1.0)
     with pytest.raises(DataError, match="one a data set"):
         wilcoxon_over_datasets([0.1])
 
@@ -187,6 +223,24 @@ def test_a_weighted_sum_of_comparisons_is_tested_as_one():
     np.testing.assert_allclose(both.values, differences(sides[1], sides[2], "macro_f1").values)
     with pytest.raises(DataError, match="same splits"):
         combine([first, differences(study(1.0, folds=4), study(2.0, folds=4), "macro_f1")], [1, 1])
+    # As many differences, of other folds: they were added once without a word.
+    moved = [Predictions(side.table.assign(repeat=1), CLASSES, "healthy") for side in sides[:2]]
+    with pytest.raises(DataError, match="same splits"):
+        combine([first, differences(*moved, "macro_f1")], [1, 1])
+
+
+def test_arms_exchanged_within_cells_are_all_exchanges_written_out():
+    generator = np.random.default_rng(0)
+    right, called, run = generator.integers(1, 9, (2, 6)), generator.integers(9, 14, (2, 6)), np.repeat([0, 1], 3)
+
+    def gain(flip):
+        hits, calls = (np.where(flip, each[::-1], each) for each in (right, called))
+        scores = [2 * hits[:, run == r].sum(1) / (calls[:, run == r].sum(1) + 40) for r in (0, 1)]
+        return abs(np.mean([score[1] - score[0] for score in scores]))
+
+    gains = np.array([gain(np.array(flip)) for flip in itertools.product([False, True], repeat=6)])
+    exact = (gains >= gains[0] - 1e-12).mean()
+    assert swap_within_cells(right, called, 40, run, draws=40_000) == pytest.approx(exact, abs=0.01)
 
 
 @pytest.mark.parametrize("outer", [True, False])

@@ -8,11 +8,12 @@ import torch
 from scipy.optimize import minimize
 
 from raredistill import distill
-from raredistill.distill.consistent import PCKD, taught_prior
-from raredistill.distill.contract import Facts, Outputs, Shape
+from raredistill.distill.consistent import PCKD
+from raredistill.distill.contract import Facts, Shape
 from raredistill.distill.imbalance import groups_by_count, shrunk_recall
-from raredistill.distill.registry import make_method
+from raredistill.distill.registry import METHODS, make_method
 from raredistill.errors import ConfigError
+from raredistill.outputs import Outputs
 
 COUNTS = torch.tensor([100.0, 30.0, 4.0])
 T = 2.5
@@ -290,10 +291,11 @@ def test_without_its_switches_pckd_is_balanced_softmax_and_distillation(logits):
 
 
 def test_a_consistent_student_says_its_prior_and_others_do_not():
-    assert taught_prior("pckd", COUNTS, {}) == pytest.approx((1 / 3,) * 3)
-    assert taught_prior("pckd", COUNTS, {"target": 1.0}) == pytest.approx(tuple(TRAINING))
-    for method, options in (("kd", {}), ("pckd", {"tau": 0.5}), ("pckd", {"correct": False})):
-        assert taught_prior(method, COUNTS, options) is None
+    assert PCKD.carries(COUNTS, {}) == pytest.approx((1 / 3,) * 3)
+    assert PCKD.carries(COUNTS, {"target": 1.0}) == pytest.approx(tuple(TRAINING))
+    for method, options, corrected in ((METHODS["kd"], {}, 0), (PCKD, {"tau": 0.5}, 0.5), (PCKD, {"correct": False}, 0)):
+        assert method.carries(COUNTS, options) is None
+        assert method.corrects(options) == corrected
     assert PCKD.wants({"correct": False, "reliable": False}) == ("logits", "labels")
 
 

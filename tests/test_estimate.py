@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raredistill import cli
-from raredistill.study import estimate
-from raredistill.study import measure as measuring
-from raredistill.study.measure import Cost, kind_of, measure
-from raredistill.study.plan import share_of
-from raredistill.study.run import left, run_study
-from raredistill.study.schedule import Task, critical_path, makespan
-from raredistill.study.teachers import network_of
+from raredistill.runs.layout import StudyFolder
+from raredistill.runs.teachers import network_of
+from raredistill.studies import estimate
+from raredistill.studies import measure as measuring
+from raredistill.studies.measure import Cost, kind_of, measure
+from raredistill.studies.plan import share_of
+from raredistill.studies.schedule import Task, critical_path, makespan
+from raredistill.studies.study import left, run_study
 from test_study import Silent, study
 
 EPOCHS = {"epochs": 2, "batch_size": 16, "accelerator": "cpu"}
@@ -36,7 +37,7 @@ def briefly():
 
 
 def foretell(made, out, **replaced):
-    return estimate.forecast(made.plan(), made.cohort, out, lambda done, total, note: None, **replaced)
+    return estimate.forecast(made.plan(), made.cohort, StudyFolder(out), lambda done, total, note: None, **replaced)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def measured(tiny_cohort, tmp_path_factory):
 def test_the_dry_run_lists_the_plans_runs_in_its_order_and_writes_nothing(measured):
     made, _, before, untouched, records, _ = measured
     assert untouched
-    assert [each.run.id for each in before] == [run.id for run in made.plan()] == [record["id"] for record in records]
+    assert [each.run.id for each in before] == [run.id for run in made.plan()] == [record.id for record in records]
     assert {each.status for each in before} == {"to do"}
     assert [row["after"] for row in estimate.run_rows(before)] == [run.teacher.id if run.teacher else "" for run in made.plan()]
     assert all(each.seconds > 0 and each.memory > 10**8 for each in before)
@@ -242,7 +243,7 @@ def test_the_command_line_of_a_dry_run_and_of_a_share(tiny_cohort, tmp_path, com
     assert "4 runs in order" in said
     assert not (tmp_path / "s").exists()
     # The share of a student, and one without a run.
-    for share, count in (("1/4", "2 runs in order"), ("7/8", "no run of this study's 4 falls into the share 7/8")):
+    for share, count in (("1/4", "2 runs in order"), ("7/8", "no run of this study falls into the share 7/8")):
         code, said, errors = command(config, "--out", tmp_path / "s", "--only", share, "--dry-run")
         assert code == 0, errors
         assert count in said

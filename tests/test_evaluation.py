@@ -6,8 +6,9 @@ from scipy.special import softmax
 from sklearn import metrics as reference
 
 from raredistill.errors import ConfigError, DataError
-from raredistill.evaluation import corrected_resampled_t, evaluate, holm, paired_patient_bootstrap, patient_bootstrap
+from raredistill.evaluation import corrected_interval, corrected_resampled_t, evaluate, holm, paired_patient_bootstrap, patient_bootstrap
 from raredistill.evaluation.calibration import ece, fit_temperature, reliability_table
+from raredistill.evaluation.compare import corrected_error, detectable
 from raredistill.evaluation.levels import metrics_rows, patient_predictions, select
 from raredistill.predictions import Predictions
 
@@ -85,6 +86,15 @@ def test_evaluate_gives_both_levels_of_the_part_asked_for():
     assert evaluate(both, split="validation")["slice"]["confusion"].tolist() != found["slice"]["confusion"].tolist()
     with pytest.raises(DataError, match="last"):
         evaluate(both, checkpoint="last")
+
+
+def test_patients_of_several_runs_are_rows_of_their_own_and_no_ensemble():
+    predictions = _predictions(seeds=3)
+    found = evaluate(predictions)["patient"]
+    parts = [patient_predictions(predictions.rows(np.flatnonzero(predictions.table["seed"] == seed))) for seed in range(3)]
+    label, guess = (np.concatenate(each) for each in zip(*((p.label, p.probability.argmax(1)) for p in parts), strict=True))
+    assert found["samples"] == 60
+    assert found["metrics"]["macro_f1"] == pytest.approx(reference.f1_score(label, guess, average="macro"))
 
 
 def test_says_why_there_is_no_patient_level():
@@ -214,9 +224,9 @@ def test_refuses_several_parts_and_metrics_without_a_value():
 
 def test_unknown_metrics_meet_a_suggestion():
     predictions = _predictions(patients=4)
-    with pytest.raises(ConfigError, match="did you mean 'macro_f1'"):
+    with pytest.raises(ConfigError, match="did you mean macro_f1"):
         patient_bootstrap(predictions, "makro_f1")
-    with pytest.raises(ConfigError, match="did you mean 'f1:LGG'"):
+    with pytest.raises(ConfigError, match="did you mean f1:LGG"):
         patient_bootstrap(predictions, "f1:LG")
     with pytest.raises(ConfigError, match="resamples"):
         patient_bootstrap(predictions, "macro_f1", resamples=0)
@@ -232,7 +242,16 @@ def test_corrected_t_test():
     plain = stats.ttest_1samp(differences, 0)
     assert corrected_resampled_t(differences, train_size=1e15, test_size=1) == pytest.approx((plain.statistic, plain.pvalue))
     assert corrected_resampled_t([0, 0], train_size=1, test_size=1) == (0, 1)
-    assert corrected_resampled_t([-0.5, -0.5], train_size=1, test_size=1) == (-np.inf, 0)
+    assert corrected_interval([0, 0], train_size=1, test_size=1) == (-np.inf, np.inf)
+
+
+def test_equal_differences_are_worth_their_signs_and_no_more():
+    # Three folds with one discordant patient each once gave p < 0.001 and the interval [+1, +1]; the sign test says 0.25.
+    for gain in (1.0, -0.5):
+        assert corrected_resampled_t([gain] * 3, train_size=2, test_size=1)[1] == pytest.approx(0.25)
+        low, high = corrected_interval([gain] * 3, train_size=2, test_size=1)
+        assert low < 0 < high
+        assert detectable(corrected_error([gain] * 3, train_size=2, test_size=1), 2) > 0
 
 
 def test_corrected_t_test_refuses():

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from raredistill.models.network import Network, linear_head
-from raredistill.report.explain import grad_cam, randomised
+from raredistill.runs.maps import grad_cam, randomised
 
 
 def network(seed=0):

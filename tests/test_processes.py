@@ -24,7 +24,9 @@ from raredistill.distill.registry import make_method
 from raredistill.errors import ConfigError
 from raredistill.losses import make_loss
 from raredistill.models import Network, create
-from raredistill.study.execute import _apart, execute
+from raredistill.runs.layout import StudyFolder
+from raredistill.runs.train import _apart
+from raredistill.studies.execute import execute
 from raredistill.training import resume
 from raredistill.training.devices import Team, make_fabric
 from raredistill.training.launch import Place, launch
@@ -238,7 +240,7 @@ def test_two_processes_train_what_one_trains(one, two, name):
     for part in ("last", "best", "logits"):
         near(together[part], alone[part])
     assert together["labels"].tolist() == alone["labels"].tolist()
-    assert together["best_epoch"] == alone["best_epoch"]
+    assert together["best_epoch"] == alone.best_epoch
     for ours, theirs in zip(together["records"], alone["records"], strict=True):
         near(ours, theirs)
 
@@ -252,7 +254,7 @@ def test_rows_are_predicted_once_and_in_order_by_any_network(one, two):
 def test_where_one_process_lacks_memory_all_start_again_with_smaller_parts(one, two, heard):
     together, alone = two[1]["micro"], one["micro"]
     assert heard == [("over", 2)]
-    assert (together["micro_batch"], alone["micro_batch"]) == (4, 0)
+    assert (together["micro_batch"], alone.micro_batch) == (4, 0)
     near(together["last"], alone["last"])
 
 
@@ -323,27 +325,27 @@ def first_run(cohort, entry):
 def test_a_run_on_two_devices_outlives_kill_9_of_one_and_an_interruption_and_ends_where_one_device_does(cohort, tmp_path):
     plan, seen = first_run(cohort, RUN), []
     began = time.monotonic()
-    [failed] = execute(plan, cohort, tmp_path, Watcher(kill_one), seen.append)
-    assert failed["status"] == "failed"
-    assert re.match(r"process \d of the 2 of this run was killed \(SIGKILL\); what was kept is intact", failed["error"])
+    [failed] = execute(plan, cohort, StudyFolder(tmp_path), Watcher(kill_one), seen.append)
+    assert failed.status == "failed"
+    assert re.match(r"process \d of the 2 of this run was killed \(SIGKILL\); what was kept is intact", failed.error)
     assert not multiprocessing.active_children()
     with pytest.raises(KeyboardInterrupt):
-        execute(plan, cohort, tmp_path, Watcher(press), seen.append)
+        execute(plan, cohort, StudyFolder(tmp_path), Watcher(press), seen.append)
     assert not multiprocessing.active_children()
     kept = Keeper(tmp_path / "runs" / f"{plan[0].id}.unfinished").load()
     assert len(kept.facts["fitted"]["epochs"]) in (1, 2)
     watcher = Watcher()
-    [done] = execute(plan, cohort, tmp_path, watcher, seen.append)
-    assert done["status"] == "done"
+    [done] = execute(plan, cohort, StudyFolder(tmp_path), watcher, seen.append)
+    assert done.status == "done"
     assert watcher.epochs == [0, 1, 2, 3]  # those that were kept are told again
     assert time.monotonic() - began < 120
     single = first_run(cohort, {**RUN, "training": {**RUN["training"], "devices": 1}})
-    [alone] = execute(single, cohort, tmp_path, Watcher(), seen.append)
-    tables = [predictions.read(tmp_path / "runs" / record["id"] / "predictions.parquet").table for record in (done, alone)]
+    [alone] = execute(single, cohort, StudyFolder(tmp_path), Watcher(), seen.append)
+    tables = [predictions.read(tmp_path / "runs" / record.id / "predictions.parquet").table for record in (done, alone)]
     assert tables[0]["sample"].tolist() == tables[1]["sample"].tolist()
     np.testing.assert_allclose(*(np.stack(table["logits"]) for table in tables), atol=1e-5)
-    assert done["stage_tau"] == alone["stage_tau"]
-    assert not done["remarks"]
+    assert done.stage_tau == alone.stage_tau
+    assert not done.remarks
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,12 @@ from raredistill import predictions
 from raredistill.checkpoint import Promise, save
 from raredistill.errors import DataError
 from raredistill.files import seal, sha256, write_json
-from raredistill.report import analyses, figures, summary_table, write_report
-from raredistill.report.pairs import make_pairs
-from raredistill.report.results import read_results
-from raredistill.report.tables import confusion_rows, latex, safe
-from raredistill.report.verdicts import family, notes_on_tests, verdicts
-from raredistill.study.drafts import RESULTS
+from raredistill.reports import analyses, figures, summary_table, write_report
+from raredistill.reports.pairs import make_pairs
+from raredistill.reports.results import read_results
+from raredistill.reports.tables import confusion_rows, latex, safe
+from raredistill.reports.verdicts import family, notes_on_tests, verdicts
+from raredistill.runs.layout import RESULTS
 
 CLASSES = ("healthy", "HGG", "LGG")
 FOLDS = 3

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.colors import to_hex
 
 from browser import Browser
-from raredistill.report import write_report
-from raredistill.report.explain import HALO, LINE, OPAQUE, _outline, overlay
-from raredistill.report.figures import blank_figure
+from raredistill.reports import write_report
+from raredistill.reports.figures import blank_figure
+from raredistill.reports.maps import HALO, LINE, OPAQUE, _outline, overlay
 from test_report import contrast, write_study
 
 STOPS = """[...document.querySelectorAll('a[href], button, input, summary, [tabindex="0"]')]

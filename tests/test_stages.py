@@ -11,7 +11,7 @@ from raredistill import predictions
 from raredistill.config import StudyConfig, make_study
 from raredistill.errors import ConfigError
 from raredistill.models import create
-from raredistill.study.run import run_study
+from raredistill.studies.study import run_study
 from raredistill.training.stages import TAUS, Inputs, Linear, adjusted, best_tau, classifier_of, normalised, refine, rescaled, retrained
 
 CENTRES = np.array([[2.0, 0.0], [0.0, 2.0], [-1.5, -1.5]])
@@ -101,15 +101,15 @@ def test_a_study_changes_nothing_but_the_last_layer_and_moves_logits_by_the_prio
         "training": {"epochs": 1, "batch_size": 16, "accelerator": "cpu"}, "runs": runs,
     }  # fmt: skip
     study = make_study(StudyConfig.model_validate(raw), cohort, "test")
-    records = {record["name"]: record for record in run_study(study, tmp_path / "s", Silent()) if record["fold"] == 0}
-    assert {record["status"] for record in records.values()} == {"done"}
+    records = {record.name: record for record in run_study(study, tmp_path / "s", Silent()) if record.fold == 0}
+    assert {record.status for record in records.values()} == {"done"}
 
     def logits_of(stage):
-        return predictions.read(tmp_path / "s" / "runs" / records[stage]["id"] / "predictions.parquet").part("test", "best").logits()
+        return predictions.read(tmp_path / "s" / "runs" / records[stage].id / "predictions.parquet").part("test", "best").logits()
 
     logits = {stage: logits_of(stage) for stage in stages}
     split = next(split for split in study.splits if split.fold == 0)
     counts = np.bincount(cohort.labels[split.train], minlength=3)
-    tau = records["logit_adjustment"]["stage_tau"]["best"]
+    tau = records["logit_adjustment"].stage_tau["best"]
     np.testing.assert_allclose(logits["logit_adjustment"], logits["none"] - tau * np.log(counts / counts.sum()), atol=1e-4)
     assert all(not np.allclose(logits[stage], logits["none"]) for stage in ("crt", "lws", "tau_norm"))

@@ -20,13 +20,15 @@ from raredistill.config import StudyConfig, make_study
 from raredistill.errors import CheckpointError, ConfigError, DataError, RareDistillError
 from raredistill.models import create
 from raredistill.phantom import write_phantom
-from raredistill.report.pairs import control_of
-from raredistill.report.results import read_results
-from raredistill.study.board import Curves
-from raredistill.study.execute import pixels_of
-from raredistill.study.predict import predict
-from raredistill.study.run import rare_class, run_study
-from raredistill.study.teachers import teach
+from raredistill.reports.pairs import control_of
+from raredistill.reports.results import read_results
+from raredistill.runs.assemble import pixels_of
+from raredistill.runs.curves import Curves
+from raredistill.runs.layout import RunFolder, StudyFolder
+from raredistill.runs.predict import predict
+from raredistill.runs.record import read_study
+from raredistill.runs.teachers import teach
+from raredistill.studies.study import rare_class, run_study
 from raredistill.training.devices import make_fabric
 
 RUNS = [
@@ -90,21 +92,18 @@ def test_impossible_grids_are_refused(tiny_cohort, runs):
 
 def test_every_patient_is_predicted_once_by_each_entry(finished, tiny_cohort):
     out, records = finished
-    assert {record["status"] for record in records} == {"done"}
-    tables = [
-        predictions.read(out / "runs" / record["id"] / "predictions.parquet").table for record in records if record["name"] == "taught"
-    ]
+    assert {record.status for record in records} == {"done"}
+    tables = [predictions.read(out / "runs" / record.id / "predictions.parquet").table for record in records if record.name == "taught"]
     test = pd.concat(tables).query("split == 'test' and checkpoint == 'best'")
     assert sorted(test["sample"]) == sorted(tiny_cohort.samples["sample"])
 
 
 def test_a_students_checkpoint_holds_no_teacher_and_carries_its_promise(finished):
     out, records = finished
-    taught = next(record for record in records if record["name"] == "taught")
-    state, promise = load(out / "runs" / taught["id"] / "best.safetensors")
+    taught = next(record for record in records if record.name == "taught")
+    state, promise = load(out / "runs" / taught.id / "best.safetensors")
     assert (
-        sum(value.numel() for name, value in state.items() if "running" not in name and "num_batches" not in name)
-        < 2 * taught["parameters"]
+        sum(value.numel() for name, value in state.items() if "running" not in name and "num_batches" not in name) < 2 * taught.parameters
     )
     assert promise.channels == ("flair",)
     assert promise.prior is None
@@ -114,7 +113,7 @@ def test_a_students_checkpoint_holds_no_teacher_and_carries_its_promise(finished
 def test_tensorboard_reads_the_curves_that_the_log_holds(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = finished[0] / "runs" / finished[1][0]["id"]
+    folder = finished[0] / "runs" / finished[1][0].id
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     for line in (folder / "epochs.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -125,7 +124,7 @@ def test_tensorboard_reads_the_curves_that_the_log_holds(finished):
 def test_epochs_that_are_told_again_from_the_first_are_written_anew(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with closing(Curves(tmp_path)) as curves:
+    with closing(Curves(RunFolder(tmp_path))) as curves:
         for epoch, loss in ((0, 9.0), (1, 8.0), (2, 7.0), (0, 3.0), (1, 2.0)):
             curves.add({"epoch": epoch, "train": {"loss": loss}})
     lines = [json.loads(line) for line in (tmp_path / "epochs.jsonl").read_text().splitlines()]
@@ -138,15 +137,15 @@ def test_a_done_run_says_how_long_one_image_takes_and_where(finished):
     _, records = finished
     for record in records:
         # No pass is faster than its multiplications on a core that does a tera-operation a second, nor slower than a second at 16 x 16.
-        assert record["flops"] / 1e12 * 1000 < record["latency_ms"] < 1000
-        assert record["latency_on"] == "cpu, 1 thread"
+        assert record.flops / 1e12 * 1000 < record.latency_ms < 1000
+        assert record.latency_on == "cpu, 1 thread"
 
 
 def test_directions_are_by_size(finished):
-    by_name = {record["name"]: record for record in finished[1]}
-    assert by_name["again"]["direction"] == "self"
-    bigger = by_name["large"]["parameters"] > by_name["taught"]["parameters"]
-    assert by_name["taught"]["direction"] == ("large-to-small" if bigger else "small-to-large")
+    by_name = {record.name: record for record in finished[1]}
+    assert by_name["again"].direction == "self"
+    bigger = by_name["large"].parameters > by_name["taught"].parameters
+    assert by_name["taught"].direction == ("large-to-small" if bigger else "small-to-large")
 
 
 def test_done_runs_are_reused_and_a_lost_one_repeats_its_numbers(tiny_cohort, tmp_path):
@@ -154,13 +153,13 @@ def test_done_runs_are_reused_and_a_lost_one_repeats_its_numbers(tiny_cohort, tm
 
     once = study(tiny_cohort, RUNS[1:2])
     records = run_study(once, tmp_path / "s", Silent())
-    path = tmp_path / "s" / "runs" / records[0]["id"]
+    path = tmp_path / "s" / "runs" / records[0].id
     before = np.stack(predictions.read(path / "predictions.parquet").table["logits"].to_list())
     shutil.rmtree(path)
     watcher = Silent()
     run_study(once, tmp_path / "s", watcher)
-    assert watcher.trained == [records[0]["id"]]
-    assert watcher.reused == [records[1]["id"]]
+    assert watcher.trained == [records[0].id]
+    assert watcher.reused == [records[1].id]
     assert np.array_equal(before, np.stack(predictions.read(path / "predictions.parquet").table["logits"].to_list()))
 
 
@@ -171,9 +170,9 @@ def test_a_failed_run_is_told_and_the_others_go_on(tiny_cohort, tmp_path):
         {"name": "good", "model": "small_cnn"},
     ]
     records = run_study(study(tiny_cohort, runs), tmp_path, Silent())
-    assert {record["name"]: record["status"] for record in records} == {"bad": "failed", "student": "failed", "good": "done"}
-    assert "its teacher" in next(record for record in records if record["name"] == "student")["error"]
-    assert json.loads((tmp_path / "study.json").read_text())["runs"] == records
+    assert {record.name: record.status for record in records} == {"bad": "failed", "student": "failed", "good": "done"}
+    assert "its teacher" in next(record for record in records if record.name == "student").error
+    assert read_study(tmp_path / "study.json").runs == records
     # Nothing was kept that the failed run could go on with.
     assert not list((tmp_path / "runs").glob("*.unfinished"))
 
@@ -199,13 +198,13 @@ def test_a_device_that_fails_stops_the_study_with_its_cure_and_the_next_start_go
     # No test can unplug a GPU: this is the error that torch raises then, in the middle of a run.
     with pytest.raises(RareDistillError, match=r"the device failed in large-.*\(CUDA error: unspecified launch failure\).*nvidia-smi"):
         run_study(study(tiny_cohort), tmp_path, Unplugging())
-    assert {record["status"] for record in run_study(study(tiny_cohort), tmp_path, Silent())} == {"done"}
+    assert {record.status for record in run_study(study(tiny_cohort), tmp_path, Silent())} == {"done"}
 
 
 def test_an_external_teacher_that_saw_tested_patients_is_refused_before_training(finished, tiny_cohort):
     out, records = finished
     # The teacher of fold 0 fits the students of fold 0 only: in fold 1 its training patients are tested.
-    weights = str(out / "runs" / next(r["id"] for r in records if r["name"] == "large") / "best.safetensors")
+    weights = str(out / "runs" / next(r.id for r in records if r.name == "large") / "best.safetensors")
     with pytest.raises(CheckpointError, match="leak"):
         study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": {"weights": weights}}])
 
@@ -224,7 +223,7 @@ def elsewhere(tiny_cohort, tmp_path):
 def test_an_external_teacher_that_fits_teaches(tiny_cohort, tmp_path, elsewhere):
     made = study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": elsewhere}])
     records = run_study(made, tmp_path / "out", Silent())
-    assert {(record["status"], record["external_teacher"], record["teacher_name"]) for record in records} == {("done", True, "elsewhere")}
+    assert {(record.status, record.external_teacher, record.teacher_name) for record in records} == {("done", True, "elsewhere")}
     with pytest.raises(CheckpointError, match="prepare the cohort with --size 99"):
         study(tiny_cohort, [{"name": "s", "model": "small_cnn", "teacher": {**elsewhere, "image_size": 99}}])
 
@@ -238,7 +237,7 @@ def test_weights_that_do_not_fit_are_refused_before_training(tiny_cohort, tmp_pa
 
 def test_predict_writes_the_same_logits_for_the_same_samples(finished, tiny_cohort, tmp_path):
     out, records = finished
-    folder = out / "runs" / records[0]["id"]
+    folder = out / "runs" / records[0].id
     again = predict(folder, tiny_cohort, tmp_path / "p.parquet", accelerator="cpu").set_index("sample")["logits"]
     known = (
         predictions.read(folder / "predictions.parquet")
@@ -252,7 +251,7 @@ def test_predict_writes_the_same_logits_for_the_same_samples(finished, tiny_coho
 def test_predict_refuses_a_cohort_of_another_size(finished, tmp_path):
     other = write_tiny(tmp_path / "other", patients={"HGG": 2, "LGG": 2}, size=24)
     with pytest.raises(CheckpointError, match="--size 16"):
-        predict(finished[0] / "runs" / finished[1][0]["id"], other, tmp_path / "p.parquet", accelerator="cpu")
+        predict(finished[0] / "runs" / finished[1][0].id, other, tmp_path / "p.parquet", accelerator="cpu")
 
 
 def test_a_folder_with_other_things_is_refused(tiny_cohort, tmp_path):
@@ -282,13 +281,13 @@ def taught(tmp_path_factory):
     cohort = write_tiny(tmp_path_factory.mktemp("cohort") / "c", patients={"HGG": 16, "LGG": 12})
     made = study(cohort, TAUGHT)
     out = tmp_path_factory.mktemp("taught")
-    return made, out, {(record["name"], record["fold"]): record for record in run_study(made, out, Silent())}
+    return made, out, {(record.name, record.fold): record for record in run_study(made, out, Silent())}
 
 
 def test_cross_fitted_teachers_are_trained_once_for_their_students_and_before_them(taught):
     made, _, records = taught
     plan = made.plan()
-    assert [record["status"] for record in records.values()] == ["done"] * 2 * 10
+    assert [record.status for record in records.values()] == ["done"] * 2 * 10
     for split in made.splits:
         parts = [run for run in plan if run.part is not None and run.split.fold == split.fold]
         students = [run for run in plan if run.entry.name in ("ours", "hints") and run.split.fold == split.fold]
@@ -304,7 +303,7 @@ def test_a_student_is_given_the_recalls_of_its_corrected_teachers_on_patients_th
     cohort = made.cohort
     counts = torch.from_numpy(np.bincount(cohort.labels[run.split.train], minlength=3))
     network = create("small_cnn", channels=1, classes=3, image_size=16)
-    _, facts = teach(run, cohort, network, make_fabric("cpu", "32-true"), out / "runs", counts=counts)
+    _, facts = teach(run, cohort, network, make_fabric("cpu", "32-true"), StudyFolder(out), counts=counts)
     hits, samples = np.zeros(3), np.zeros(3)
     for part in run.teachers:
         table = predictions.read(out / "runs" / part.id / "predictions.parquet").table.query("split == 'test' and checkpoint == 'best'")
@@ -321,7 +320,7 @@ def test_checkpoints_say_which_prior_their_logits_carry(taught):
     _, out, records = taught
 
     def prior(name):
-        return load(out / "runs" / records[name, 0]["id"] / "best.safetensors")[1].prior
+        return load(out / "runs" / records[name, 0].id / "best.safetensors")[1].prior
 
     assert prior("big") == pytest.approx((0.5, 0.2857, 0.2143), abs=0.05)
     assert prior("ours") == prior("unknown") == pytest.approx((1 / 3, 1 / 3, 1 / 3))
@@ -363,20 +362,20 @@ def test_peers_are_trained_in_the_run_itself_and_name_it(taught):
     run = next(run for run in made.plan() if run.entry.name == "peers")
     assert run.teachers == ()
     assert [peer.name for peer in run.peers] == ["big", "margin"]
-    assert records["peers", 0]["kind"] == "distilled"
-    assert records["peers", 0]["teacher_name"] == "big + margin"
+    assert records["peers", 0].kind == "distilled"
+    assert records["peers", 0].teacher_name == "big + margin"
     other = study(made.cohort, [{**entry, "dropout": 0.1} if entry["name"] == "margin" else entry for entry in TAUGHT])
     assert next(each for each in other.plan() if each.entry.name == "peers").id != run.id
 
 
 def test_records_tell_recipes_apart(taught):
     _, _, records = taught
-    assert records["big", 0]["loss"] == "cross_entropy"
-    assert records["margin", 0]["loss"] == "ldam, deferred effective"
-    assert records["pair", 0]["loss"] == "cross_entropy, remix"
+    assert records["big", 0].loss == "cross_entropy"
+    assert records["margin", 0].loss == "ldam, deferred effective"
+    assert records["pair", 0].loss == "cross_entropy, remix"
     # Without its teacher ours is the balanced softmax, so that is its control.
-    assert records["ours", 0]["loss"] == "balanced_softmax"
-    assert records["hints", 0]["loss"] == "cross_entropy, progressive sampling"
+    assert records["ours", 0].loss == "balanced_softmax"
+    assert records["hints", 0].loss == "cross_entropy, progressive sampling"
 
 
 RECIPES = {
@@ -402,7 +401,7 @@ def test_a_distilled_entry_is_held_against_the_baseline_of_its_own_recipe(tiny_c
     with pytest.raises(KeyboardInterrupt):  # the study's file describes every run before the first is trained
         run_study(study(tiny_cohort, runs), tmp_path, Interrupted())
     results = read_results(tmp_path)
-    found = {name: control_of(results, name) for name in results.entries if results.first(name)["kind"] == "distilled"}
+    found = {name: control_of(results, name) for name in results.entries if results.first(name).kind == "distilled"}
     taught = {f"{name}-taught": name for name in RECIPES if name != "softmax"}
     assert found == {**taught, **dict.fromkeys(STRANGERS, ""), "ours": "softmax"}
 
@@ -433,9 +432,9 @@ def test_a_teacher_may_see_the_mask_and_its_student_is_applied_without_one(with_
     ]
     made = study(cohort, runs, channels=None)
     assert made.entries[1].channels == ("flair",)
-    records = {record["name"]: record for record in run_study(made, tmp_path, Silent()) if record["fold"] == 0}
-    assert records["student"]["status"] == "done"
-    folders = {name: tmp_path / "runs" / record["id"] for name, record in records.items()}
+    records = {record.name: record for record in run_study(made, tmp_path, Silent()) if record.fold == 0}
+    assert records["student"].status == "done"
+    folders = {name: tmp_path / "runs" / record.id for name, record in records.items()}
     here, there = (predict(folders["student"], each, tmp_path / f"{each.root.parent.name}.parquet") for each in (cohort, without))
     assert np.array_equal(*(np.stack(table["logits"].to_list()) for table in (here, there)))
     with pytest.raises(CheckpointError, match=r"needs the channels \['mask'\]"):

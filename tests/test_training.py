@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from raredistill.batches import Batch, Batches, Mixed
 from raredistill.checkpoint import Promise
-from raredistill.distill.contract import Facts, Outputs
+from raredistill.distill.contract import Facts
 from raredistill.distill.registry import make_method
 from raredistill.errors import CheckpointError, ConfigError
 from raredistill.losses import make_loss
 from raredistill.models import create
+from raredistill.outputs import Outputs
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import Tally, Trainer, fit, predict_logits
 from raredistill.training.objectives import Deferred, Distilled, Supervised

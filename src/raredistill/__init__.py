@@ -1,6 +1,6 @@
 """Does a teacher help the rare class? Evidence from patient-grouped studies of knowledge distillation.
 
-A notebook imports names from here; what is heavy is loaded when it is first named.
+A notebook imports names from here; heavy submodules are imported lazily.
 """
 
 from __future__ import annotations
@@ -9,6 +9,13 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "study": ("raredistill.api", "study"),
+    "distil": ("raredistill.api", "distil"),
+    "forecast": ("raredistill.api", "forecast"),
+    "report": ("raredistill.api", "report"),
+    "compare": ("raredistill.api", "compare"),
+    "Study": ("raredistill.studies.study", "Study"),
+    "Entry": ("raredistill.runs.entry", "Entry"),
     "Cohort": ("raredistill.cohort.store", "Cohort"),
     "open_source": ("raredistill.cohort.sources.registry", "open_source"),
     "prepare": ("raredistill.cohort.prepare", "prepare"),
@@ -17,10 +24,9 @@ _HOMES = {
     "create_model": ("raredistill.models", "create"),
     "Settings": ("raredistill.training.settings", "Settings"),
     "train": ("raredistill.training.loop", "fit"),
-    "predict": ("raredistill.study.predict", "predict"),
+    "predict": ("raredistill.api", "predict"),
     "read_predictions": ("raredistill.predictions", "read"),
     "evaluate": ("raredistill.evaluation.levels", "evaluate"),
-    "write_report": ("raredistill.report", "write_report"),
 }
 __all__ = list(_HOMES)
 

@@ -118,17 +118,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], Promise]:
     return tensors, _promise(path, record)
 
 
-def load_promise(path: Path) -> Promise:
-    """Read what a checkpoint promises without its tensors: whether they were damaged is not looked at.
+def read_promise(path: Path) -> Promise:
+    """Read the promise of a checkpoint from its header alone; whether the tensors are intact shows when they are loaded.
 
     Raises:
-        CheckpointError: missing, cut, or something else than a network's checkpoint.
+        CheckpointError: as :func:`load`, apart from altered tensors.
     """
-    with _opened(path) as handle:
-        metadata = dict(handle.metadata() or {})
-    if metadata.get("kind") != _NETWORK:
-        raise CheckpointError(f"{path}: not a network checkpoint of raredistill, but {metadata.get('kind', 'plain weights')}")
-    return _promise(path, _parsed(path, metadata.get("record", "")))
+    metadata = read_header(path)
+    _refuse_other(path, _NETWORK, metadata)
+    return _promise(path, _parsed(path, metadata.get("record", "null")))
 
 
 def _promise(path: Path, record: Any) -> Promise:
@@ -145,7 +143,7 @@ def content_hash(path: Path) -> str:
     Raises:
         CheckpointError: as :func:`load`.
     """
-    return read_safetensors(path)[1].get("sha256", "")
+    return read_header(path).get("sha256", "")
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], info: Any) -> None:
@@ -174,17 +172,27 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: missing, unreadable, or not safetensors (a pickle is never opened).
     """
+    with _opened(path) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118 - not a mapping
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; no tensor is read.
+
+    Raises:
+        CheckpointError: as :func:`read_safetensors`.
+    """
+    with _opened(path) as handle:
+        return dict(handle.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if path.suffix in _PICKLES:
         raise CheckpointError(
             f"{path}: only .safetensors files are read, because a pickle can run code when it is opened; "
             "convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
         )
-    with _opened(path) as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118 - not a mapping
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
             yield handle
@@ -214,14 +222,18 @@ def _write(path: Path, tensors: Mapping[str, Tensor], kind: str, record: Any) ->
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
     tensors, metadata = read_safetensors(path)
-    if metadata.get("kind") != kind:
-        raise CheckpointError(f"{path}: not a {kind.split('.')[1]} checkpoint of raredistill, but {metadata.get('kind', 'plain weights')}")
+    _refuse_other(path, kind, metadata)
     text = metadata.get("record", "")
     if metadata.get("sha256") != _digest(tensors, kind, text):
         raise CheckpointError(
             f"{path}: its content does not match its hash, so it was damaged or edited; delete it and run the command again"
         )
     return tensors, _parsed(path, text)
+
+
+def _refuse_other(path: Path, kind: str, metadata: Mapping[str, str]) -> None:
+    if metadata.get("kind") != kind:
+        raise CheckpointError(f"{path}: not a {kind.split('.')[1]} checkpoint of raredistill, but {metadata.get('kind', 'plain weights')}")
 
 
 def _digest(tensors: Mapping[str, Tensor], kind: str, text: str) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,9 +13,8 @@ import typer
 from raredistill.errors import RareDistillError
 
 if TYPE_CHECKING:
-    from raredistill.config import StudyConfig
-    from raredistill.study.estimate import Forecast
-    from raredistill.study.plan import Run
+    from raredistill.api import Finished
+    from raredistill.studies.estimate import Forecast
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
@@ -47,26 +44,30 @@ def main() -> None:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may hold bytes that are no UTF-8
     try:
         if app(standalone_mode=False) == INTERRUPTED:  # what typer makes of Ctrl-C
-            _stop(f"interrupted; {_go_on()}", INTERRUPTED)
+            _stop(f"interrupted; {_resume()}", INTERRUPTED)
     except RareDistillError as error:
         _stop(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
-        _stop(f"interrupted; {_go_on()}", INTERRUPTED)
+        _stop(f"interrupted; {_resume()}", INTERRUPTED)
     except SystemExit as stop:
         if stop.code == TERMINATED:
-            _stop(f"terminated; {_go_on()}", TERMINATED)
+            _stop(f"terminated; {_resume()}", TERMINATED)
         raise
     except OSError as error:
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        _stop(f"{what}; what was written before is intact; check the place, its rights and the space left, then {_go_on()}", 2)
+        _stop(f"{what}; what was written before is intact; check the place, its rights and the space left, then {_resume()}", 2)
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
         _usage(error)
 
 
-def _go_on() -> str:
-    return f"go on with: {shlex.join(['raredistill', *sys.argv[1:]])}"
+def _command() -> str:
+    return shlex.join(["raredistill", *sys.argv[1:]])
+
+
+def _resume() -> str:
+    return f"resume with: {_command()}"
 
 
 def _usage(error: Any) -> None:
@@ -87,12 +88,10 @@ def _stop(message: str, code: int) -> None:
 @app.command()
 def demo(out: Out = Path("out/demo"), patients: Annotated[int, typer.Option(help="generated patients")] = 40) -> None:
     """Run the main job end to end on a generated cohort, in a few minutes."""
-    from importlib.resources import files
+    from raredistill import api
+    from raredistill.terminal import Terminal
 
-    raw = out / "raw"
-    if not (raw / "name_mapping.csv").exists():
-        _phantom(raw, patients, "nifti", (96, 96, 48), 0.35, 0, None)
-    _study(Path(str(files("raredistill") / "demo.yaml")), out / "study", [f"cohort.path={raw}"])
+    _finish(api.demo(out, patients=patients, command=_command(), observer=Terminal()), _command())
 
 
 @app.command()
@@ -106,13 +105,6 @@ def phantom(
     workers: Workers = None,
 ) -> None:
     """Write a generated data set in BraTS2020's layout, for trying things out: it is not medical data."""
-    _phantom(out, patients, layout, size, rare_share, seed, workers)
-    _next(f"raredistill verify brats_{'hdf5' if layout == 'hdf5' else 'nifti'} {shlex.quote(str(out))}")
-
-
-def _phantom(
-    out: Path, patients: int, layout: Layout, size: tuple[int, int, int], rare_share: float, seed: int, workers: int | None
-) -> None:
     from raredistill.console import Progress
     from raredistill.phantom import write_phantom
 
@@ -120,6 +112,7 @@ def _phantom(
         write_phantom(
             out, patients=patients, layout=layout, size=size, rare_share=rare_share, seed=seed, workers=workers, progress=progress
         )
+    _next(f"raredistill verify brats_{'hdf5' if layout == 'hdf5' else 'nifti'} {shlex.quote(str(out))}")
 
 
 @app.command()
@@ -164,32 +157,20 @@ def prepare(
     size: Annotated[int, typer.Option(help="side of the square slices, in pixels")] = 224,
     workers: Workers = None,
     leave_out_bad: Annotated[
-        bool, typer.Option("--leave-out-bad", help="go on without patients that cannot be read, and write down which")
+        bool, typer.Option("--leave-out-bad", help="continue without patients that cannot be read, and record which")
     ] = False,
 ) -> None:
     """Turn raw data into one cohort on disk: decoded, checked, normalised and resized once."""
     from raredistill.cohort.prepare import prepare as make_cohort
     from raredistill.cohort.sources.registry import open_source
     from raredistill.console import Progress
+    from raredistill.terminal import show_cohort
 
     source = open_source(kind, path, **_options(options))
     with Progress(f"prepared {source.counted}") as progress:
         cohort = make_cohort(source, out, size=(size, size), workers=workers, leave_out_bad=leave_out_bad, progress=progress)
-    _show_cohort(cohort)
+    show_cohort(cohort)
     _next(f"raredistill inspect {shlex.quote(str(out))}")
-
-
-def _show_cohort(cohort: Any) -> None:
-    from raredistill.cohort.inspect import GENERATED, is_generated, rule_table
-    from raredistill.console import records, show_table
-
-    title = f"{cohort.name}: {len(cohort.samples)} samples of {cohort.samples['patient'].nunique()} patients"
-    title += f", channels {', '.join(cohort.channels)}" + (f"; {GENERATED}" if is_generated(cohort) else "")
-    show_table(records(cohort.counts()), title)
-    show_table(records(rule_table(cohort)), f"what the two label rules call the slices (used: {cohort.provenance['settings'].get('rule')})")
-    if left_out := cohort.provenance["left_out"]:
-        names = sorted({problem["patient"] for problem in left_out})
-        print(f"left out, with the reasons in {cohort.root / 'cohort.json'}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}")
 
 
 @app.command()
@@ -242,100 +223,55 @@ def study(
     on: Annotated[Literal["ray"] | None, typer.Option(help="carry the runs out on a Ray cluster")] = None,
     address: Annotated[str | None, typer.Option(help="HOST:PORT of its head node; a Ray on this machine by default")] = None,
     gpus_per_run: Annotated[float | None, typer.Option(min=0.01, max=1, help="share of a GPU for each run on Ray; 1 by default")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="train nothing: measure a few steps, and tell time, memory and disk")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="train nothing: measure a few steps; report time, memory and disk")] = False,
 ) -> None:
-    """Train every run of a study that is not done yet, and write its report."""
+    """Train every run of a study that is not finished yet, and write its report."""
+    from raredistill import api
+    from raredistill.terminal import Terminal
+
+    again = shlex.join(["raredistill", "study", str(config), *(overrides or []), "--out", str(out)])
+    asked: dict[str, Any] = {"overrides": overrides or [], "only": None if only is None else _share(only), "observer": Terminal()}
     if dry_run and (on or address or gpus_per_run):
         raise RareDistillError("--dry-run measures this machine, not a cluster; leave out --on, --address and --gpus-per-run")
-    if dry_run:
-        _dry_run(config, out, overrides or [], only)
-        return
     if on is None and (address is not None or gpus_per_run is not None):
         raise RareDistillError("--address and --gpus-per-run belong to a cluster; add --on ray")
-    _study(config, out, overrides or [], only=only, on=on and _on_ray(address, gpus_per_run))
+    if dry_run:
+        _show_forecast(api.forecast(config, out, **asked), out, again, only)
+    else:
+        engine = None if on is None else _on_ray(address, gpus_per_run)
+        _finish(api.study(config, out, engine=engine, command=_command(), **asked), again)
 
 
 def _on_ray(address: str | None, gpus_per_run: float | None) -> Any:
-    from raredistill.study.on_ray import OnRay
+    from raredistill.studies.on_ray import OnRay
 
     return OnRay(address, 1.0 if gpus_per_run is None else gpus_per_run)
 
 
-def _study(config_path: Path, out: Path, overrides: list[str], *, only: str | None = None, on: Any = None) -> None:
-    from raredistill.config import load_config, make_study
-    from raredistill.console import records, show_table
-    from raredistill.study.plan import share_of
-    from raredistill.study.run import HERE, elsewhere, left, run_study
+def _show_forecast(expected: list[Forecast], out: Path, again: str, only: str | None) -> None:
+    from raredistill.terminal import show_forecast
 
-    config = load_config(config_path, overrides)
-    made = make_study(config, _cohort(config, out), shlex.join(["raredistill", *sys.argv[1:]]))
-    chosen = made.plan() if only is None else share_of(made.plan(), *_share(only))
-    show_table(records(made.overview()), "slices (patients) of each class")
-    for run in elsewhere(made, out):
-        print(f"another process works at {run}: this one takes the other runs, and waits for it at the end", file=sys.stderr)
-    with on or nullcontext(HERE) as engine, StudyProgress(chosen) as watcher:
-        runs = run_study(made, out, watcher, chosen=chosen, engine=engine)
-    if waiting := left(out):
-        _tell_remarks(runs)
-        _tell_failures(runs)
-        print(f"{len(waiting)} runs are left to other processes: {', '.join(waiting)}; whoever ends the last of them writes the report")
-        _next(_same_study(config_path, out, overrides))
-    else:
-        _finish(out, runs)
-
-
-def _dry_run(config_path: Path, out: Path, overrides: list[str], only: str | None) -> None:
-    from raredistill.config import load_config, make_study
-    from raredistill.console import Progress
-    from raredistill.study.estimate import forecast
-    from raredistill.study.plan import share_of
-
-    made = make_study(load_config(config_path, overrides), _prepared(config_path, out, overrides), "")
-    share = made.plan() if only is None else share_of(made.plan(), *_share(only))
-    if not share:
-        print(f"no run of this study's {len(made.plan())} falls into the share {only}")
+    if not expected:
+        print(f"no run of this study falls into the share {only}")
         return
-    chosen = [run for run in made.plan() if run in share]  # a share's own runs come first, before their teachers
-    with Progress("kinds of runs measured") as progress:
-        expected = forecast(chosen, made.cohort, out, progress)
-    _show_forecast(expected, out)
+    show_forecast(expected, out)
     if problems := {each.problem: each.run.id for each in expected if each.problem}:
         _stop("; ".join(f"{run} does not fit on this machine: {problem}" for problem, run in problems.items()), 2)
-    _next(_same_study(config_path, out, overrides) + (f" --only {only}" if only else ""))
+    _next(again + (f" --only {only}" if only else ""))
 
 
-def _prepared(config_path: Path, out: Path, overrides: list[str]) -> Any:
-    from raredistill.cohort.store import DESCRIPTION, Cohort
-    from raredistill.config import cohort_folder, load_config
+def _finish(found: Finished, again: str) -> None:
+    from raredistill.terminal import show_finished
 
-    config = load_config(config_path, overrides)
-    folder, raw = cohort_folder(config, out), config.cohort
-    if isinstance(raw, Path) or (folder / DESCRIPTION).exists():
-        return Cohort.load(folder)
-    options = [f"{key}={value}" for key, value in raw.options.items()]
-    prepare = shlex.join(["raredistill", "prepare", raw.source, str(raw.path), *options, "--size", str(raw.size), "--out", "cohort"])
-    raise RareDistillError(
-        f"the cohort of this study is not prepared yet, and a dry run writes nothing; prepare it with: {prepare}\n"
-        f"then: {_same_study(config_path, out, [*overrides, 'cohort=cohort'])} --dry-run"
-    )
-
-
-def _same_study(config_path: Path, out: Path, overrides: list[str]) -> str:
-    return shlex.join(["raredistill", "study", str(config_path), *overrides, "--out", str(out)])
-
-
-def _show_forecast(expected: list[Forecast], out: Path) -> None:
-    from raredistill.console import duration, show_table
-    from raredistill.study.estimate import device_rows, disk_free, disk_needed, longest_chain, run_rows, size
-
-    show_table(run_rows(expected), f"{len(expected)} runs in order; minutes that are left, at most where a run may stop early")
-    show_table(device_rows(expected), "with more devices: GPUs, or machines like this one (processes on one CPU share its cores)")
-    seconds, chain = longest_chain(expected)
-    print(f"one device: about {duration(sum(each.seconds for each in expected))}")
-    if seconds:
-        print(f"any number of devices: at least {duration(seconds)}, for {' then '.join(chain)}")
-    print(f"memory: {size(max(each.memory for each in expected))} for the largest run")
-    print(f"disk: {size(disk_needed(expected))}, and {size(disk_free(out))} are free")
+    show_finished(found)
+    if found.waiting:
+        print(
+            f"{len(found.waiting)} runs are left to other processes: {', '.join(found.waiting)}; "
+            "the process that finishes the last of them writes the report"
+        )
+    _next(again if found.waiting else f"open {found.page}")
+    if found.failed:
+        _stop(f"{len(found.failed)} of {len(found.runs)} runs failed; the same command tries them again", 1)
 
 
 def _share(only: str) -> tuple[int, int]:
@@ -347,100 +283,6 @@ def _share(only: str) -> tuple[int, int]:
     return int(number), int(shares)
 
 
-def _cohort(config: StudyConfig, out: Path) -> Any:
-    from raredistill.cohort.prepare import prepare as make_cohort
-    from raredistill.cohort.sources.registry import open_source
-    from raredistill.cohort.store import Cohort
-    from raredistill.config import cohort_folder
-    from raredistill.console import Progress
-    from raredistill.study.run import claim
-
-    if isinstance(config.cohort, Path):
-        return Cohort.load(config.cohort)
-    raw = config.cohort
-    source = open_source(raw.source, raw.path, **raw.options)
-    claim(out)
-    with Progress(f"prepared {source.counted}") as progress:
-        return make_cohort(
-            source, cohort_folder(config, out), size=(raw.size, raw.size), leave_out_bad=raw.leave_out_bad, progress=progress
-        )
-
-
-def _finish(out: Path, runs: list[dict[str, Any]]) -> None:
-    from raredistill.console import records, show_table
-    from raredistill.report import summary_table
-
-    show_table(records(summary_table(out)), "test results, mean over folds and seeds")
-    _tell_remarks(runs)
-    _report(out)
-    _tell_failures(runs)
-
-
-def _tell_remarks(runs: list[dict[str, Any]]) -> None:
-    remarks: dict[str, list[str]] = {}
-    for record in runs:
-        for remark in record.get("remarks", ()):
-            remarks.setdefault(remark, []).append(record["id"])
-    for remark, names in remarks.items():
-        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        print(f"remark: {names[0]}{others}: {remark}", file=sys.stderr)
-    caches = [record["teacher_cache"] for record in runs if record.get("teacher_cache")]
-    if caches:
-        computed, seconds = (sum(cache[key] for cache in caches) for key in ("computed", "seconds"))
-        print(f"teacher cache: {computed} views were computed in {seconds:.1f} s, for {len(caches)} students", file=sys.stderr)
-
-
-def _tell_failures(runs: list[dict[str, Any]]) -> None:
-    failed = [record for record in runs if record["status"] == "failed"]
-    for record in failed:
-        print(f"failed: {record['id']}: {record['error']}", file=sys.stderr)
-    if failed:
-        _stop(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again", 1)
-
-
-class StudyProgress:
-    """Progress over the runs of a study, in their epochs."""
-
-    def __init__(self, runs: Sequence[Run]) -> None:
-        from raredistill.console import Progress
-
-        self.total = sum(run.entry.settings.epochs for run in runs)
-        self.done = 0
-        self.at: dict[str, int] = {}
-        self.progress = Progress("epochs")
-
-    def __enter__(self) -> StudyProgress:
-        self.progress.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.progress.__exit__(*error)
-
-    def run_started(self, run: Run, epochs: int) -> None:
-        """A run begins to train, or begins again."""
-        self.done -= self.at.get(run.id, 0)
-        self.at[run.id] = 0
-
-    def view_kept(self, run: Run, done: int, total: int) -> None:
-        """Show how far the teacher cache is."""
-        self.progress(self.done, self.total, f"{run.id.rsplit('-', 1)[0]} asks its teacher, view {done} of {total}")
-
-    def epoch_done(self, run: Run, record: dict[str, Any]) -> None:
-        """Count an epoch and show where the study is."""
-        self.at[run.id] += 1
-        self.done += 1
-        score = record.get("validation", record["train"])["macro_f1"]
-        self.progress(self.done, self.total, f"{run.id.rsplit('-', 1)[0]} macro F1 {score:.3f}")
-
-    def run_done(self, run: Run, record: dict[str, Any], *, reused: bool) -> None:
-        """Count the epochs that a finished run did not need."""
-        left = run.entry.settings.epochs - self.at.get(run.id, 0)
-        if reused:
-            self.total -= left
-        else:
-            self.done += left
-
-
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="a run's folder: STUDY/runs/NAME")],
@@ -449,10 +291,9 @@ def predict(
     checkpoint: Annotated[str, typer.Option(help="best or last")] = "best",
 ) -> None:
     """Apply a trained run to any cohort and write the table of logits."""
-    from raredistill.cohort.store import Cohort
-    from raredistill.study.predict import predict as apply
+    from raredistill import api
 
-    table = apply(run, Cohort.load(cohort), out, which=checkpoint)
+    table = api.predict(run, cohort, out, checkpoint=checkpoint)
     print(f"{out}: {len(table)} samples of {table['patient'].nunique()} patients")
     _next(f"raredistill evaluate {shlex.quote(str(out))}")
 
@@ -492,15 +333,10 @@ def report(
     ] = None,
 ) -> None:
     """Write a study's report: one self-contained HTML file, tables and figures."""
-    _report(study, sweep or [], across or [])
+    from raredistill import api
+    from raredistill.terminal import Terminal
 
-
-def _report(study: Path, sweep: Sequence[Path] = (), across: Sequence[Path] = ()) -> None:
-    from raredistill.console import Progress
-    from raredistill.report import write_report
-
-    with Progress("report") as progress:
-        page = write_report(study, sweep=sweep, across=across, progress=progress)
+    page = api.report(study, sweep=sweep or [], across=across or [], observer=Terminal())
     _next(f"open {page}")
 
 
@@ -516,14 +352,15 @@ def compare(
     background: Annotated[str | None, typer.Option(help="class that no patient carries, in files made elsewhere, such as healthy")] = None,
 ) -> None:
     """Compare two sets of test predictions: differences (second minus first), intervals, and what can be said."""
+    from raredistill import api
     from raredistill.console import records, show_table
-    from raredistill.report.versus import over_datasets, versus
+    from raredistill.reports.versus import over_datasets
 
     if len(sides) % 2:
         raise RareDistillError(f"{len(sides)} sides cannot be paired; name a control and another side for each comparison")
     gains = []
     for first, second in zip(sides[::2], sides[1::2], strict=True):
-        found = versus(first, second, metric=metric, background=background)
+        found = api.compare(first, second, metric=metric, background=background)
         show_table(records(found.rows), f"{second} minus {first}")
         print("\n".join(found.sentences))
         gains.append(found.gain)

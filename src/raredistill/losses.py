@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn import functional as F
 
 from raredistill.errors import ConfigError
+from raredistill.options import NotNegative, Option, Share, check_options, did_you_mean, options_of, show_defaults
 from raredistill.sampling import POWERS
 
 Reduction = Literal["mean", "none"]
@@ -38,7 +39,7 @@ def _positive(counts: Tensor) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0, reduction: Reduction = "mean"
+    logits: Tensor, target: Tensor, *, class_weights: Tensor | None = None, label_smoothing: Share = 0.0, reduction: Reduction = "mean"
 ) -> Tensor:
     """Cross-entropy; a weighted mean divides by N, not by the sum of weights.
 
@@ -58,7 +59,7 @@ def cross_entropy(
 
 
 def label_aware_smoothing(
-    logits: Tensor, target: Tensor, *, counts: Tensor, head: float = 0.4, tail: float = 0.1, reduction: Reduction = "mean"
+    logits: Tensor, target: Tensor, *, counts: Tensor, head: Share = 0.4, tail: Share = 0.1, reduction: Reduction = "mean"
 ) -> Tensor:
     """Cross-entropy whose label smoothing grows with the class' count: confident head classes are smoothed most.
 
@@ -86,7 +87,7 @@ def label_aware_smoothing(
 
 
 def focal(
-    logits: Tensor, target: Tensor, *, gamma: float = 2.0, class_weights: Tensor | None = None, reduction: Reduction = "mean"
+    logits: Tensor, target: Tensor, *, gamma: NotNegative = 2.0, class_weights: Tensor | None = None, reduction: Reduction = "mean"
 ) -> Tensor:
     """Focal loss: cross-entropy times ``(1 - p) ** gamma``, so that easy samples count less.
 
@@ -109,7 +110,7 @@ def focal(
     return _reduced(losses if class_weights is None else losses * class_weights.to(losses)[target], reduction)
 
 
-def balanced_softmax(logits: Tensor, target: Tensor, *, counts: Tensor, tau: float = 1.0, reduction: Reduction = "mean") -> Tensor:
+def balanced_softmax(logits: Tensor, target: Tensor, *, counts: Tensor, tau: NotNegative = 1.0, reduction: Reduction = "mean") -> Tensor:
     """Cross-entropy on logits shifted by the log class prior, so that the network learns the balanced posterior.
 
     Args:
@@ -166,7 +167,7 @@ def ldam(
 
 
 def vector_scaling(
-    logits: Tensor, target: Tensor, *, counts: Tensor, tau: float = 1.0, gamma: float = 0.2, reduction: Reduction = "mean"
+    logits: Tensor, target: Tensor, *, counts: Tensor, tau: NotNegative = 1.0, gamma: NotNegative = 0.2, reduction: Reduction = "mean"
 ) -> Tensor:
     """Cross-entropy on logits scaled by ``(count / largest count) ** gamma`` and shifted by ``tau`` times the log prior.
 
@@ -281,19 +282,22 @@ def class_weights(name: str, counts: Tensor) -> Tensor:
         raise ConfigError(f"class weights {name}: {error}") from None
 
 
-def _weights(counts: Tensor, *, weights: str = "inverse") -> Tensor:
+WeightsName = Literal["inverse", "sqrt", "effective"]
+
+
+def _weights(counts: Tensor, *, weights: WeightsName = "inverse") -> Tensor:
     return CLASS_WEIGHTS[weights](counts)
 
 
-def _weighted(counts: Tensor, *, weights: str = "inverse") -> Loss:
+def _weighted(counts: Tensor, *, weights: WeightsName = "inverse") -> Loss:
     return partial(cross_entropy, class_weights=_weights(counts, weights=weights))
 
 
-def _balanced_focal(counts: Tensor, *, gamma: float = 2.0, beta: float = 0.9999) -> Loss:
+def _balanced_focal(counts: Tensor, *, gamma: NotNegative = 2.0, beta: Annotated[float, Ge(0), Lt(1)] = 0.9999) -> Loss:
     return partial(focal, gamma=gamma, class_weights=effective_number_weights(counts, beta=beta))
 
 
-def _scaled_ldam(counts: Tensor, *, max_margin: float = 0.5) -> Loss:
+def _scaled_ldam(counts: Tensor, *, max_margin: NotNegative = 0.5) -> Loss:
     # The cosine head's logits are cosines times this scale already.
     def loss(logits: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         return ldam(_wide(logits) / COSINE_SCALE, target, counts=counts, max_margin=max_margin, scale=COSINE_SCALE, reduction=reduction)
@@ -302,60 +306,32 @@ def _scaled_ldam(counts: Tensor, *, max_margin: float = 0.5) -> Loss:
 
 
 @dataclass(frozen=True)
-class Option:
-    """A hyper-parameter's default and the values it may take: from ``low`` (itself only if ``closed``) to ``high``."""
+class NamedLoss:
+    """A loss that configurations may name.
 
-    default: float
-    low: float = 0.0
-    high: float = math.inf
-    closed: bool = True
-
-    def check(self, name: str, value: object) -> None:
-        """Refuse what is no finite number in the range.
-
-        Raises:
-            ValueError: names the option and the range.
-        """
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not (self.low <= value <= self.high) or (value == self.low and not self.closed):  # type: ignore[operator]
-            bounds = f"{'at least' if self.closed else 'above'} {self.low:g}" + (
-                f" and at most {self.high:g}" if self.high < math.inf else ""
-            )
-            raise ValueError(f"{name} must be a number {bounds}, not {value!r}")
-
-    def __str__(self) -> str:
-        return f"{self.default:g}"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A hyper-parameter that takes one of a few values."""
-
-    default: str | bool
-    known: tuple[str | bool, ...]
-
-    def check(self, name: str, value: object) -> None:
-        """Refuse another value.
-
-        Raises:
-            ValueError: names the option and what it may be.
-        """
-        if type(value) is not type(self.default) or value not in self.known:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, self.known))}, not {value!r}")
-
-    def __str__(self) -> str:
-        return str(self.default).lower()
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A loss by name: how it is built from counts, what it needs, its options, and the prior that its logits carry beside the sampler's."""
+    Attributes:
+        build: from ``(K,)`` training samples per class, and options, to the loss.
+        options: its hyper-parameters by name.
+        source: the publication.
+        carries: from counts ``(K,)`` and options to the class prior that its logits carry beside the sampler's, ``(K,)`` up to a factor;
+            None where that is unknown.
+        counted: whether every class must have training samples.
+        weighs: whether it weighs classes already, so that deferred weights would be a second correction.
+        head: the head that it needs; empty for any.
+    """
 
     build: Callable[..., Loss]
-    needs: str
-    options: Mapping[str, Option | Choice]
+    options: Mapping[str, Option]
     source: str
     carries: Callable[..., Tensor] | None
+    counted: bool = True
+    weighs: bool = False
+    head: str = ""
+
+    @property
+    def needs(self) -> str:
+        """For tables."""
+        return ", ".join([*(["counts"] if self.counted else []), *([f"head: {self.head}"] if self.head else [])]) or "nothing"
 
 
 def _even(counts: Tensor) -> Tensor:
@@ -366,35 +342,27 @@ def _shifted(counts: Tensor, *, tau: float = 1.0) -> Tensor:
     return counts**-tau
 
 
-def _with_counts(loss: Callable[..., Tensor]) -> Callable[..., Loss]:
-    return lambda counts, **options: partial(loss, counts=_positive(counts), **options)
+def _of_logits(loss: Callable[..., Tensor], source: str, carries: Callable[..., Tensor] | None = None) -> NamedLoss:
+    return NamedLoss(lambda counts, **options: partial(loss, **options), _options(loss), source, carries, counted=False)
 
 
-def _without_counts(loss: Callable[..., Tensor]) -> Callable[..., Loss]:
-    return lambda counts, **options: partial(loss, **options)
+def _of_counts(loss: Callable[..., Tensor], source: str, carries: Callable[..., Tensor] | None = None) -> NamedLoss:
+    return NamedLoss(lambda counts, **options: partial(loss, counts=_positive(counts), **options), _options(loss), source, carries)
 
 
-_TAU, _GAMMA = {"tau": Option(1.0)}, {"gamma": Option(2.0)}
-_BETA = {"beta": Option(0.9999, high=1 - 1e-9)}
-LOSSES = {
-    "cross_entropy": _Row(
-        _without_counts(cross_entropy), "nothing", {"label_smoothing": Option(0.0, high=1.0)}, "maximum likelihood", _even
-    ),
-    "weighted_cross_entropy": _Row(
-        _weighted, "counts", {"weights": Choice("inverse", tuple(CLASS_WEIGHTS))}, "King & Zeng 2001; Cui et al. 2019", _weights
-    ),
-    "label_aware_smoothing": _Row(
-        _with_counts(label_aware_smoothing),
-        "counts",
-        {"head": Option(0.4, high=1.0), "tail": Option(0.1, high=1.0)},
-        "Zhong et al. 2021",
-        None,
-    ),
-    "focal": _Row(_without_counts(focal), "nothing", _GAMMA, "Lin et al. 2017", None),
-    "class_balanced_focal": _Row(_balanced_focal, "counts", {**_GAMMA, **_BETA}, "Cui et al. 2019", None),
-    "balanced_softmax": _Row(_with_counts(balanced_softmax), "counts", _TAU, "Ren et al. 2020", _shifted),
-    "ldam": _Row(_scaled_ldam, "counts, head: cosine", {"max_margin": Option(0.5)}, "Cao et al. 2019", None),
-    "vector_scaling": _Row(_with_counts(vector_scaling), "counts", {**_TAU, "gamma": Option(0.2)}, "Kini et al. 2021", None),
+def _options(loss: Callable[..., Any]) -> dict[str, Option]:
+    return {name: option for name, option in options_of(loss).items() if name != "reduction"}
+
+
+LOSSES: dict[str, NamedLoss] = {
+    "cross_entropy": _of_logits(cross_entropy, "maximum likelihood", _even),
+    "weighted_cross_entropy": NamedLoss(_weighted, _options(_weighted), "King & Zeng 2001; Cui et al. 2019", _weights, weighs=True),
+    "label_aware_smoothing": _of_counts(label_aware_smoothing, "Zhong et al. 2021"),
+    "focal": _of_logits(focal, "Lin et al. 2017"),
+    "class_balanced_focal": NamedLoss(_balanced_focal, _options(_balanced_focal), "Cui et al. 2019", None, weighs=True),
+    "balanced_softmax": _of_counts(balanced_softmax, "Ren et al. 2020", _shifted),
+    "ldam": NamedLoss(_scaled_ldam, _options(_scaled_ldam), "Cao et al. 2019", None, head="cosine"),
+    "vector_scaling": _of_counts(vector_scaling, "Kini et al. 2021"),
 }
 
 
@@ -409,7 +377,7 @@ def make_loss(name: str, *, counts: Tensor, **options: Any) -> Loss:
     Raises:
         ConfigError: the name or an option is unknown, a value is out of range, or a class that the loss must weight has no training sample.
     """
-    row = _row(name, options)
+    row = named_loss(name, options)
     try:
         return row.build(counts.float(), **options)
     except ValueError as error:
@@ -429,7 +397,7 @@ def carried_prior(name: str, *, counts: Tensor, sampler: str, deferred: str = "n
     Raises:
         ConfigError: as :func:`make_loss`, or the sampler is unknown.
     """
-    row = _row(name, options)
+    row = named_loss(name, options)
     if sampler not in POWERS:
         raise ConfigError(f"unknown sampler {sampler}{did_you_mean(sampler, POWERS)}; there are {', '.join(POWERS)}")
     if row.carries is None or options.get("label_smoothing"):
@@ -452,27 +420,19 @@ def losses_table() -> list[dict[str, str]]:
             "source": row.source,
             "needs": row.needs,
             "carried prior": "unknown" if row.carries is None else "known",
-            "defaults": ", ".join(f"{key}={option}" for key, option in row.options.items()),
+            "defaults": show_defaults(row.options),
         }
         for name, row in LOSSES.items()
     ]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: its nearest known one, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def named_loss(name: str, options: Mapping[str, Any]) -> NamedLoss:
+    """The loss of a name that takes these options.
 
-
-def _row(name: str, options: dict[str, Any]) -> _Row:
+    Raises:
+        ConfigError: the name or an option is unknown, or a value is out of range.
+    """
     if name not in LOSSES:
         raise ConfigError(f"unknown loss {name}{did_you_mean(name, LOSSES)}; raredistill methods lists them")
-    known = LOSSES[name].options
-    for option, value in options.items():
-        if option not in known:
-            raise ConfigError(f"loss {name} has no option {option}{did_you_mean(option, known)}; it has {', '.join(known) or 'none'}")
-        try:
-            known[option].check(option, value)
-        except ValueError as error:
-            raise ConfigError(f"loss {name}: {error}") from None
+    check_options(f"loss {name}", options, LOSSES[name].options)
     return LOSSES[name]

@@ -15,10 +15,8 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from raredistill.cohort.store import Cohort
 from raredistill.errors import SplitError
 from raredistill.files import fingerprint, read_json, write_json
+from raredistill.limits import LARGEST_SEED, MOST_REPEATS
 
-LARGEST_SEED = 2**31 - 1
-"""Each run's own seed, with its fold and repeat added, still fits where a generator takes 32 bits."""
-MOST_REPEATS = 1000
 SIDES = ("train", "validation", "test")
 
 

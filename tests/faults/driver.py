@@ -30,8 +30,8 @@ from raredistill.cohort.prepare import prepare
 from raredistill.cohort.sources.registry import open_source
 from raredistill.cohort.store import Cohort
 from raredistill.config import StudyConfig, make_study
-from raredistill.report import write_report
-from raredistill.study.run import run_study
+from raredistill.reports import write_report
+from raredistill.studies.study import run_study
 from raredistill.training import resume
 
 CONFIG = {

@@ -20,12 +20,13 @@ from driver import CONFIG
 from ray.cluster_utils import Cluster
 
 from conftest import Silent, write_tiny
-from raredistill import cli
+from raredistill import api, cli
 from raredistill.cohort.store import Cohort
 from raredistill.config import StudyConfig, make_study
 from raredistill.errors import ConfigError
-from raredistill.study import on_ray
-from raredistill.study.run import Study, run_study
+from raredistill.runs.layout import StudyFolder
+from raredistill.studies import on_ray
+from raredistill.studies.study import Study, run_study
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
@@ -38,14 +39,13 @@ def slowly(job, run, records, threads, work=on_ray.work):
 
     import ray
 
-    from raredistill.study.drafts import unfinished
     from raredistill.training import loop, resume
 
     resume.SAVE_EVERY = 0.0
     if not hasattr(loop.Trainer, "quick"):
         loop.Trainer.quick = loop.Trainer.step
         loop.Trainer.step = lambda trainer, batch: (time.sleep(0 if (job.out / "fast").exists() else 1), trainer.quick(batch))[1]
-    node, draft = ray.get_runtime_context().get_node_id(), unfinished(job.out / "runs" / run.id)
+    node, draft = ray.get_runtime_context().get_node_id(), StudyFolder(job.out).run(run.id).draft.path
     with (job.out / "diary").open("a") as handle:
         handle.write(f"{run.id} {node} {os.getpid()} {resume.has_state(draft)}\n")
     return work(job, run, records, threads)
@@ -54,7 +54,7 @@ def slowly(job, run, records, threads, work=on_ray.work):
 def command(folder: str, out: str, address: str) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     torch.set_num_threads(1)
-    on_ray.work, cli._report = slowly, lambda study: None
+    on_ray.work, api.report = slowly, lambda folder, **asked: folder
     sys.argv = ["raredistill", "study", f"{folder}/study.yaml", "--out", out, "--on", "ray", "--address", address]
     cli.main()
 
@@ -119,7 +119,7 @@ def refused(folder: Path, out: Path, cluster) -> dict:
         for name, threads in (("too_much", 3), ("not_shared", 1)):
             engine.threads = threads
             try:
-                engine.check(study.plan(), study.cohort, out)
+                engine.check(study.plan(), study.cohort, StudyFolder(out))
             except ConfigError as error:
                 found[name] = str(error)
     if alone.poll() is not None:

@@ -21,9 +21,9 @@ from raredistill.cohort.store import Cohort
 from raredistill.cohort.verify import verify
 from raredistill.errors import CheckpointError, DataError
 from raredistill.files import fingerprint, read_json, seal, write_json
-from raredistill.report import write_report
-from raredistill.report.versus import versus
-from raredistill.study.run import run_study
+from raredistill.reports import write_report
+from raredistill.reports.versus import versus
+from raredistill.studies.study import run_study
 from test_study import study
 
 DROP, READ_ALL = 24, (1, 2)
@@ -227,7 +227,7 @@ def test_pixels_overwritten_during_training_stop_the_study_and_cost_the_run(tmp_
         run_study(made, tmp_path / "s", vandal)
     assert folders(tmp_path / "s") == []  # neither finished, nor a state from which it could be gone on with
     vandal.path.write_bytes(before)
-    assert {record["status"] for record in run_study(made, tmp_path / "s", Silent())} == {"done"}
+    assert {record.status for record in run_study(made, tmp_path / "s", Silent())} == {"done"}
 
 
 # Priors
@@ -248,7 +248,7 @@ def test_a_prior_that_is_none_is_refused_on_its_way_in_and_out(tmp_path, prior, 
         replace(PROMISE, prior=tuple(prior))
     record = json.loads(json.dumps({**PROMISE.__dict__, "prior": prior}))
     checkpoint._write(tmp_path / "w.safetensors", {}, checkpoint._NETWORK, record)
-    for read in (checkpoint.load, checkpoint.load_promise):
+    for read in (checkpoint.load, checkpoint.read_promise):
         with pytest.raises(CheckpointError, match=said):
             read(tmp_path / "w.safetensors")
 

@@ -17,15 +17,16 @@ from driver import CONFIG
 
 from conftest import write_tiny
 from raredistill import cli, predictions
+from raredistill.api import Finished, report
 from raredistill.checkpoint import load
 from raredistill.config import StudyConfig, make_study
 from raredistill.errors import CheckpointError, DataError
 from raredistill.files import is_sealed, read_json, seal, write_json
-from raredistill.report import write_report
-from raredistill.report.results import read_results
-from raredistill.report.verdicts import cautions
-from raredistill.study import drafts
-from raredistill.study.run import elsewhere, run_study
+from raredistill.reports import write_report
+from raredistill.reports.results import read_results
+from raredistill.reports.verdicts import cautions
+from raredistill.runs import drafts
+from raredistill.studies.study import elsewhere, run_study
 from raredistill.training import loop, resume
 from test_study import Silent
 
@@ -84,7 +85,7 @@ def test_kill_9_of_the_report_leaves_it_to_be_written_again(folder, outcome):
 def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(folder, outcome, name, code, word):
     ended, said = outcome["signalled"][name]
     assert ended == code
-    assert f"raredistill: {word}; go on with: raredistill study {folder / 'study.yaml'} --out {folder / 'signalled'}" in said
+    assert f"raredistill: {word}; resume with: raredistill study {folder / 'study.yaml'} --out {folder / 'signalled'}" in said
     assert "Traceback" not in said
     assert outcome["signalled"]["end"][0] == 0
     assert contents(folder / "signalled" / "runs") == contents(folder / "calm" / "runs")
@@ -104,7 +105,7 @@ def test_a_write_that_is_cut_off_is_one_message_and_can_be_gone_on_from(folder, 
     code, said = outcome["full"]["limited"]
     assert code == 2
     assert "File too large" in said
-    assert "go on with: raredistill study" in said
+    assert "resume with: raredistill study" in said
     assert "Traceback" not in said
     assert outcome["full"]["end"][0] == 0
     assert contents(folder / "full" / "runs") == contents(folder / "calm" / "runs")
@@ -117,7 +118,7 @@ def test_a_full_or_read_only_disk_is_one_message_and_can_be_gone_on_from(folder,
     code, words = outcome["small_disk"][state]
     assert code == 2
     assert said in words
-    assert "go on with: raredistill study" in words
+    assert "resume with: raredistill study" in words
     assert "Traceback" not in words
     assert outcome["small_disk"]["end"][0] == 0
     assert contents(folder / "from-small-disk" / "runs") == contents(folder / "calm" / "runs")
@@ -182,7 +183,7 @@ def test_peers_layers_of_methods_mixing_and_second_stages_resume_to_the_same_bit
         except PowerCutError:
             cuts += 1
     assert cuts > 6
-    assert {record["status"] for record in records} == {"done"}
+    assert {record.status for record in records} == {"done"}
     assert contents(tmp_path / "cut" / "runs") == contents(tmp_path / "calm" / "runs")
 
 
@@ -203,7 +204,7 @@ def test_going_on_under_something_else_is_refused_with_the_difference(tiny_cohor
         run_study(tiny_study(tiny_cohort), begun, watcher)
     assert watcher.trained == []
     shutil.rmtree(draft)
-    assert {record["status"] for record in run_study(tiny_study(tiny_cohort), begun, watcher)} == {"done"}
+    assert {record.status for record in run_study(tiny_study(tiny_cohort), begun, watcher)} == {"done"}
 
 
 def test_going_on_with_other_threads_is_refused_with_both_numbers(tiny_cohort, begun):
@@ -215,7 +216,7 @@ def test_going_on_with_other_threads_is_refused_with_both_numbers(tiny_cohort, b
     finally:
         torch.set_num_threads(1)
     assert watcher.trained == []
-    assert {record["status"] for record in run_study(tiny_study(tiny_cohort), begun, watcher)} == {"done"}
+    assert {record.status for record in run_study(tiny_study(tiny_cohort), begun, watcher)} == {"done"}
 
 
 def test_going_on_with_another_teacher_is_refused(tiny_cohort, tmp_path, monkeypatch):
@@ -234,12 +235,12 @@ def test_going_on_with_another_teacher_is_refused(tiny_cohort, tmp_path, monkeyp
     record = {key: value for key, value in read_json(draft / "origin.json").items() if key != "seal"}
     write_json(draft / "origin.json", seal({**record, "files": {"teacher": "0123"}}))
     records = run_study(study, tmp_path / "s", Silent())
-    assert "teacher was 0123" in next(record for record in records if record["id"] in draft.name)["error"]
+    assert "teacher was 0123" in next(record for record in records if record.id in draft.name).error
 
 
 def test_a_finished_run_says_what_it_was_made_with(done):
     out, records = done
-    run = read_json(out / "runs" / records[0]["id"] / "run.json")
+    run = read_json(out / "runs" / records[0].id / "run.json")
     assert is_sealed(run)
     assert run["made_with"]["versions"]["torch"] == version("torch")
     assert run["made_with"]["code"]["training/loop.py"] == drafts.sha256(Path(loop.__file__))[:16]
@@ -250,7 +251,7 @@ def test_a_finished_run_says_what_it_was_made_with(done):
 def test_a_damaged_finished_run_is_noticed_and_made_again(tiny_cohort, done, tmp_path, name, damage):
     out = tmp_path / "s"
     shutil.copytree(done[0], out)
-    run = done[1][0]["id"]
+    run = done[1][0].id
     path = out / "runs" / run / name
     content = path.read_bytes()
     middle = len(content) // 2
@@ -261,8 +262,8 @@ def test_a_damaged_finished_run_is_noticed_and_made_again(tiny_cohort, done, tmp
     watcher = Silent()
     records = run_study(tiny_study(tiny_cohort), out, watcher)
     assert watcher.trained == [run]
-    assert name in records[0]["remarks"][0]
-    assert "made again" in records[0]["remarks"][0]
+    assert name in records[0].remarks[0]
+    assert "made again" in records[0].remarks[0]
     again, before = contents(out / "runs"), contents(done[0] / "runs")
     assert again == before
 
@@ -278,7 +279,7 @@ def test_what_a_kill_left_beside_a_studys_files_is_gone_after_the_next_start(tin
 
 def test_a_report_refuses_damaged_predictions(done, tmp_path):
     shutil.copytree(done[0], tmp_path / "s")
-    path = tmp_path / "s" / "runs" / done[1][0]["id"] / "predictions.parquet"
+    path = tmp_path / "s" / "runs" / done[1][0].id / "predictions.parquet"
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(DataError, match=r"predictions\.parquet"):
         write_report(tmp_path / "s")
@@ -319,20 +320,20 @@ def test_a_run_that_diverges_names_its_batch_and_its_last_good_checkpoint_and_th
         {"name": "good", "model": "small_cnn"},
     ]
     records = run_study(tiny_study(tiny_cohort, runs=runs), tmp_path / "s", Poisoned())
-    assert {(record["name"], record["status"]) for record in records} == {("bad", "failed"), ("good", "done")}
+    assert {(record.name, record.status) for record in records} == {("bad", "failed"), ("good", "done")}
     bad = records[0]
-    assert "not finite in epoch 1, step 1" in bad["error"]
-    named = bad["error"].split("samples: ")[1].split(". The last")[0].split(", ")
+    assert "not finite in epoch 1, step 1" in bad.error
+    named = bad.error.split("samples: ")[1].split(". The last")[0].split(", ")
     assert len(named) == 16
     assert set(named) <= set(tiny_cohort.samples["sample"])
-    checkpoint = Path(bad["error"].split("checkpoint: ")[1].split(" (epoch")[0])
+    checkpoint = Path(bad.error.split("checkpoint: ")[1].split(" (epoch")[0])
     weights, promise = load(checkpoint)
     assert promise.model == "small_cnn"
     assert all(tensor.isfinite().all() for tensor in weights.values())
     with pytest.raises(SystemExit) as stop:
-        cli._finish(tmp_path / "s", records)
+        cli._finish(Finished(tmp_path / "s", records, page=report(tmp_path / "s")), "again")
     assert stop.value.code == 1
-    assert f"failed: {bad['id']}: {bad['error'][:40]}" in (tmp_path / "s" / "report" / "report.html").read_text()
+    assert f"failed: {bad.id}: {bad.error[:40]}" in (tmp_path / "s" / "report" / "report.html").read_text()
 
 
 def test_out_of_memory_is_written_down_in_the_run(tiny_cohort, tmp_path, monkeypatch):
@@ -345,11 +346,11 @@ def test_out_of_memory_is_written_down_in_the_run(tiny_cohort, tmp_path, monkeyp
 
     monkeypatch.setattr(loop.Network, "features", features)
     records = run_study(tiny_study(tiny_cohort), tmp_path / "s", Silent())
-    assert {record["status"] for record in records} == {"done"}
-    assert {record["micro_batch"] for record in records} == {4}
-    assert "micro-batches of 4" in records[0]["remarks"][0]
+    assert {record.status for record in records} == {"done"}
+    assert {record.micro_batch for record in records} == {4}
+    assert "micro-batches of 4" in records[0].remarks[0]
     assert any("micro-batches of 4" in caution for caution in cautions(read_results(tmp_path / "s")))
-    assert len(predictions.read(tmp_path / "s" / "runs" / records[0]["id"] / "predictions.parquet").table)
+    assert len(predictions.read(tmp_path / "s" / "runs" / records[0].id / "predictions.parquet").table)
 
 
 def test_a_second_process_sees_what_the_first_works_at_and_another_study_is_refused(tiny_cohort, tmp_path):
@@ -364,7 +365,7 @@ def test_a_second_process_sees_what_the_first_works_at_and_another_study_is_refu
             with pytest.raises(DataError, match="another study"):
                 run_study(other, tmp_path / "s", Silent())
 
-    assert {record["status"] for record in run_study(mine, tmp_path / "s", Meeting())} == {"done"}
+    assert {record.status for record in run_study(mine, tmp_path / "s", Meeting())} == {"done"}
     assert elsewhere(mine, tmp_path / "s") == []
 
 

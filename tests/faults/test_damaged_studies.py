@@ -14,8 +14,8 @@ from raredistill import cli
 from raredistill.checkpoint import load, read_safetensors
 from raredistill.errors import CheckpointError, RareDistillError
 from raredistill.files import atomic, read_json, seal, sha256, write_json
-from raredistill.report.results import read_results
-from raredistill.study.run import run_study
+from raredistill.reports.results import read_results
+from raredistill.studies.study import run_study
 from test_study import study
 
 

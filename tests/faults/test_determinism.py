@@ -8,7 +8,7 @@ from raredistill.cohort.prepare import prepare
 from raredistill.cohort.sources.registry import open_source
 from raredistill.config import StudyConfig, make_study
 from raredistill.phantom import write_phantom
-from raredistill.study.run import run_study
+from raredistill.studies.study import run_study
 from test_study import Silent
 
 RUNS = [
@@ -41,8 +41,8 @@ def outcome(cohort, out, residence):
         "runs": RUNS,
     }  # fmt: skip
     records = run_study(make_study(StudyConfig.model_validate(raw), cohort, "test"), out, Silent())
-    assert {record["status"] for record in records} == {"done"}
-    folders = [out / "runs" / record["id"] for record in records]
+    assert {record.status for record in records} == {"done"}
+    folders = [out / "runs" / record.id for record in records]
     tables = [predictions.read(folder / "predictions.parquet") for folder in folders]
     return [table.logits() for table in tables], [checkpoint.load(folder / "last.safetensors")[0] for folder in folders]
 

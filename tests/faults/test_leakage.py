@@ -15,7 +15,7 @@ from raredistill.cohort.store import Cohort, save
 from raredistill.errors import CheckpointError, ConfigError, DataError, SplitError
 from raredistill.files import read_json, write_json
 from raredistill.splits import load_split, make_splits, save_split
-from raredistill.study.run import run_study
+from raredistill.studies.study import run_study
 from test_study import Silent, study
 
 LARGE = [{"name": "large", "model": "small_cnn"}]
@@ -26,7 +26,7 @@ def large(tiny_cohort, tmp_path_factory):
     """A finished baseline of two folds: in each, the other's training patients are tested."""
     out = tmp_path_factory.mktemp("large")
     records = run_study(study(tiny_cohort, LARGE), out, Silent())
-    return [out / "runs" / record["id"] / "best.safetensors" for record in records]
+    return [out / "runs" / record.id / "best.safetensors" for record in records]
 
 
 def edited(path, to, change):
@@ -86,7 +86,7 @@ def test_who_has_trained_the_start_or_an_external_teacher_counts_as_trained_on(t
     weights = str(resaved(large[0], tmp_path / "start.safetensors", training_patients=("someone else",)))
     run = {"name": "s", "model": "small_cnn", use: weights if use == "pretrained" else {"weights": weights}}
     records = run_study(study(tiny_cohort, [run]), tmp_path / "s", Silent())
-    promise = checkpoint.load(tmp_path / "s" / "runs" / records[0]["id"] / "best.safetensors")[1]
+    promise = checkpoint.load(tmp_path / "s" / "runs" / records[0].id / "best.safetensors")[1]
     assert set(promise.training_patients) == {"someone else", *checkpoint.load(large[0])[1].training_patients}
 
 
@@ -191,7 +191,7 @@ def test_what_is_fitted_on_training_does_not_depend_on_the_test_part(tiny_cohort
     found = []
     for number, cohort in enumerate((tiny_cohort, other)):
         records = run_study(study(cohort, LARGE), tmp_path / str(number), Silent())
-        weights = checkpoint.load(tmp_path / str(number) / "runs" / records[0]["id"] / "best.safetensors")[0]
-        found.append((records[0]["best_epoch"], weights))
+        weights = checkpoint.load(tmp_path / str(number) / "runs" / records[0].id / "best.safetensors")[0]
+        found.append((records[0].best_epoch, weights))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())

@@ -24,10 +24,10 @@ from raredistill.config import load_config
 from raredistill.console import said, show_table
 from raredistill.errors import ConfigError, DataError, SplitError
 from raredistill.files import parse_yaml
-from raredistill.report import write_report
-from raredistill.report.tables import latex
+from raredistill.reports import write_report
+from raredistill.reports.tables import latex
 from raredistill.splits import make_splits
-from raredistill.study.run import run_study
+from raredistill.studies.study import run_study
 from test_study import study
 
 SECONDS = 5.0

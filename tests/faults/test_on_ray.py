@@ -15,7 +15,8 @@ from test_crashes import contents
 
 from raredistill.errors import ConfigError
 from raredistill.files import read_json
-from raredistill.study import on_ray
+from raredistill.runs.layout import StudyFolder
+from raredistill.studies import on_ray
 from test_study import Silent, study
 
 HERE = Path(__file__).parent
@@ -55,7 +56,7 @@ def test_a_stopped_driver_stops_the_workers_which_keep_their_states(folder, outc
     found = outcome["interrupted"][name]
     ended, _, errors = found["end"]
     assert ended == code, errors
-    assert f"raredistill: {word}; go on with: raredistill study {folder / 'study.yaml'} --out {folder / 'interrupted'} --on ray" in errors
+    assert f"raredistill: {word}; resume with: raredistill study {folder / 'study.yaml'} --out {folder / 'interrupted'} --on ray" in errors
     assert "Traceback" not in errors
     assert len(found["kept"]) == 1
 
@@ -104,7 +105,7 @@ def job(tiny_cohort, tmp_path, monkeypatch):
     """What a driver tells the nodes, while it holds the lock on its token."""
     monkeypatch.chdir(tmp_path)
     Path("study").mkdir()
-    with on_ray._token(tiny_cohort, Path("study")) as job:
+    with on_ray._token(tiny_cohort, StudyFolder(Path("study"))) as job:
         yield job
 
 
@@ -154,7 +155,7 @@ def test_a_run_asks_for_a_share_of_a_gpu_or_for_the_drivers_threads(engine, tiny
 
 def test_when_all_nodes_that_could_help_are_gone_the_study_stops_and_says_so(engine, tiny_cohort, tmp_path, monkeypatch):
     plan = plan_of(tiny_cohort, accelerator="cpu")
-    begun = on_ray._Study(engine, tiny_cohort, tmp_path, Silent(), lambda record: None)
+    begun = on_ray._Study(engine, tiny_cohort, StudyFolder(tmp_path), Silent(), lambda record: None)
     begun._refuse_nobody(plan)
     engine.ray.nodes = list
     begun._refuse_nobody(plan)
@@ -169,7 +170,7 @@ def test_a_run_whose_worker_dies_each_time_fails_alone(engine, tiny_cohort, tmp_
 
     engine.ray.get = dies
     [run, _] = plan_of(tiny_cohort, accelerator="cpu")
-    begun = on_ray._Study(engine, tiny_cohort, tmp_path, Silent(), lambda record: None)
+    begun = on_ray._Study(engine, tiny_cohort, StudyFolder(tmp_path), Silent(), lambda record: None)
     record, reused = begun._outcome(None, run)
-    assert (record["id"], record["status"], reused) == (run.id, "failed", False)
-    assert record["error"].startswith("its worker died 6 times")
+    assert (record.id, record.status, reused) == (run.id, "failed", False)
+    assert record.error.startswith("its worker died 6 times")

@@ -52,7 +52,7 @@ def test_signals_leave_parts_that_the_next_start_goes_on_with(tmp_path):
     assert 0 < parts(out) < PATIENTS
     code, told = stop(table, out, signal.SIGINT)
     assert code == 130
-    assert f"interrupted; go on with: raredistill prepare table {table}" in told
+    assert f"interrupted; resume with: raredistill prepare table {table}" in told
     assert "Traceback" not in told
     code, told = stop(table, out, signal.SIGTERM)
     assert code == 143

@@ -12,8 +12,8 @@ from raredistill.config import load_config
 from raredistill.errors import CheckpointError, ConfigError
 from raredistill.files import read_json
 from raredistill.models import create, restore
-from raredistill.report import write_report
-from raredistill.study.run import run_study
+from raredistill.reports import write_report
+from raredistill.studies.study import run_study
 from test_study import Silent, study
 
 
@@ -63,7 +63,7 @@ def test_a_name_that_could_lead_out_of_the_folder_is_refused(tiny_cohort, tmp_pa
 @pytest.mark.parametrize("name", ["größer & <b>", "=1+1", "a b", "a.safetensors"])
 def test_odd_but_harmless_names_work(tiny_cohort, tmp_path, name):
     records = run_study(study(tiny_cohort, [{"name": name, "model": "small_cnn"}]), tmp_path, Silent())
-    assert {record["status"] for record in records} == {"done"}
+    assert {record.status for record in records} == {"done"}
 
 
 def test_a_study_and_its_report_ask_no_network(tiny_cohort, tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_a_study_and_its_report_ask_no_network(tiny_cohort, tmp_path, monkeypatc
     runs = [{"name": "large", "model": "resnet10t"}, {"name": "small", "model": "small_cnn", "teacher": "large"}]
     records = run_study(study(tiny_cohort, runs), tmp_path / "s", Silent())
     write_report(tmp_path / "s")
-    assert {record["status"] for record in records} == {"done"}
+    assert {record.status for record in records} == {"done"}
     assert {record["status"] for record in read_json(tmp_path / "s" / "study.json")["runs"]} == {"done"}
     assert asked == []
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 from torch.nn import functional as F
 
-from raredistill.distill.contract import Checked, Facts, Labelled, Outputs, above_zero, hyperparameters, not_negative, switch
+from raredistill.distill.contract import Facts, Labelled, Method
 from raredistill.distill.imbalance import known_reliability
 from raredistill.distill.softened import divergence, softened
 from raredistill.losses import effective_number_weights
+from raredistill.options import AboveZero, NotNegative, defaults_of
+from raredistill.outputs import Outputs
 
 
 def pckd(
@@ -50,7 +53,7 @@ def pckd(
 
 
 @dataclass(frozen=True, eq=False)
-class PCKD(Checked):
+class PCKD(Method):
     """See ``pckd``.
 
     Attributes:
@@ -71,13 +74,13 @@ class PCKD(Checked):
     target_prior: Tensor
     trust: Tensor
     omega: Tensor
-    alpha: float = not_negative(0.5, high=0.999)
-    tau: float = not_negative(1.0)
-    eta: float = not_negative(0.5)
-    target: float = not_negative(0.0)
-    temperature: float = above_zero(2.0)
-    correct: bool = switch(True)
-    reliable: bool = switch(True)
+    alpha: Annotated[float, Interval(ge=0, le=0.999)] = 0.5
+    tau: NotNegative = 1.0
+    eta: NotNegative = 0.5
+    target: NotNegative = 0.0
+    temperature: AboveZero = 2.0
+    correct: bool = True
+    reliable: bool = True
     name: ClassVar[str] = "pckd"
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "here"
@@ -91,10 +94,22 @@ class PCKD(Checked):
         return tuple(need for need in cls.needs if not off.get(need, False))
 
     @classmethod
+    def carries(cls, counts: Tensor, options: Mapping[str, Any]) -> tuple[float, ...] | None:
+        """The target prior, where all of the teacher's own is taken off."""
+        if cls.corrects(options) != 1.0:
+            return None
+        return tuple(_normal(counts.double() ** options.get("target", 0.0)).tolist())
+
+    @classmethod
+    def corrects(cls, options: Mapping[str, Any]) -> float:
+        """``tau``, unless the correction is switched off."""
+        tau: float = options.get("tau", 1.0)
+        return tau if options.get("correct", True) else 0.0
+
+    @classmethod
     def make(cls, facts: Facts, **options: Any) -> Self:
         """Settle the priors, the trust and the weights."""
-        given = {"alpha": 0.5, "eta": 0.5, "target": 0.0, "reliable": True, **options}
-        _check(given)
+        given = {**defaults_of(cls), **options}
         counts = facts.counts.float()
         if bool((counts <= 0).any()):
             raise ValueError(f"every class needs training samples; the counts are {counts.tolist()}")
@@ -119,33 +134,7 @@ class PCKD(Checked):
         Raises:
             ValueError: the carried prior is unknown.
         """
-        if teacher.log_prior is None:
-            raise ValueError("the prior of the teacher is not known")
-        return teacher.logits.float() - self.tau * teacher.log_prior + self.target_prior.log()
-
-
-def corrects(method: str, options: Mapping[str, Any]) -> bool:
-    """Whether a method moves its teacher to the target prior."""
-    return method == PCKD.name and bool(options.get("correct", True))
-
-
-def taught_prior(method: str, counts: Tensor, options: Mapping[str, Any]) -> tuple[float, ...] | None:
-    """The class prior that a taught student's logits carry; None where it mixes the label's and the teacher's.
-
-    Args:
-        method: name of the distiller.
-        counts: ``(K,)`` training samples per class.
-        options: hyper-parameters of the method.
-    """
-    if not corrects(method, options) or options.get("tau", 1.0) != 1.0:
-        return None
-    return tuple(_normal(counts.double() ** options.get("target", 0.0)).tolist())
-
-
-def _check(options: Mapping[str, Any]) -> None:
-    for name, option in hyperparameters(PCKD).items():
-        if name in options:
-            option.check(name, options[name])
+        return teacher.logits.float() - self.tau * teacher.known_log_prior + self.target_prior.log()
 
 
 def _normal(values: Tensor) -> Tensor:

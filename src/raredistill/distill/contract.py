@@ -1,33 +1,16 @@
-"""What a distiller is: a small class that returns named terms, says what it needs, and checks its own hyper-parameters."""
+"""The contract of a distiller: a small class that returns named terms, declares its needs, and checks its own hyper-parameters."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
-from raredistill.losses import Choice, Option
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a network, or several that teach together, give for a batch.
-
-    Attributes:
-        logits: ``(N, K)``.
-        features: ``(N, F)``, pooled, before the head.
-        maps: of each stage ``(N, C, H, W)``, shallow to deep, where a method asks for them.
-        log_prior: ``(K,)`` or ``(N, K)``, logarithm of the class prior that the logits carry; None when it is unknown.
-    """
-
-    logits: Tensor
-    features: Tensor | None = None
-    maps: tuple[Tensor, ...] = ()
-    log_prior: Tensor | None = None
+from raredistill.options import Option, options_of
+from raredistill.outputs import Outputs
 
 
 @dataclass(frozen=True)
@@ -66,21 +49,22 @@ class Facts:
 
 
 class Labelled(Protocol):
-    """A batch, as far as a distiller looks at it."""
+    """The part of a batch that a distiller reads."""
 
     @property
     def labels(self) -> Tensor:
         """``(N,)`` class indices."""
 
 
-class Method(Protocol):
-    """A distiller.
+class Method(ABC):
+    """A distiller: a frozen dataclass whose fields with defaults are its hyper-parameters, see :mod:`raredistill.options`.
 
     Attributes:
         name: in configurations.
         family: logits, features, relations, ...
         source: the publication.
-        needs: what it asks for: ``logits``, ``features`` or ``maps`` of the teacher, its ``prior`` or ``reliability``, hard ``labels``.
+        needs: of ``logits``, ``features`` or ``maps`` of the teacher, its ``prior`` or ``reliability``, and hard ``labels``.
+        note: what its table row says beside the defaults.
         min_classes: the fewest classes for which its signal is sound.
         zero_at_equal: it has nothing to teach a student that equals its teacher.
         within_batch: it relates the samples of a batch to each other, so its value depends on which come together; of others, the value
@@ -90,46 +74,10 @@ class Method(Protocol):
     """
 
     name: ClassVar[str]
-    family: ClassVar[str]
-    source: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]]
-    min_classes: ClassVar[int]
-    zero_at_equal: ClassVar[bool]
-    within_batch: ClassVar[bool]
-    balances: ClassVar[bool]
-    own_loss: ClassVar[str]
-
-    @property
-    def trainable(self) -> nn.Module | None:
-        """What is trained beside the student, and thrown away with the method."""
-
-    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """Return named scalars, each a mean over the batch; gradients reach the student only."""
-
-
-def not_negative(default: float, *, high: float = math.inf) -> Any:
-    """A hyper-parameter of a method, at least 0."""
-    return dataclasses.field(default=default, metadata={"option": Option(default, high=high)})
-
-
-def above_zero(default: float, *, high: float = math.inf) -> Any:
-    """A hyper-parameter of a method, above 0."""
-    return dataclasses.field(default=default, metadata={"option": Option(default, high=high, closed=False)})
-
-
-def choice(default: str, *others: str) -> Any:
-    """A hyper-parameter of a method that takes one of a few values."""
-    return dataclasses.field(default=default, metadata={"option": Choice(default, (default, *others))})
-
-
-def switch(default: bool) -> Any:
-    """A part of a method that can be turned off."""
-    return dataclasses.field(default=default, metadata={"option": Choice(default, (True, False))})
-
-
-class Checked:
-    """Base of methods: the usual answers, and a hyper-parameter out of its range is refused when the method is made."""
-
+    family: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ("logits",)
+    note: ClassVar[str] = ""
     min_classes: ClassVar[int] = 2
     zero_at_equal: ClassVar[bool] = False
     within_batch: ClassVar[bool] = False
@@ -137,26 +85,44 @@ class Checked:
     own_loss: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for name, option in hyperparameters(type(self)).items():
+        for name, option in self.options().items():
             option.check(name, getattr(self, name))
 
     @classmethod
+    def options(cls) -> dict[str, Option]:
+        """The hyper-parameters that a configuration may set, by name."""
+        return options_of(cls)
+
+    @classmethod
     def wants(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """What the method asks for with these options."""
-        needs: tuple[str, ...] = cls.needs  # type: ignore[attr-defined]
-        return needs
+        """The part of ``needs`` that remains with these options."""
+        return cls.needs
 
     @classmethod
     def make(cls, facts: Facts, **options: Any) -> Self:
         """Build the method from what is known and the options that differ from the defaults."""
         return cls(**options)
 
-    @property
-    def trainable(self) -> nn.Module | None:
-        """Nothing, as a rule."""
+    @classmethod
+    def carries(cls, counts: Tensor, options: Mapping[str, Any]) -> tuple[float, ...] | None:
+        """The class prior that a taught student's logits carry; None where it mixes the labels' and the teacher's.
+
+        Args:
+            counts: ``(K,)`` training samples per class.
+            options: that differ from the defaults.
+        """
         return None
 
+    @classmethod
+    def corrects(cls, options: Mapping[str, Any]) -> float:
+        """How much of the prior that a teacher's logits carry the method takes off them: 0 nothing, 1 all of it."""
+        return 0.0
 
-def hyperparameters(method: Any) -> dict[str, Any]:
-    """What a method lets a configuration set, by name: each checks a value and shows its default."""
-    return {field.name: field.metadata["option"] for field in dataclasses.fields(method) if "option" in field.metadata}
+    @property
+    def trainable(self) -> nn.Module | None:
+        """Layers that are trained beside the student, and thrown away with the method."""
+        return None
+
+    @abstractmethod
+    def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """Return named scalars, each a mean over the batch; gradients reach the student only."""

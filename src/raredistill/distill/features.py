@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raredistill.distill.contract import Checked, Facts, Labelled, Outputs, Shape, above_zero, not_negative
+from raredistill.distill.contract import Facts, Labelled, Method, Shape
+from raredistill.options import AboveZero, NotNegative
+from raredistill.outputs import Outputs
 
 MAPS: tuple[str, ...] = ("maps",)
 FEATURES: tuple[str, ...] = ("features",)
@@ -124,11 +126,11 @@ def contrastive(student: Tensor, teacher: Tensor, target: Tensor, *, temperature
 
 
 @dataclass(frozen=True, eq=False)
-class FitNet(Checked):
+class FitNet(Method):
     """See ``hint``; the student's map passes through a 1 x 1 convolution that is trained beside it."""
 
     regressor: nn.Module
-    stage: float = above_zero(2.0)
+    stage: AboveZero = 2.0
     name: ClassVar[str] = "fitnet"
     family: ClassVar[str] = "feature maps"
     source: ClassVar[str] = "Romero et al. 2015"
@@ -161,10 +163,10 @@ def _width(shape: Shape | None, stage: Any, who: str) -> int:
 
 
 @dataclass(frozen=True)
-class AttentionTransfer(Checked):
+class AttentionTransfer(Method):
     """See ``attention_transfer``; ``beta`` weights it against losses in nats."""
 
-    beta: float = above_zero(1000.0)
+    beta: AboveZero = 1000.0
     name: ClassVar[str] = "at"
     family: ClassVar[str] = "feature maps"
     source: ClassVar[str] = "Zagoruyko & Komodakis 2017"
@@ -177,11 +179,11 @@ class AttentionTransfer(Checked):
 
 
 @dataclass(frozen=True)
-class RKD(Checked):
+class RKD(Method):
     """See ``relational``."""
 
-    distance: float = not_negative(25.0)
-    angle: float = not_negative(50.0)
+    distance: NotNegative = 25.0
+    angle: NotNegative = 50.0
     name: ClassVar[str] = "rkd"
     family: ClassVar[str] = "relations of features"
     source: ClassVar[str] = "Park et al. 2019"
@@ -191,15 +193,15 @@ class RKD(Checked):
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""
-        return {"rkd": relational(_features(student), _features(teacher), distance=self.distance, angle=self.angle)}
+        return {"rkd": relational(student.pooled, teacher.pooled, distance=self.distance, angle=self.angle)}
 
 
 @dataclass(frozen=True, eq=False)
-class CBD(Checked):
+class CBD(Method):
     """See ``cosine_distance``; a linear layer carries the student's features to the teacher's width where the two differ."""
 
     projection: nn.Module
-    beta: float = above_zero(100.0)
+    beta: AboveZero = 100.0
     name: ClassVar[str] = "cbd"
     family: ClassVar[str] = "features, imbalance-aware (train the student with sampler: balanced)"
     source: ClassVar[str] = "Iscen et al. 2021"
@@ -220,16 +222,16 @@ class CBD(Checked):
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""
-        return {"cbd": self.beta * cosine_distance(self.projection(_features(student).float()), _features(teacher))}
+        return {"cbd": self.beta * cosine_distance(self.projection(student.pooled.float()), teacher.pooled)}
 
 
 @dataclass(frozen=True, eq=False)
-class CRD(Checked):
+class CRD(Method):
     """See ``contrastive``; both sides are embedded by linear layers that are trained beside the student."""
 
     embeddings: nn.ModuleList
-    temperature: float = above_zero(0.07)
-    width: float = above_zero(128.0)
+    temperature: AboveZero = 0.07
+    width: AboveZero = 128.0
     name: ClassVar[str] = "crd"
     family: ClassVar[str] = "contrast of features (negatives from the batch)"
     source: ClassVar[str] = "Tian et al. 2020"
@@ -252,15 +254,9 @@ class CRD(Checked):
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """One term."""
-        sides = (_features(student).float(), _features(teacher).float().detach())
+        sides = (student.pooled.float(), teacher.pooled.float().detach())
         embedded = [layer(side) for layer, side in zip(self.embeddings, sides, strict=True)]
         return {"crd": contrastive(embedded[0], embedded[1], batch.labels, temperature=self.temperature)}
-
-
-def _features(outputs: Outputs) -> Tensor:
-    if outputs.features is None:
-        raise ValueError("features were not asked for")
-    return outputs.features
 
 
 def _widths(facts: Facts) -> tuple[int, int]:

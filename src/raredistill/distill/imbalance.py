@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raredistill.distill.contract import Checked, Facts, Labelled, Outputs, above_zero, choice, not_negative
+from raredistill.distill.contract import Facts, Labelled, Method
 from raredistill.distill.softened import divergence, mean_divergence, softened
+from raredistill.options import AboveZero, NotNegative
+from raredistill.outputs import Outputs
 
 
 def ltkd(
@@ -90,6 +92,8 @@ class _Groups:
     default: str = "head/medium/tail"
 
     def check(self, name: str, value: object) -> None:
+        if value is None:
+            return
         if not isinstance(value, (list, tuple)) or not all(isinstance(group, (list, tuple)) for group in value):
             raise ValueError(f"{name} must be lists of classes, such as [[healthy], [HGG, LGG]], not {value!r}")
 
@@ -98,13 +102,13 @@ class _Groups:
 
 
 @dataclass(frozen=True, eq=False)
-class LTKD(Checked):
+class LTKD(Method):
     """See ``ltkd``; groups by count unless they are given, as lists of class names or indices."""
 
-    groups: tuple[tuple[int, ...], ...] = field(metadata={"option": _Groups()})
-    alpha: float = not_negative(1.0)
-    beta: float = not_negative(1.0)
-    temperature: float = above_zero(4.0)
+    groups: Annotated[tuple[tuple[int, ...], ...], _Groups()]
+    alpha: NotNegative = 1.0
+    beta: NotNegative = 1.0
+    temperature: AboveZero = 4.0
     name: ClassVar[str] = "ltkd"
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "Kim 2026"
@@ -118,7 +122,6 @@ class LTKD(Checked):
         """Settle the groups."""
         if groups is None:
             groups = groups_by_count(facts.counts, facts.background)
-        _Groups().check("groups", groups)
         return cls(_settled(groups, facts), **options)
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
@@ -139,10 +142,10 @@ def _settled(groups: Any, facts: Facts) -> tuple[tuple[int, ...], ...]:
 
 
 @dataclass(frozen=True)
-class XERM(Checked):
+class XERM(Method):
     """See ``xerm``."""
 
-    gamma: float = above_zero(2.0)
+    gamma: AboveZero = 2.0
     name: ClassVar[str] = "xerm"
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "Zhu et al. 2022"
@@ -151,9 +154,7 @@ class XERM(Checked):
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """The risk on labels and the one on the balanced teacher."""
-        if teacher.log_prior is None:
-            raise ValueError("the prior of the teacher is not known")
-        return xerm(student.logits, teacher.logits, batch.labels, log_prior=teacher.log_prior, gamma=self.gamma)
+        return xerm(student.logits, teacher.logits, batch.labels, log_prior=teacher.known_log_prior, gamma=self.gamma)
 
 
 def two_heads(hard_logits: Tensor, soft_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> dict[str, Tensor]:
@@ -177,7 +178,7 @@ def two_heads(hard_logits: Tensor, soft_logits: Tensor, teacher_logits: Tensor, 
 
 
 @dataclass(frozen=True, eq=False)
-class SSD(Checked):
+class SSD(Method):
     """See ``two_heads``; one head is the student's own and stays, the other is trained beside it.
 
     Attributes:
@@ -187,8 +188,8 @@ class SSD(Checked):
     """
 
     head: nn.Linear
-    keep: str = choice("soft", "hard")
-    temperature: float = above_zero(2.0)
+    keep: Literal["soft", "hard"] = "soft"
+    temperature: AboveZero = 2.0
     name: ClassVar[str] = "ssd"
     family: ClassVar[str] = "logits, imbalance-aware (two heads)"
     source: ClassVar[str] = "Li et al. 2021"
@@ -212,19 +213,17 @@ class SSD(Checked):
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """The loss on labels of one head and the teacher's term of the other."""
-        if student.features is None:
-            raise ValueError("features were not asked for")
-        beside = self.head(student.features.float())
+        beside = self.head(student.pooled.float())
         hard, soft = (beside, student.logits) if self.keep == "soft" else (student.logits, beside)
         return two_heads(hard, soft, teacher.logits, batch.labels, temperature=self.temperature)
 
 
 @dataclass(frozen=True, eq=False)
-class ReliableKD(Checked):
+class ReliableKD(Method):
     """``kd`` times the teacher's recall of the sample's class on patients that it has not seen."""
 
     reliability: Tensor
-    temperature: float = above_zero(4.0)
+    temperature: AboveZero = 4.0
     name: ClassVar[str] = "reliable_kd"
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "here"

@@ -6,15 +6,18 @@ All include T squared, divide by the batch size, compute in float32 and let no g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor
 from torch.nn import functional as F
 
-from raredistill.distill.contract import Checked, Facts, Labelled, Outputs, above_zero, not_negative
+from raredistill.distill.contract import Facts, Labelled, Method
 from raredistill.distill.softened import mean_divergence, softened
 from raredistill.losses import effective_number_weights
+from raredistill.options import AboveZero, NotNegative
+from raredistill.outputs import Outputs
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -153,10 +156,10 @@ def _unlike(one: Tensor, other: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KD(Checked):
+class KD(Method):
     """See ``kd``."""
 
-    temperature: float = above_zero(4.0)
+    temperature: AboveZero = 4.0
     name: ClassVar[str] = "kd"
     family: ClassVar[str] = "logits"
     source: ClassVar[str] = "Hinton et al. 2015"
@@ -169,10 +172,10 @@ class KD(Checked):
 
 
 @dataclass(frozen=True)
-class StandardisedKD(Checked):
+class StandardisedKD(Method):
     """See ``standardised_kd``."""
 
-    temperature: float = above_zero(2.0)
+    temperature: AboveZero = 2.0
     name: ClassVar[str] = "standardised_kd"
     family: ClassVar[str] = "logits"
     source: ClassVar[str] = "Sun et al. 2024"
@@ -186,12 +189,12 @@ class StandardisedKD(Checked):
 
 
 @dataclass(frozen=True)
-class DKD(Checked):
+class DKD(Method):
     """See ``dkd``."""
 
-    alpha: float = not_negative(1.0)
-    beta: float = not_negative(8.0)
-    temperature: float = above_zero(4.0)
+    alpha: NotNegative = 1.0
+    beta: NotNegative = 8.0
+    temperature: AboveZero = 4.0
     name: ClassVar[str] = "dkd"
     family: ClassVar[str] = "logits"
     source: ClassVar[str] = "Zhao et al. 2022"
@@ -206,15 +209,16 @@ class DKD(Checked):
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
-class BKD(Checked):
+class BKD(Method):
     """See ``bkd``; ``class_weights`` come from the training counts."""
 
     class_weights: Tensor
-    temperature: float = above_zero(2.0)
+    temperature: AboveZero = 2.0
     name: ClassVar[str] = "bkd"
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "Zhang et al. 2023"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
+    note: ClassVar[str] = "class weights by effective number"
     balances: ClassVar[bool] = True
 
     @classmethod
@@ -228,11 +232,11 @@ class BKD(Checked):
 
 
 @dataclass(frozen=True)
-class DiVE(Checked):
+class DiVE(Method):
     """See ``dive``."""
 
-    power: float = above_zero(0.5, high=1.0)
-    temperature: float = above_zero(3.0)
+    power: Annotated[float, Gt(0), Le(1)] = 0.5
+    temperature: AboveZero = 3.0
     name: ClassVar[str] = "dive"
     family: ClassVar[str] = "logits, imbalance-aware"
     source: ClassVar[str] = "He et al. 2021"
@@ -244,12 +248,12 @@ class DiVE(Checked):
 
 
 @dataclass(frozen=True)
-class DIST(Checked):
+class DIST(Method):
     """See ``dist``."""
 
-    beta: float = not_negative(1.0)
-    gamma: float = not_negative(1.0)
-    temperature: float = above_zero(1.0)
+    beta: NotNegative = 1.0
+    gamma: NotNegative = 1.0
+    temperature: AboveZero = 1.0
     name: ClassVar[str] = "dist"
     family: ClassVar[str] = "relations of logits"
     source: ClassVar[str] = "Huang et al. 2022"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from raredistill.distill.consistent import PCKD
-from raredistill.distill.contract import Facts, Method, hyperparameters
+from raredistill.distill.contract import Facts, Method
 from raredistill.distill.features import CBD, CRD, RKD, AttentionTransfer, FitNet
 from raredistill.distill.imbalance import LTKD, SSD, XERM, ReliableKD
 from raredistill.distill.logits import BKD, DIST, DKD, KD, DiVE, StandardisedKD
 from raredistill.errors import ConfigError
-from raredistill.losses import did_you_mean
+from raredistill.options import check_options, did_you_mean, show_defaults
 
-METHODS: dict[str, Any] = {
+METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         KD, StandardisedKD, DKD, DIST, FitNet, AttentionTransfer, RKD, CRD, BKD, DiVE, LTKD, XERM, CBD, SSD, ReliableKD, PCKD,
@@ -40,28 +41,24 @@ def make_method(name: str, facts: Facts, **options: Any) -> Method:
         raise ConfigError(f"method {name} carries no sound signal for {len(facts.counts)} classes (at least {family.min_classes}); use kd")
     try:
         _check_teacher(family, facts, options)
-        made: Method = family.make(facts, **options)
+        return family.make(facts, **options)
     except ValueError as error:
         raise ConfigError(f"method {name}: {error}") from None
-    return made
 
 
-def method_class(name: str, options: dict[str, Any]) -> Any:
-    """The class of a distiller that has these options.
+def method_class(name: str, options: Mapping[str, Any]) -> type[Method]:
+    """The class of a distiller that takes these options.
 
     Raises:
-        ConfigError: the name or an option is unknown.
+        ConfigError: the name or an option is unknown, or a value is out of range.
     """
     if name not in METHODS:
         raise ConfigError(f"unknown method {name}{did_you_mean(name, METHODS)}; raredistill methods lists them")
-    known = hyperparameters(METHODS[name])
-    for option in options:
-        if option not in known:
-            raise ConfigError(f"method {name} has no option {option}{did_you_mean(option, known)}; it has {', '.join(known)}")
+    check_options(f"method {name}", options, METHODS[name].options())
     return METHODS[name]
 
 
-def _check_teacher(family: Any, facts: Facts, options: dict[str, Any]) -> None:
+def _check_teacher(family: type[Method], facts: Facts, options: Mapping[str, Any]) -> None:
     wants = family.wants(options)
     if "prior" in wants and facts.prior is None:
         raise ValueError(
@@ -104,12 +101,7 @@ def methods_table() -> list[dict[str, Any]]:
             "source": method.source,
             "needs": ", ".join(method.needs),
             "classes": f">= {method.min_classes}",
-            "defaults": _defaults(method),
+            "defaults": ", ".join(part for part in (show_defaults(method.options()), method.note) if part),
         }
         for method in METHODS.values()
     ]
-
-
-def _defaults(method: Any) -> str:
-    shown = [f"{name}={option}" for name, option in hyperparameters(method).items()]
-    return ", ".join([*shown, *(["class weights by effective number"] if method is BKD else [])])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from scipy import stats
 
 from raredistill.errors import ConfigError, DataError
 from raredistill.evaluation.ranking import rank
-from raredistill.metrics import metrics_from_margins
+from raredistill.evaluation.sums import LOSSES, NEEDS, RANKED, lacks_probabilities, parse_metric, patient_sums, scores_of
 from raredistill.predictions import Predictions
 
 Floats = NDArray[np.float64]
@@ -25,9 +25,6 @@ Metric = str | Function
 Statistic = Callable[[Integers], Floats]
 Interval = Literal["percentile", "bca"]
 
-_OVERALL = ("macro_f1", "balanced_accuracy", "accuracy", "g_mean", "mcc", "kappa")
-_COUNTED = ("f1", "recall", "precision", "specificity")
-_RANKED = ("auprc", "auroc")
 _TAILS = (0.025, 0.975)
 _BLOCK = 256
 
@@ -40,8 +37,8 @@ def patient_bootstrap(
     Args:
         predictions: one part of one checkpoint. The metric is that of a run, averaged over runs (see :func:`runs_of`); a patient that is
             drawn comes with all rows.
-        metric: ``macro_f1``, ``balanced_accuracy``, ``accuracy``, ``g_mean``, ``mcc``, ``kappa``; ``f1:CLASS``, ``recall:CLASS``,
-            ``precision:CLASS``, ``specificity:CLASS``, ``auprc:CLASS``, ``auroc:CLASS``; or a function of labels ``(N,)`` and
+        metric: ``macro_f1``, ``balanced_accuracy``, ``accuracy``, ``g_mean``, ``mcc``, ``kappa``, ``brier``, ``log_loss``; by class
+            ``f1:CLASS``, ``recall``, ``precision``, ``specificity``, ``auprc``, ``auroc``; or a function of labels ``(N,)`` and
             probabilities ``(N, K)``.
         resamples: draws.
         seed: of the draws.
@@ -74,7 +71,9 @@ def patient_intervals(
         intervals: wanted.
 
     Returns:
-        Estimate, and low and high by kind of interval, of each metric; NaN where it has no value.
+        Estimate, and low and high by kind of interval, of each metric; NaN where it has no value. Proportions of patients (recall,
+        specificity, precision and accuracy where each patient is one row) get Wilson's interval in place of both kinds, as do other scores
+        whose draws do not differ, with the number of patients that they rest on.
 
     Raises:
         ConfigError: unknown metric or class.
@@ -85,10 +84,56 @@ def patient_intervals(
     draws = np.concatenate([statistic(weights) for weights in _draws(patients, resamples, seed)], axis=1)
     estimates = statistic(_once(patients))[:, 0]
     skews = _accelerations(statistic, patients) if "bca" in intervals else np.zeros(len(estimates))
+    shares = [patient_share(predictions, metric) for metric in metrics]
     return [
-        (float(estimate), {kind: _interval(own, estimate, _tails(kind, own, estimate, skew)) for kind in intervals})
-        for estimate, own, skew in zip(estimates, draws, skews, strict=True)
-    ]
+        (float(estimate), {kind: _with_edge(metric, estimate, _interval(own, estimate, _tails(kind, own, estimate, skew)), share)
+                           for kind in intervals})
+        for metric, estimate, own, skew, share in zip(metrics, estimates, draws, skews, shares, strict=True)
+    ]  # fmt: skip
+
+
+def _with_edge(metric: Metric, estimate: float, limits: tuple[float, float], share: tuple[float, bool]) -> tuple[float, float]:
+    """Wilson's interval for a proportion of patients, and for any score whose draws do not differ: no spread is not certainty."""
+    number, proportion = share
+    if not isinstance(metric, str) or np.isnan(estimate) or not number or not (proportion or limits[0] == limits[1]):
+        return limits
+    if metric.partition(":")[0] in LOSSES:
+        return limits if limits[0] < limits[1] else (np.nan, np.nan)
+    if metric in ("mcc", "kappa"):
+        low, high = wilson((estimate + 1) / 2, number)
+        return 2 * low - 1, 2 * high - 1
+    return wilson(estimate, number)
+
+
+def wilson(share: float, number: float, level: float = 0.05) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a proportion.
+
+    Args:
+        share: seen, 0 to 1.
+        number: of independent units, patients.
+        level: two-sided.
+    """
+    squared = float(stats.norm.isf(level / 2)) ** 2
+    centre = (share + squared / (2 * number)) / (1 + squared / number)
+    half = math.sqrt(squared * (share * (1 - share) / number + squared / (4 * number**2))) / (1 + squared / number)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def patient_share(predictions: Predictions, metric: Metric) -> tuple[float, bool]:
+    """How many patients a score rests on, and whether it is a proportion of patients (one row each) rather than a score of their rows."""
+    if not isinstance(metric, str):
+        return 0.0, False
+    name, place = parse_metric(metric, predictions.classes)
+    of_row, patients = predictions.patients
+    labels, runs = predictions.labels(), len(runs_of(predictions))
+    single = len(of_row) == len(patients) * runs
+    if name == "precision" and single:
+        return float((predictions.probabilities().argmax(axis=1) == place).sum() / runs), True
+    if place < 0:
+        fewest = min(len(np.unique(of_row[labels == k])) for k in np.unique(labels))
+        return float(len(patients) if name == "accuracy" else fewest), single and name == "accuracy"
+    chosen = labels != place if name == "specificity" else labels == place
+    return float(len(np.unique(of_row[chosen]))), single and name in ("recall", "specificity")
 
 
 def paired_patient_bootstrap(
@@ -221,7 +266,9 @@ def _over_runs(predictions: Predictions, metrics: Sequence[Metric], patients: _P
 
 def _statistic(predictions: Predictions, metrics: Sequence[Metric], of_row: Integers, patients: int) -> Statistic:
     parsed = [parse_metric(metric, predictions.classes) if isinstance(metric, str) else ("", -1) for metric in metrics]
-    counted = [place for place, (name, _) in enumerate(parsed) if name and name not in _RANKED]
+    if lacking := [metric for metric in metrics if isinstance(metric, str) and lacks_probabilities(predictions, metric)]:
+        raise DataError(NEEDS.format(metric=lacking[0]))
+    counted = [place for place, (name, _) in enumerate(parsed) if name and name not in RANKED]
     others = [(place, _alone(predictions, metrics[place], of_row, patients)) for place in range(len(metrics)) if place not in counted]
     count = _counted(predictions, [parsed[place] for place in counted], of_row, patients)
 
@@ -241,45 +288,14 @@ def _alone(predictions: Predictions, metric: Metric, of_row: Integers, patients:
     if not isinstance(metric, str):
         return _looped(predictions, metric, of_row)
     name, place = parse_metric(metric, predictions.classes)
-    if predictions.hard:
-        raise DataError(f"{metric} needs probabilities, and only hard labels are known; choose f1, recall, precision or macro_f1")
     ranking = rank(predictions.labels() == place, predictions.probabilities()[:, place], of_row, patients)
     return ranking.auprc if name == "auprc" else ranking.auroc
 
 
-def parse_metric(metric: str, classes: tuple[str, ...]) -> tuple[str, int]:
-    """Name of a metric and index of its class (-1 without one).
-
-    Raises:
-        ConfigError: unknown metric or class.
-    """
-    name, colon, which = metric.partition(":")
-    known = [*_OVERALL, *(f"{each}:{label}" for each in (*_COUNTED, *_RANKED) for label in classes)]
-    if metric not in known:
-        near = difflib.get_close_matches(metric, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown metric {metric!r}{hint} (overall: {', '.join(_OVERALL)}; by class: f1:{classes[-1]} and so on)")
-    return name, classes.index(which) if colon else -1
-
-
 def _counted(predictions: Predictions, wanted: Sequence[tuple[str, int]], of_row: Integers, patients: int) -> Statistic:
-    """Metrics that need counts only, ``(R, P)`` to ``(M, R)``: the counts of a draw are summed once for all of them."""
-    classes = len(predictions.classes)
-    truth, guess = predictions.labels(), predictions.probabilities().argmax(axis=1)
-    right = truth == guess
-    margins = np.hstack([_by_patient(of_row[right], truth[right], patients, classes), _by_patient(of_row, truth, patients, classes),
-                         _by_patient(of_row, guess, patients, classes)])  # fmt: skip
-
-    def statistic(weights: Integers) -> Floats:
-        found = metrics_from_margins(*np.split(weights @ margins, 3, axis=1))
-        return np.stack([found[name] if place < 0 else found[name][:, place] for name, place in wanted])
-
-    return statistic
-
-
-def _by_patient(of_row: Integers, label: Integers, patients: int, classes: int) -> Floats:
-    """How many rows of each patient have each label, ``(P, K)``."""
-    return np.bincount(of_row * classes + label, minlength=patients * classes).reshape(patients, classes).astype(np.float64)
+    """Metrics of sums only, ``(R, P)`` to ``(M, R)``: the sums of a draw are made once for all of them."""
+    sums = patient_sums(predictions, of_row, patients)
+    return lambda weights: scores_of(weights @ sums, wanted)
 
 
 def _looped(predictions: Predictions, function: Function, of_row: Integers) -> Statistic:

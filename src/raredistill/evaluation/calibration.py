@@ -49,7 +49,7 @@ def equal_mass_ece(label: ArrayLike, probability: ArrayLike, bins: int = BINS) -
     Args:
         label: ``(N,)`` class indices.
         probability: ``(N, K)``.
-        bins: their number; sizes differ by one at most.
+        bins: their number; sizes differ by one at most. Rows of equal confidence share their accuracy.
 
     Returns:
         Between 0 and 1; NaN without samples.
@@ -58,7 +58,10 @@ def equal_mass_ece(label: ArrayLike, probability: ArrayLike, bins: int = BINS) -
         DataError: as :func:`raredistill.metrics.checked`.
     """
     truth, scores = checked(label, probability)
-    top, right = scores.max(axis=1), scores.argmax(axis=1) == truth
+    top = scores.max(axis=1)
+    # Rows of equal confidence share their accuracy, so that the order of rows does not decide which bin a hit falls into.
+    tied = np.unique(top, return_inverse=True)[1]
+    right = (np.bincount(tied, weights=scores.argmax(axis=1) == truth) / np.bincount(tied))[tied] if len(top) else top
     parts = [part for part in np.array_split(np.argsort(top, kind="stable"), bins) if len(part)]
     if not parts:
         return float("nan")

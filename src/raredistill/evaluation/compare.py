@@ -10,10 +10,14 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from raredistill.errors import DataError
+from raredistill.evaluation.ranking import placements
 
 
 def corrected_resampled_t(differences: ArrayLike, *, train_size: float, test_size: float) -> tuple[float, float]:
-    """Nadeau and Bengio's corrected resampled t-test (2003): splits share training patients, so their differences are not independent.
+    """Nadeau and Bengio's corrected resampled t-test (2003), a reference beside :func:`raredistill.evaluation.gains.gain_test`.
+
+    Estimand: this recipe on a new cohort of this size. Splits share training patients, so their differences are not independent.
+    ``train_size`` is what was trained on; leaving validation and rarefied patients out of it widens the interval by 1.07 to 1.16.
 
     Args:
         differences: ``(n,)``, one a split: a metric of one method minus that of the other.
@@ -21,14 +25,13 @@ def corrected_resampled_t(differences: ArrayLike, *, train_size: float, test_siz
         test_size: patients in a test side.
 
     Returns:
-        t with n - 1 degrees of freedom, and the two-sided p. Without any spread t is infinite, or 0 if there is no difference either.
+        t with n - 1 degrees of freedom, and the two-sided p. Without any spread p is that of n equal signs, 2^(1-n): a variance of 0
+        is never taken for certainty.
 
     Raises:
         DataError: fewer than two differences, one is not finite, a size is not positive.
     """
     mean, spread, freedom = _corrected(differences, train_size, test_size)
-    if spread == 0:
-        return (math.copysign(math.inf, mean), 0.0) if mean else (0.0, 1.0)
     t = mean / spread
     return t, float(2 * stats.t.sf(abs(t), freedom))
 
@@ -53,6 +56,8 @@ def corrected_interval(differences: ArrayLike, *, train_size: float, test_size: 
 def bayesian_correlated_t(differences: ArrayLike, *, train_size: float, test_size: float, rope: float = 0.01) -> tuple[float, float, float]:
     """Bayesian correlated t-test (Corani and Benavoli 2015): how probable is it that the methods are practically equal?
 
+    Estimand: this recipe on a new cohort of this size, as :func:`corrected_resampled_t`; a reference, not the verdict.
+
     The posterior of the mean difference is Student's t about the observed mean with n - 1 degrees of freedom and the scale of the
     corrected t-test (correlation rho = test / (train + test)).
 
@@ -63,14 +68,14 @@ def bayesian_correlated_t(differences: ArrayLike, *, train_size: float, test_siz
         rope: half the width of the region of practical equivalence, in units of the metric.
 
     Returns:
-        Probabilities of worse than ``-rope``, equivalent, better than ``rope``; they add up to 1.
+        Probabilities of worse than ``-rope``, equivalent, better than ``rope``; they add up to 1. NaN where all differences are 0.
 
     Raises:
         DataError: as :func:`corrected_resampled_t`.
     """
     mean, spread, freedom = _corrected(differences, train_size, test_size)
-    if spread == 0:
-        return float(mean < -rope), float(abs(mean) <= rope), float(mean > rope)
+    if math.isinf(spread):
+        return math.nan, math.nan, math.nan
     worse = float(stats.t.cdf((-rope - mean) / spread, freedom))
     better = float(stats.t.sf((rope - mean) / spread, freedom))
     return worse, 1 - worse - better, better
@@ -95,10 +100,10 @@ def detectable(error: float, freedom: float = math.inf, *, power: float = 0.8, l
         level: of the test.
 
     Returns:
-        In units of the metric; by the noncentral t distribution.
+        In units of the metric; by the noncentral t distribution. Infinite where the error is unknown.
     """
-    if error == 0:
-        return 0.0
+    if math.isinf(error):
+        return math.inf
     if math.isinf(freedom):
         return error * float(stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power))
     critical = float(stats.t.ppf(1 - level / 2, freedom))
@@ -116,7 +121,8 @@ def wilcoxon_over_datasets(differences: ArrayLike) -> tuple[float, float]:
         differences: ``(n,)``, one a data set.
 
     Returns:
-        Two-sided exact p, and the smallest p that n data sets can reach, 2 / 2^n (five: 0.0625).
+        Two-sided exact p, ties included, and the smallest p that the data sets can reach, 2 / 2^n over those that differ (five: 0.0625);
+        data sets without a difference are left out, as Wilcoxon did.
 
     Raises:
         DataError: fewer than two differences, or one is not finite.
@@ -124,12 +130,51 @@ def wilcoxon_over_datasets(differences: ArrayLike) -> tuple[float, float]:
     values = np.asarray(differences, dtype=np.float64).ravel()
     if len(values) < 2 or not np.isfinite(values).all():
         raise DataError(f"Wilcoxon's test needs at least two finite differences, one a data set; it got {values.tolist()}")
-    smallest = min(1.0, 2.0 / 2 ** len(values))
-    return (float(stats.wilcoxon(values).pvalue) if values.any() else 1.0), smallest
+    values = values[values != 0]
+    if not len(values):
+        return 1.0, 1.0
+    doubled = np.round(2 * stats.rankdata(np.round(np.abs(values), 12))).astype(np.int64)
+    ways = np.zeros(int(doubled.sum()) + 1)
+    ways[0] = 1.0
+    for rank in doubled:
+        ways[rank:] = ways[rank:] + ways[:-rank]
+    seen = int(doubled[values > 0].sum())
+    tail = min(ways[: seen + 1].sum(), ways[seen:].sum()) / ways.sum()
+    return float(min(1.0, 2 * tail)), float(min(1.0, 2.0 / 2.0 ** len(values)))
+
+
+def swap_within_cells(right: ArrayLike, called: ArrayLike, actual: float, run: ArrayLike, *, draws: int = 9999, seed: int = 0) -> float:
+    """Randomisation test that the second arm changes nothing at all in this cohort: arms are exchanged within cells.
+
+    Estimand: this recipe on this cohort. It has no part in the verdict: of true nulls about new cohorts it rejects 21 to 31 %.
+
+    Args:
+        right: ``(2, C)`` correct calls of the class, by arm and cell (repeat, fold, seed).
+        called: ``(2, C)`` calls of the class.
+        actual: samples of the class in a run.
+        run: ``(C,)`` the run of each cell.
+        draws: exchanges; the one seen is one of them.
+        seed: of the exchanges.
+
+    Returns:
+        Two-sided p of the mean over runs of the pooled F1 difference.
+    """
+    hits, calls = np.asarray(right, dtype=np.float64), np.asarray(called, dtype=np.float64)
+    _, of_run = np.unique(np.asarray(run), return_inverse=True)
+    to_run = (of_run[:, None] == np.arange(of_run.max() + 1)).astype(np.float64)
+    flip = np.random.default_rng(seed).random((draws + 1, hits.shape[1])) < 0.5
+    flip[0] = False
+    scores = [2 * (np.where(flip, hits[1 - arm], hits[arm]) @ to_run) / (np.where(flip, calls[1 - arm], calls[arm]) @ to_run + actual)
+              for arm in (0, 1)]  # fmt: skip
+    gains = np.abs((scores[1] - scores[0]).mean(axis=1))
+    return float((gains >= gains[0] - 1e-12).mean())
 
 
 def mcnemar(first_right: ArrayLike, second_right: ArrayLike) -> tuple[int, int, float]:
-    """McNemar's exact test on samples that one side gets right and the other wrong; it takes samples as independent.
+    """McNemar's exact test on samples that one side gets right and the other wrong.
+
+    Estimand: these two trained networks on new samples. It takes the networks as fixed and samples as independent: against the claim that
+    one recipe is better than another it rejects far too often.
 
     Args:
         first_right: ``(N,)`` whether the first side is right.
@@ -152,6 +197,9 @@ def mcnemar(first_right: ArrayLike, second_right: ArrayLike) -> tuple[int, int, 
 def delong(positive: ArrayLike, first: ArrayLike, second: ArrayLike) -> tuple[float, float, float, float]:
     """DeLong's test (1988) of two correlated areas under the ROC curve, by midranks (Sun and Xu 2014); rows must be independent: patients.
 
+    Estimand: these two trained networks on new patients. Against the claim that one recipe is better than another it rejects 13 to 26 % of
+    true nulls at 5 %, since it takes the networks as fixed.
+
     Args:
         positive: ``(N,)`` whether a patient is of the class.
         first: ``(N,)`` score of the first side.
@@ -166,7 +214,7 @@ def delong(positive: ArrayLike, first: ArrayLike, second: ArrayLike) -> tuple[fl
     truth = np.asarray(positive, dtype=bool).ravel()
     if truth.sum() < 2 or (~truth).sum() < 2:
         raise DataError(f"DeLong's test needs two patients of each kind, not {int(truth.sum())} and {int((~truth).sum())}")
-    parts = [_placements(truth, np.asarray(score, dtype=np.float64).ravel()) for score in (first, second)]
+    parts = [placements(truth, np.asarray(score, dtype=np.float64).ravel()) for score in (first, second)]
     areas = [float(above.mean()) for above, _ in parts]
     spread = [np.cov(np.stack([part[kind] for part in parts])) / len(parts[0][kind]) for kind in (0, 1)]
     variance = float(sum(each[0, 0] + each[1, 1] - 2 * each[0, 1] for each in spread))
@@ -176,15 +224,6 @@ def delong(positive: ArrayLike, first: ArrayLike, second: ArrayLike) -> tuple[fl
     return areas[0], areas[1], error, float(2 * stats.norm.sf(abs(areas[0] - areas[1]) / error))
 
 
-def _placements(truth: NDArray[np.bool_], score: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Share of negatives below each positive, and of positives above each negative, ties counting half."""
-    together = stats.rankdata(score)
-    positives, negatives = int(truth.sum()), int((~truth).sum())
-    above = (together[truth] - stats.rankdata(score[truth])) / negatives
-    below = 1 - (together[~truth] - stats.rankdata(score[~truth])) / positives
-    return above, below
-
-
 def _corrected(differences: ArrayLike, train_size: float, test_size: float) -> tuple[float, float, int]:
     """Mean, corrected standard error, degrees of freedom."""
     values = np.asarray(differences, dtype=np.float64).ravel()
@@ -192,8 +231,12 @@ def _corrected(differences: ArrayLike, train_size: float, test_size: float) -> t
         raise DataError(f"the corrected t-test needs at least two finite differences, one a split; it got {values.tolist()}")
     if train_size <= 0 or test_size <= 0:
         raise DataError(f"train_size and test_size are numbers of patients above 0, not {train_size} and {test_size}")
+    mean, freedom = float(values.mean()), len(values) - 1
     error = math.sqrt(float(values.var(ddof=1)) * (1 / len(values) + test_size / train_size))
-    return float(values.mean()), error, len(values) - 1
+    if error <= 1e-12 * max(abs(mean), 1.0):
+        # n equal signs show no more than p = 2^(1-n); equal values of 0 show nothing at all.
+        error = abs(mean) / float(stats.t.isf(2.0 ** -len(values), freedom)) if mean else math.inf
+    return mean, error, freedom
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

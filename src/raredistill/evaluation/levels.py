@@ -52,7 +52,8 @@ def select(predictions: Predictions, split: str = "test", checkpoint: str = "bes
 def patient_predictions(predictions: Predictions, rule: Rule = "mean") -> PatientPredictions:
     """Put a patient's slices together over the classes that a patient can carry.
 
-    A slice's probabilities are averaged over seeds and repeats, then the rule makes one number a class of the patient's slices, without the
+    A slice's probabilities are averaged over the seeds and repeats of the table, so that a table of several runs gives their ensemble
+    (:func:`by_patient` keeps runs apart). Then the rule makes one number a class of the patient's slices, without the
     background class; these are brought back to a sum of 1. Patients that carry no class are left out.
 
     Args:
@@ -133,7 +134,7 @@ def evaluate(predictions: Predictions, checkpoint: str = "best", split: str = "t
     """Metrics and confusion matrices by slice and by patient.
 
     Args:
-        predictions: a whole table; rows of several runs are pooled by slice and averaged by patient.
+        predictions: a whole table; rows of several runs are pooled at both levels, a patient of each run being one row.
         checkpoint: ``best`` or ``last``.
         split: ``test`` or ``validation``.
         rule: how slices make a patient; see :func:`patient_predictions`.
@@ -195,8 +196,8 @@ def _both_levels(predictions: Predictions, rule: Rule) -> dict[str, Any]:
     result: dict[str, Any] = {"classes": predictions.classes, "slice": by_slice, "patient": None}
     if reason := _no_patient_level(predictions):
         return {**result, "patient_reason": reason}
-    patients = patient_predictions(predictions, rule)
-    level = _level(patients.label, patients.probability, patients.classes, predictions.hard)
+    patients = by_patient(predictions, rule)
+    level = _level(patients.labels(), patients.probabilities(), patients.classes, predictions.hard)
     return {**result, "patient": {**level, "classes": patients.classes}}
 
 

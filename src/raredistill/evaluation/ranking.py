@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -75,6 +76,60 @@ def rank(positive: NDArray[np.bool_], score: Floats, of_row: Integers, patients:
     ties = _counts(of_row[equal], place[equal], patients, len(thresholds))
     negatives = np.bincount(of_row[~positive], minlength=patients).astype(np.float64)
     return Ranking(hits.cumsum(axis=1), calls.cumsum(axis=1), ties, negatives)
+
+
+def area_influences(positive: NDArray[np.bool_], score: Floats, of_row: Integers, patients: int) -> dict[str, tuple[float, Floats]]:
+    """Both areas of one test part, and how much each patient's weight moves them (DeLong's placements; infinitesimal jackknife).
+
+    Args:
+        positive: ``(N,)``.
+        score: ``(N,)``, higher for positives.
+        of_row: ``(N,)`` index of the row's patient.
+        patients: P.
+
+    Returns:
+        ``auroc`` and ``auprc``: the area and the influences ``(P,)``, which add up to 0; NaN where one kind, or every positive, is absent.
+    """
+    hits = int(positive.sum())
+    unknown = np.full(patients, np.nan)
+    roc = _roc_rows(positive, score) if 0 < hits < len(positive) else None
+    curve = _precision_rows(positive, score) if hits else None
+
+    def by_patient(rows: tuple[float, Floats] | None) -> tuple[float, Floats]:
+        return (np.nan, unknown) if rows is None else (rows[0], np.bincount(of_row, weights=rows[1], minlength=patients).astype(np.float64))
+
+    return {"auroc": by_patient(roc), "auprc": by_patient(curve)}
+
+
+def _roc_rows(positive: NDArray[np.bool_], score: Floats) -> tuple[float, Floats]:
+    above, below = placements(positive, score)
+    area = float(above.mean())
+    rows = np.empty(len(score))
+    rows[positive], rows[~positive] = (above - area) / len(above), (below - area) / len(below)
+    return area, rows
+
+
+def placements(positive: NDArray[np.bool_], score: Floats) -> tuple[Floats, Floats]:
+    """Share of negatives below each positive, and of positives above each negative, ties counting half."""
+    together = rankdata(score)
+    above = (together[positive] - rankdata(score[positive])) / int((~positive).sum())
+    below = 1 - (together[~positive] - rankdata(score[~positive])) / int(positive.sum())
+    return above, below
+
+
+def _precision_rows(positive: NDArray[np.bool_], score: Floats) -> tuple[float, Floats]:
+    order = np.argsort(-score, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
+    hits = np.cumsum(positive[order])[ends].astype(np.float64)
+    calls, steps = ends + 1.0, np.diff(hits, prepend=0.0)
+    precision, number = hits / calls, hits[-1]
+    area = float((steps * precision).sum() / number)
+    # From a row's threshold downwards, one more positive raises hits and calls, one more negative calls only.
+    gained, lost = (np.cumsum(each[::-1])[::-1] for each in (steps / calls, steps * hits / calls**2))
+    place = np.empty(len(score), dtype=np.int64)
+    place[order] = np.searchsorted(ends, np.arange(len(score)))
+    own = np.where(positive, precision[place] + gained[place] - area, 0.0) - lost[place]
+    return area, own / number
 
 
 def _counts(of_row: Integers, place: Integers, patients: int, thresholds: int) -> NDArray[np.float32]:

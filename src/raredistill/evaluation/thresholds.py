@@ -36,6 +36,23 @@ def operating_point(positive: ArrayLike, score: ArrayLike, sensitivity: float) -
     return float(scores[math.ceil(round(sensitivity * len(scores), 9)) - 1])
 
 
+def matched_shift(positive: ArrayLike, logits: ArrayLike, place: int) -> float:
+    """How much to take off a class's logit so that argmax calls as many samples this class as there are; choose it on validation.
+
+    Args:
+        positive: ``(N,)`` whether a sample is of the class.
+        logits: ``(N, K)``.
+        place: index of the class.
+
+    Returns:
+        Half-way between the last sample that is called and the first that is not; 0 where all samples, or none, are of the class.
+    """
+    scores = np.asarray(logits, dtype=np.float64)
+    margins = np.sort(scores[:, place] - np.delete(scores, place, axis=1).max(axis=1))[::-1]
+    wanted = int(np.asarray(positive, dtype=bool).sum())
+    return float((margins[wanted - 1] + margins[wanted]) / 2) if 0 < wanted < len(margins) else 0.0
+
+
 def at_threshold(positive: ArrayLike, score: ArrayLike, threshold: float) -> dict[str, float]:
     """What a threshold gives.
 
@@ -71,6 +88,36 @@ def decision_curve(positive: ArrayLike, score: ArrayLike, thresholds: ArrayLike)
     false = np.array([(~truth & (scores >= each)).sum() for each in at]) / number
     everyone = truth.sum() / number - (~truth).sum() / number * odds
     return pd.DataFrame({"threshold": at, "benefit": true - false * odds, "act_on_all": everyone})
+
+
+def decision_summary(curve: pd.DataFrame, at: float) -> dict[str, float]:
+    """What a decision curve says in five numbers (Vickers and Elkin 2006; Vickers et al. 2016).
+
+    Args:
+        curve: of :func:`decision_curve`.
+        at: the threshold probability at which one would act; the nearest of the curve is read.
+
+    Returns:
+        ``threshold``, ``benefit`` there, ``over_default``, what it adds to the better of acting on all and on nobody; ``spared``, actions
+        avoided per 100 samples without missing more than acting on all does; ``useful_from`` and ``useful_to``, the lowest and the highest
+        threshold at which the classifier beats both (NaN where it never does).
+
+    Raises:
+        DataError: the curve has no row.
+    """
+    if curve.empty:
+        raise DataError("a decision curve without thresholds cannot be summed up; give thresholds between 0 and 1")
+    threshold, benefit, everyone = (curve[column].to_numpy(dtype=np.float64) for column in ("threshold", "benefit", "act_on_all"))
+    default = np.maximum(everyone, 0.0)
+    place = int(np.abs(threshold - at).argmin())
+    useful = threshold[benefit > default + 1e-12]
+    odds = threshold[place] / (1 - threshold[place])
+    return {
+        "threshold": float(threshold[place]), "benefit": float(benefit[place]), "over_default": float((benefit - default)[place]),
+        "spared": float(100 * (benefit - everyone)[place] / odds) if odds else float("nan"),
+        "useful_from": float(useful.min()) if len(useful) else float("nan"),
+        "useful_to": float(useful.max()) if len(useful) else float("nan"),
+    }  # fmt: skip
 
 
 def _mean(values: NDArray[np.bool_]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 
 import timm
@@ -13,6 +12,7 @@ from torch import nn
 from raredistill.errors import ConfigError
 from raredistill.models.cifar_resnet import CifarResNet
 from raredistill.models.small_cnn import SmallCNN
+from raredistill.options import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,10 @@ def resolve(name: str) -> str:
     architecture, _, tag = name.partition(".")
     # is_model alone would also let "hf-hub:..." through, which reaches for the network and runs what it finds.
     if architecture not in timm.list_models():
-        raise ConfigError(f"unknown model {name!r}{_hint(name, list_models())}; `raredistill.models.list_models()` names them all")
+        raise ConfigError(
+            f"unknown model {name!r}{did_you_mean(name, list_models(), most=3)}; `raredistill.models.list_models()` names them all"
+        )
     tags = timm.list_pretrained(f"{architecture}.*")
     if tag and name not in tags:
-        raise ConfigError(f"model {architecture!r} has no weights {tag!r}{_hint(name, tags)}")
+        raise ConfigError(f"model {architecture!r} has no weights {tag!r}{did_you_mean(name, tags, most=3)}")
     return name
-
-
-def _hint(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=3, cutoff=0.6)
-    return f", did you mean {' or '.join(near)}?" if near else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from raredistill.errors import ConfigError
 from raredistill.losses import COSINE_SCALE
+from raredistill.outputs import Outputs
 
 _THESIS_WIDTH = 256
 
@@ -46,14 +47,6 @@ class CosineHead(nn.Module):
 
 
 HEADS: dict[str, Callable[[int, int, float], nn.Module]] = {"linear": linear_head, "thesis": thesis_head, "cosine": CosineHead}
-
-
-class Seen(NamedTuple):
-    """All that a network makes of images: ``logits (N, K)``, ``features (N, F)`` and, if asked for, ``maps`` of each stage."""
-
-    logits: Tensor
-    features: Tensor
-    maps: tuple[Tensor, ...]
 
 
 class Network(nn.Module):
@@ -110,7 +103,7 @@ class Network(nn.Module):
         # A CUDA graph writes into the same memory at each call: what it has answered must outlive the next.
         self._compiled[training] = compiled if mode == "default" else lambda images: compiled(images).clone()
 
-    def see(self, images: Tensor, *, maps: bool = False) -> Seen:
+    def see(self, images: Tensor, *, maps: bool = False) -> Outputs:
         """Map images ``(N, C, H, W)`` in [0, 1] to logits and what they came from.
 
         Args:
@@ -125,7 +118,7 @@ class Network(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        return Seen(self.head(features), features, tuple(each for each in caught if each.ndim == 4))
+        return Outputs(self.head(features), features, tuple(each for each in caught if each.ndim == 4))
 
     def _stages(self) -> list[nn.Module]:
         # timm's networks list the modules at the end of their stages, as entries or in an object that holds them.
@@ -138,7 +131,7 @@ class Network(nn.Module):
         training = self.training
         seen = self.eval().see(torch.zeros(1, self.channels, self.image_size, self.image_size, device=self._mean.device), maps=True)
         self.train(training)
-        return seen.features.shape[1], tuple(each.shape[1] for each in seen.maps)
+        return seen.pooled.shape[1], tuple(each.shape[1] for each in seen.maps)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``."""

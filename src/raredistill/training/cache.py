@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raredistill.batches import Batch, Batches
-from raredistill.distill.contract import Outputs
+from raredistill.outputs import Outputs
 
 Table = dict[str, Tensor]
 """Outputs for the rows of one view, in the rows' order: ``logits (M, K)``, and where they are asked for ``features (M, F)`` and more."""

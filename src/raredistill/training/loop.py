@@ -15,7 +15,6 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from raredistill.batches import Batch, Batches
-from raredistill.distill.contract import Outputs
 from raredistill.memory import keep_freed
 from raredistill.metrics import metrics_from_confusion
 from raredistill.models import Network
@@ -291,8 +290,7 @@ class Trainer:
 
     def _pass(self, batch: Batch, share: float) -> tuple[dict[str, Tensor], Tensor]:
         # Terms are means over the batch, so those of its parts add up by their shares of the samples.
-        seen = self.model.see(batch.select(self.channels), maps=self.objective.maps)
-        student = Outputs(seen.logits, seen.features, seen.maps)
+        student = self.model.see(batch.select(self.channels), maps=self.objective.maps)
         terms = {name: term * share for name, term in self.objective(batch, student).items()}
         self.fabric.backward(batch.weight * torch.stack(list(terms.values())).sum())
         return {name: term.detach() for name, term in terms.items()}, student.logits.detach()

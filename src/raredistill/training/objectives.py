@@ -9,8 +9,9 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from raredistill.batches import Batch
-from raredistill.distill.contract import Method, Outputs
+from raredistill.distill.contract import Method
 from raredistill.losses import Loss
+from raredistill.outputs import Outputs
 
 
 class Objective(Protocol):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from raredistill.batches import Batch
-from raredistill.distill.contract import Method, Outputs
+from raredistill.distill.contract import Method
 from raredistill.losses import Loss
 from raredistill.models import Network
+from raredistill.outputs import Outputs
 from raredistill.training.objectives import Deferred, OnLabels
 
 
@@ -69,7 +70,7 @@ class Together:
     def __call__(self, batch: Batch, student: Outputs) -> dict[str, Tensor]:
         """Return the student's terms under their own names, the peers' with ``peer`` and a number before."""
         outputs = [student, *(self._outputs(peer, batch) for peer in self.peers)]
-        fixed = [replace(each, logits=each.logits.detach(), features=None) for each in outputs]
+        fixed = [each._replace(logits=each.logits.detach(), features=None) for each in outputs]
         terms = self._terms(0, batch, outputs, fixed)
         for number in range(1, len(outputs)):
             taught = (

@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 from annotated_types import Ge, Gt, Interval, Le
 from pydantic import BeforeValidator
 
-from raredistill.augment import PRESETS
+from raredistill.declared import Declared
+from raredistill.errors import ConfigError
 
 Share = Annotated[float, Interval(ge=0, lt=1)]
 Positive = Annotated[float, Gt(0)]
@@ -17,7 +18,7 @@ Metric = Literal["macro_f1", "balanced_accuracy", "accuracy", "loss", "last"]
 
 
 @dataclass(frozen=True)
-class TeacherCache:
+class TeacherCache(Declared):
     """How many random views of each sample training cycles through, so that a teacher needs to look at each only once."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -31,7 +32,7 @@ def _cache(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Declared):
     """How a network is trained.
 
     Attributes:
@@ -64,6 +65,9 @@ class Settings:
         residence: whether pixels stay on the device: ``auto``, ``resident`` or ``streamed``.
         teacher_cache: ``views=V``: cycle through V random views instead of a new one each epoch, and keep what teachers say of them; a run
             without a teacher cycles too, so that it stays a fair control.
+
+    Raises:
+        ConfigError: a field has a wrong value, the loss or one of its options is unknown, or two fields contradict each other.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -101,12 +105,17 @@ class Settings:
     residence: Literal["auto", "resident", "streamed"] = "auto"
     teacher_cache: Annotated[TeacherCache | None, BeforeValidator(_cache)] = None
 
+    def conflicts(self) -> list[str]:
+        """What the loss and its weights, the teacher cache, compiling and several devices cannot do together."""
+        held = {**_loss_conflicts(self), **_speed_conflicts(self)}
+        return [message for message, wrong in held.items() if wrong]
+
     @property
     def views(self) -> int | None:
         """How many views training cycles through: one where nothing is random; None for a new one each epoch."""
         if self.teacher_cache is None:
             return None
-        return 1 if PRESETS[self.augmentation] is None else min(self.teacher_cache.views, self.epochs)
+        return 1 if self.augmentation == "none" else min(self.teacher_cache.views, self.epochs)
 
     @property
     def recipe(self) -> str:
@@ -122,6 +131,38 @@ class Settings:
             self.stage: self.stage != "none",
         }
         return ", ".join([f"{self.loss} ({options})" if options else self.loss, *(extra for extra, given in extras.items() if given)])
+
+
+def _loss_conflicts(settings: Settings) -> dict[str, bool]:
+    """What is wrong with the loss; each message with whether it holds."""
+    from raredistill.losses import named_loss
+
+    try:
+        loss = named_loss(settings.loss, settings.loss_options)
+    except ConfigError as error:
+        return {str(error): True}
+    return {
+        f"deferred: {settings.deferred} weighs classes that loss {settings.loss} weighs already; use cross_entropy or deferred: none": (
+            settings.deferred != "none" and loss.weighs
+        ),
+    }
+
+
+def _speed_conflicts(settings: Settings) -> dict[str, bool]:
+    """What a teacher cache, compiling and several devices cannot do; each message with whether it holds."""
+    several = settings.devices > 1
+    return {
+        f"teacher_cache keeps a teacher's outputs for each sample's views, but mixing: {settings.mixing} puts two samples into one": (
+            settings.teacher_cache is not None and settings.mixing != "none"
+        ),
+        f"compile: {settings.compile} is for one device, but devices: {settings.devices}; use compile: none": (
+            settings.compile != "none" and several
+        ),
+        f"devices: {settings.devices} cannot share a batch of {settings.batch_size}; set fewer devices or another batch_size": (
+            settings.devices > settings.batch_size
+        ),
+        f"devices: {settings.devices}, but accelerator: mps is one device; set devices: 1": several and settings.accelerator == "mps",
+    }
 
 
 def choices_table() -> list[dict[str, str]]:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from raredistill.batches import Batch
 from raredistill.checkpoint import Promise
-from raredistill.distill.contract import Outputs
 from raredistill.errors import CheckpointError
 from raredistill.models import Network
+from raredistill.outputs import Outputs
 
 
 class Teacher:
@@ -49,7 +49,7 @@ class Teacher:
         self._network.eval()
         with self._fabric.autocast():
             seen = self._network.see(batch.select(self.promise.channels), maps=self._maps)
-        return Outputs(seen.logits, seen.features, seen.maps, self.log_prior)
+        return seen._replace(log_prior=self.log_prior)
 
 
 class Ensemble:

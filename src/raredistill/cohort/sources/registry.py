@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from raredistill.cohort.sources import Source
 from raredistill.errors import ConfigError, DataError
+from raredistill.options import did_you_mean
 
 KINDS = {
     "brats_nifti": ("raredistill.cohort.sources.brats_nifti", "BratsNifti"),
@@ -36,23 +36,18 @@ def open_source(kind: str, path: Path, /, **options: Any) -> Source:
         DataError: the path does not exist.
     """
     if kind not in KINDS:
-        raise ConfigError(f"unknown source '{kind}'{_suggest(kind, list(KINDS))}; the sources are {', '.join(KINDS)}")
+        raise ConfigError(f"unknown source '{kind}'{did_you_mean(kind, KINDS)}; the sources are {', '.join(KINDS)}")
     module, name = KINDS[kind]
     source = getattr(import_module(module), name)
     known = {name: hint for name, hint in get_type_hints(source.__init__).items() if name not in ("path", "return")}
     for option in options:
         if option not in known:
-            raise ConfigError(f"{kind} has no option '{option}'{_suggest(option, list(known))}; it takes {', '.join(known)}")
+            raise ConfigError(f"{kind} has no option '{option}'{did_you_mean(option, known)}; it takes {', '.join(known)}")
     values = {option: _value(f"{kind}: {option}", known[option], value) for option, value in options.items()}
     if not Path(path).exists():
         raise DataError(f"{path}: no such file or folder; give the place of the raw data")
     opened: Source = source(Path(path), **values)
     return opened
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def _value(name: str, hint: Any, value: Any) -> Any:

@@ -1,0 +1,387 @@
+"""What a notebook and the command line both call: run a study, distil once, predict, report, compare.
+
+Heavy submodules are imported by the function that needs them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from raredistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from raredistill.cohort.store import Cohort
+    from raredistill.config import StudyConfig
+    from raredistill.reports.results import Results
+    from raredistill.reports.versus import Versus
+    from raredistill.runs.record import RunRecord
+    from raredistill.runs.run import Run
+    from raredistill.runs.watcher import Watcher
+    from raredistill.studies.estimate import Forecast
+    from raredistill.studies.study import Engine, Study
+
+Steps = Callable[..., None]
+"""Called with the number of finished steps and of all steps."""
+
+
+class Observer(Protocol):
+    """Receives what happens while a function of this module works."""
+
+    def steps(self, what: str) -> AbstractContextManager[Steps]:
+        """Progress through ``what``."""
+
+    def planned(self, study: Study, chosen: Sequence[Run], busy: Sequence[str]) -> None:
+        """A study is about to carry out these runs; other processes work on those of ``busy``."""
+
+    def training(self, chosen: Sequence[Run]) -> AbstractContextManager[Watcher]:
+        """Progress through the runs."""
+
+
+class Quiet:
+    """Shows nothing."""
+
+    @contextmanager
+    def steps(self, what: str) -> Iterator[Steps]:
+        """Ignored."""
+        yield lambda *done: None
+
+    def planned(self, study: Study, chosen: Sequence[Run], busy: Sequence[str]) -> None:
+        """Ignored."""
+
+    @contextmanager
+    def training(self, chosen: Sequence[Run]) -> Iterator[Watcher]:
+        """Ignored."""
+        from raredistill.runs.watcher import Unwatched
+
+        yield Unwatched()
+
+
+QUIET = Quiet()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a study has left behind.
+
+    Attributes:
+        folder: of the study.
+        runs: records of the runs that were asked for.
+        waiting: ids of runs that other processes still work on; the last of them writes the report.
+        page: the report; None while runs are waiting.
+    """
+
+    folder: Path
+    runs: list[RunRecord]
+    waiting: list[str] = field(default_factory=list)
+    page: Path | None = None
+
+    @property
+    def failed(self) -> list[RunRecord]:
+        """Records of the runs that failed."""
+        return [record for record in self.runs if record.status == "failed"]
+
+    def summary(self) -> pd.DataFrame:
+        """One row per entry: the rare class and overall scores on test, means over runs."""
+        from raredistill.reports import summary_table
+
+        return summary_table(self.folder)
+
+    def verdicts(self) -> list[str]:
+        """One sentence per distilled entry: what the evidence allows to say."""
+        from raredistill.reports import verdict_sentences
+
+        return verdict_sentences(self.folder)
+
+
+def study(
+    config: Path | str | Mapping[str, Any] | Study,
+    out: Path | str = "study",
+    *,
+    overrides: Sequence[str] = (),
+    only: tuple[int, int] | None = None,
+    engine: Engine | None = None,
+    command: str = "",
+    observer: Observer = QUIET,
+) -> Finished:
+    """Train every run of a study that is not finished yet, and write its report.
+
+    Args:
+        config: a YAML file, its content, or a study that was put together in Python.
+        out: folder of the study; finished runs in it are reused, interrupted ones resume.
+        overrides: ``key=value`` settings to change, such as ``training.epochs=5``.
+        only: ``(i, n)``: the i-th of n shares of the runs, with the teachers they need.
+        engine: where runs are carried out; in this process by default.
+        command: kept in the study's description.
+        observer: receives the progress.
+
+    Raises:
+        ConfigError: a key, value or name is wrong, or two of them do not go together.
+        DataError: the cohort cannot be read, or ``out`` holds something else.
+        SplitError: the patients cannot be divided as asked.
+    """
+    from raredistill.studies.study import HERE, elsewhere, left, run_study
+
+    out = Path(out)
+    made = open_study(config, out, overrides=overrides, command=command, observer=observer)
+    chosen = share(made, only)
+    observer.planned(made, chosen, elsewhere(made, out))
+    connected: AbstractContextManager[Any] = engine if isinstance(engine, AbstractContextManager) else nullcontext(engine or HERE)
+    with connected as opened, observer.training(chosen) as watcher:
+        runs = run_study(made, out, watcher, chosen=chosen, engine=opened)
+    if waiting := left(out):
+        return Finished(out, runs, waiting)
+    return Finished(out, runs, page=report(out, observer=observer))
+
+
+def open_study(
+    config: Path | str | Mapping[str, Any] | Study,
+    out: Path,
+    *,
+    overrides: Sequence[str] = (),
+    command: str = "",
+    observer: Observer = QUIET,
+) -> Study:
+    """A study from its configuration; its cohort is prepared in ``out`` where the configuration names raw data.
+
+    Raises:
+        RareDistillError: as :func:`study`.
+    """
+    from raredistill.config import make_study
+    from raredistill.studies.study import Study
+
+    if isinstance(config, Study):
+        return config
+    checked = _config(config, overrides)
+    return make_study(checked, _cohort(checked, out, observer), command)
+
+
+def share(made: Study, only: tuple[int, int] | None) -> list[Run]:
+    """The runs of a plan that fall into a share, with their teachers; the whole plan without one."""
+    from raredistill.studies.plan import share_of
+
+    return made.plan() if only is None else share_of(made.plan(), *only)
+
+
+def _config(config: Path | str | Mapping[str, Any], overrides: Sequence[str]) -> StudyConfig:
+    from raredistill.config import check_config, load_config
+
+    if isinstance(config, Mapping):
+        if overrides:
+            raise ConfigError("overrides change a file; change the mapping instead")
+        return check_config(config, "study")
+    return load_config(Path(config), overrides)
+
+
+def _cohort(config: StudyConfig, out: Path, observer: Observer) -> Cohort:
+    from raredistill.cohort.prepare import prepare as make_cohort
+    from raredistill.cohort.sources.registry import open_source
+    from raredistill.cohort.store import Cohort
+    from raredistill.config import cohort_folder
+    from raredistill.studies.study import claim
+
+    if isinstance(config.cohort, Path):
+        return Cohort.load(config.cohort)
+    raw = config.cohort
+    source = open_source(raw.source, raw.path, **raw.options)
+    claim(out)
+    with observer.steps(f"prepared {source.counted}") as progress:
+        return make_cohort(
+            source, cohort_folder(config, out), size=(raw.size, raw.size), leave_out_bad=raw.leave_out_bad, progress=progress
+        )
+
+
+def forecast(
+    config: Path | str | Mapping[str, Any],
+    out: Path | str = "study",
+    *,
+    overrides: Sequence[str] = (),
+    only: tuple[int, int] | None = None,
+    observer: Observer = QUIET,
+) -> list[Forecast]:
+    """Time, memory and disk of every run of a study on this machine, from a short measurement of each kind; nothing is trained.
+
+    Raises:
+        ConfigError: the study's cohort is not prepared yet, or as :func:`study`.
+    """
+    from raredistill.config import make_study
+    from raredistill.runs.layout import StudyFolder
+    from raredistill.studies.estimate import forecast as measure_all
+
+    checked, out = _config(config, overrides), Path(out)
+    made = make_study(checked, _prepared(checked, out), "")
+    chosen = share(made, only)
+    ordered = [run for run in made.plan() if run in chosen]  # a share lists its own runs before their teachers
+    with observer.steps("kinds of runs measured") as progress:
+        return measure_all(ordered, made.cohort, StudyFolder(out), progress) if ordered else []
+
+
+def _prepared(config: StudyConfig, out: Path) -> Cohort:
+    from raredistill.cohort.store import DESCRIPTION, Cohort
+    from raredistill.config import cohort_folder
+
+    folder, raw = cohort_folder(config, out), config.cohort
+    if isinstance(raw, Path) or (folder / DESCRIPTION).exists():
+        return Cohort.load(folder)
+    options = [f"{key}={value}" for key, value in raw.options.items()]
+    prepare = shlex.join(["raredistill", "prepare", raw.source, str(raw.path), *options, "--size", str(raw.size), "--out", "cohort"])
+    raise ConfigError(
+        f"the cohort of this study is not prepared yet, and a dry run writes nothing; prepare it with: {prepare}\n"
+        "then run this command again with cohort=cohort"
+    )
+
+
+def distil(
+    cohort: Path | str | Cohort,
+    *,
+    teacher: str,
+    student: str,
+    method: str = "kd",
+    out: Path | str = "study",
+    channels: Sequence[str] = (),
+    folds: int = 5,
+    repeats: int = 1,
+    seeds: Sequence[int] = (0,),
+    pretrained: bool | Path = False,
+    observer: Observer = QUIET,
+    **training: Any,
+) -> Finished:
+    """Distil one student from one teacher on patient-grouped folds, beside the same student without a teacher.
+
+    Args:
+        cohort: a prepared cohort, or its folder.
+        teacher: name of the teaching network.
+        student: name of the network that learns.
+        method: a distiller, as ``raredistill methods`` lists it.
+        out: folder of the study.
+        channels: of both; all of the cohort's by default.
+        folds: of the outer cross-validation.
+        repeats: of it, with other folds.
+        seeds: one run per seed.
+        pretrained: timm's weights, or those of a file, for both.
+        observer: receives the progress.
+        training: settings of training that differ from the defaults, such as ``epochs=30``.
+
+    Raises:
+        RareDistillError: as :func:`study`.
+    """
+    from raredistill.cohort.store import Cohort
+    from raredistill.runs.entry import Entry
+    from raredistill.splits import make_splits
+    from raredistill.studies.study import Study
+    from raredistill.training.settings import Settings
+
+    loaded = cohort if isinstance(cohort, Cohort) else Cohort.load(Path(cohort))
+    shared: dict[str, Any] = {"channels": tuple(channels), "settings": Settings(**training), "pretrained": pretrained}
+    entries = [
+        Entry("teacher", teacher, **shared),
+        Entry("control", student, **shared),
+        Entry("student", student, **shared, teacher="teacher", method=method),
+    ]
+    made = Study(
+        f"{student} from {teacher}", loaded, make_splits(loaded, folds=folds, repeats=repeats), entries, tuple(seeds),
+        config={"cohort": str(loaded.root)},
+    )  # fmt: skip
+    return study(made, out, observer=observer)
+
+
+def predict(run: Path | str, cohort: Path | str | Cohort, out: Path | str, *, checkpoint: str = "best") -> pd.DataFrame:
+    """Apply a trained run to every sample of a cohort and write the table of logits.
+
+    Args:
+        run: folder of the run.
+        cohort: a prepared cohort with the same classes and channels, or its folder.
+        out: Parquet file to write.
+        checkpoint: ``best`` or ``last``.
+
+    Raises:
+        CheckpointError: classes, channels or image size do not fit.
+    """
+    from raredistill.cohort.store import Cohort
+    from raredistill.runs.predict import predict as apply
+
+    loaded = cohort if isinstance(cohort, Cohort) else Cohort.load(Path(cohort))
+    return apply(Path(run), loaded, Path(out), which=checkpoint)
+
+
+def report(folder: Path | str, *, sweep: Sequence[Path] = (), across: Sequence[Path] = (), observer: Observer = QUIET) -> Path:
+    """Write the report of a study: where networks look (if weights and cohort are there), then tables, figures and one HTML page.
+
+    Args:
+        folder: of the study, also an unfinished one.
+        sweep: studies with the same entries and another imbalance of training.
+        across: studies with the same entries on other data sets.
+        observer: receives the progress.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        DataError: the folder is no study, or a finished run is damaged.
+    """
+    from raredistill.reports import write_report
+    from raredistill.reports.results import read_results
+
+    folder = Path(folder)
+    with observer.steps("report") as progress:
+        results = read_results(folder)
+        _map_hardest(folder, results)
+        return write_report(folder, results, sweep=sweep, across=across, progress=progress)
+
+
+def _map_hardest(folder: Path, results: Results) -> None:
+    from raredistill.reports.maps import wanted_maps
+    from raredistill.runs.layout import StudyFolder
+    from raredistill.runs.maps import write_maps
+
+    cohort = _cohort_of(folder, results.study.config.get("cohort"))
+    if cohort is not None and (wanted := wanted_maps(results)):
+        write_maps(StudyFolder(folder), cohort, results.study.rare, wanted)
+
+
+def _cohort_of(folder: Path, named: Any) -> Cohort | None:
+    from raredistill.cohort.store import DESCRIPTION, Cohort
+    from raredistill.runs.layout import StudyFolder
+
+    folders = [Path(named)] if isinstance(named, str) else StudyFolder(folder).cohorts()
+    there = [each for each in folders if (each / DESCRIPTION).is_file()]
+    return Cohort.load(there[-1]) if there else None
+
+
+def compare(control: Path | str, other: Path | str, *, metric: str | None = None, background: str | None = None) -> Versus:
+    """Compare two runs, two studies or two prediction files; differences are ``other`` minus ``control``.
+
+    Raises:
+        ConfigError: unknown metric or class.
+        DataError: a file cannot be read, the sides do not fit, or nothing can be tested.
+    """
+    from raredistill.reports.versus import versus
+
+    return versus(Path(control), Path(other), metric=metric, background=background)
+
+
+Layout = Literal["nifti", "hdf5", "both"]
+
+
+def demo(out: Path | str, *, patients: int = 40, command: str = "", observer: Observer = QUIET) -> Finished:
+    """Generate a small cohort and run the main job on it.
+
+    Raises:
+        DataError: ``out`` cannot be written.
+    """
+    from importlib.resources import files
+
+    from raredistill.phantom import write_phantom
+
+    raw = Path(out) / "raw"
+    if not (raw / "name_mapping.csv").exists():
+        with observer.steps("generated patients") as progress:
+            write_phantom(raw, patients=patients, layout="nifti", size=(96, 96, 48), rare_share=0.35, seed=0, progress=progress)
+    config = Path(str(files("raredistill") / "demo.yaml"))
+    return study(config, Path(out) / "study", overrides=[f"cohort.path={raw}"], command=command, observer=observer)

@@ -1,0 +1,160 @@
+"""What may be said of a gain: helps, harms, makes no practical difference, not decided; and when it is only described."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from raredistill.evaluation.compare import holm
+from raredistill.evaluation.contrasts import Tally
+from raredistill.evaluation.gains import Gain
+from raredistill.evaluation.planning import Pilot, forecast
+
+LEVEL = 0.05
+MORE_REPEATS = 5
+
+
+class Verdict(StrEnum):
+    """The answers to "does it help?"."""
+
+    HELPS = "helps"
+    HARMS = "harms"
+    SAME = "makes no practical difference"
+    UNDECIDED = "not decided"
+    DESCRIBED = "described"
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """A verdict with what it rests on.
+
+    Attributes:
+        verdict: the answer.
+        sentence: the answer in words, with its numbers.
+        notes: what would decide it, and what its uncertainty is made of.
+        gain: None where nothing was tested.
+        p_holm: adjusted over the family; None where nothing was tested.
+        p_same: of a difference as large as the margin in either direction, adjusted likewise; None without a margin.
+        family: number of comparisons that the adjustment covers.
+    """
+
+    verdict: Verdict
+    sentence: str
+    notes: tuple[str, ...] = ()
+    gain: Gain | None = None
+    p_holm: float | None = None
+    p_same: float | None = None
+    family: int = 0
+
+
+def rule(
+    gains: Mapping[str, Gain], *, controls: Mapping[str, str], what: str, described: Mapping[str, str] | None = None,
+    margin: float | None = None, level: float = LEVEL, kept: float = 1.0, rare_patients: int | None = None,
+) -> dict[str, Ruling]:  # fmt: skip
+    """Decide a family of comparisons.
+
+    Args:
+        gains: tested comparisons by name.
+        controls: the name of each comparison's control.
+        what: the metric in words, such as ``LGG F1``.
+        described: why others (or tested ones, such as networks that did not learn) may only be described.
+        margin: largest difference without practical meaning, fixed before the study; None leaves equivalence out.
+        level: family-wise level of helps and harms together, and again of equivalence.
+        kept: share of the rare class's patients that training keeps.
+        rare_patients: number of tested rare patients, for the sentence on the floor.
+
+    Returns:
+        A ruling by name; Holm's adjustment covers every comparison that is tested.
+    """
+    barred = dict(described or {})
+    tested = [name for name in gains if name not in barred]
+    p = dict(zip(tested, holm([gains[name].p for name in tested]), strict=True))
+    same = dict(zip(tested, holm([max(gains[name].beyond(margin)) for name in tested]), strict=True)) if margin else {}
+    rulings = {}
+    for name in tested:
+        verdict = verdict_of(gains[name].gain, float(p[name]), float(same[name]) if margin else None, level)
+        sentence = _sentence(name, controls[name], what, gains[name], verdict, float(p[name]), len(tested), margin)
+        notes = _notes(gains[name], verdict, what, level / len(tested), kept, rare_patients)
+        rulings[name] = Ruling(verdict, sentence, notes, gains[name], float(p[name]), float(same[name]) if margin else None, len(tested))
+    for name, reason in barred.items():
+        seen = f"{what} {signed(gains[name].gain)}, " if name in gains else ""
+        said = f"{name} against {controls.get(name) or 'no control'}: {seen}described, not tested: {reason.rstrip('.')}."
+        rulings[name] = Ruling(Verdict.DESCRIBED, said, gain=gains.get(name))
+    return rulings
+
+
+def verdict_of(gain: float, p: float, p_same: float | None = None, level: float = LEVEL) -> Verdict:
+    """The answer from adjusted p values.
+
+    A gain that is both shown and smaller than the margin makes no practical difference: that is what a margin is for.
+    """
+    if p_same is not None and p_same < level:
+        return Verdict.SAME
+    if p < level:
+        return Verdict.HELPS if gain > 0 else Verdict.HARMS
+    return Verdict.UNDECIDED
+
+
+def _sentence(name: str, control: str, what: str, found: Gain, verdict: Verdict, p: float, family: int, margin: float | None) -> str:
+    numbers = f"{signed(found.gain)} [{signed(found.low)}, {signed(found.high)}]"
+    over = f"{p_text(p)}, Holm over {family}" if family > 1 else p_text(p)
+    recipe = "for new patients and new trainings on a cohort of this size"
+    if verdict is Verdict.SAME:
+        return (
+            f"{name} makes no practical difference to {what} against {control}: {numbers}; gains and losses above {margin:g} are excluded."
+        )
+    if verdict is Verdict.UNDECIDED:
+        return f"{name} against {control}: {what} {numbers} ({over}): not decided. {_excluded(found)}"
+    word = "gains" if verdict is Verdict.HELPS else "loses"
+    return f"{name} {verdict.value}: in {what} it {word} {numbers} against {control} {recipe} ({over})."
+
+
+def _excluded(found: Gain) -> str:
+    if not np.isfinite(found.se):
+        return "The two sides treat every patient alike, so nothing is excluded."
+    sides = [f"gains above {max(found.high, 0.0):.3f}", f"losses above {max(-found.low, 0.0):.3f}"]
+    return f"{sides[0].capitalize()} and {sides[1]} are excluded at 95 %."
+
+
+def _notes(found: Gain, verdict: Verdict, what: str, level: float, kept: float, rare_patients: int | None) -> tuple[str, ...]:
+    if not np.isfinite(found.se):
+        return ()
+    share = f"Of its uncertainty {max(found.training_share, 0.0):.0%} is noise of training, which more repeats would narrow."
+    if verdict is not Verdict.UNDECIDED:
+        return (share,)
+    pilot, now = Pilot.of(found), found.runs
+    later = forecast(pilot, runs=now + MORE_REPEATS, kept=kept, level=level)
+    whom = f"with these {rare_patients} rare patients" if rare_patients else "with these patients"
+    return (
+        share,
+        f"With {MORE_REPEATS} more repeats a true difference of {later.detectable:.3f} would be found with 80 % power "
+        f"({later.low:.3f} to {later.high:.3f}); {whom} never less than {later.floor:.3f} in {what}, however many trainings.",
+    )
+
+
+def not_learned(side: Tally, rare: str) -> str:
+    """Why a side's networks did not learn the rare class (one never predicts it, or none beats a constant); empty if they did."""
+    place, classes = side.classes.index(rare), len(side.classes)
+    right, actual, guessed = (side.sums[..., start * classes + place] for start in range(3))
+    for run, fold in zip(side.runs, side.fold, strict=True):
+        calls = np.bincount(fold, weights=guessed[side.runs.index(run)])
+        for which in np.unique(fold[calls[fold] == 0]):
+            return f"a network never predicts {rare} (repeat {run[0]}, fold {which}, seed {run[1]})"
+    share = actual.sum() / side.sums[..., -1].sum()
+    score, constant = 2 * right.sum() / (actual.sum() + guessed.sum()), 2 * share / (1 + share)
+    if score <= constant:
+        return f"its {rare} F1 of {score:.3f} is no better than that of calling every sample {rare} ({constant:.3f})"
+    return ""
+
+
+def signed(value: float) -> str:
+    """Three decimals with a true minus sign."""
+    return f"{value:+.3f}".replace("-", "−").replace("inf", "∞")
+
+
+def p_text(p: float) -> str:
+    """``p = 0.09``; two significant digits, never 0."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"

@@ -1,0 +1,53 @@
+"""The same entries on several data sets: the only place where Wilcoxon's signed-rank test belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from raredistill.errors import DataError
+from raredistill.evaluation.compare import holm, wilcoxon_over_datasets
+from raredistill.reports.analyses import gains
+from raredistill.reports.pairs import Pair
+from raredistill.reports.results import Results
+
+TESTED = ("entry", "data_sets", "mean_gain", "p", "p_holm", "smallest_p")
+
+
+def across(studies: Sequence[tuple[Results, list[Pair]]]) -> pd.DataFrame:
+    """The rare class's gain of every pair on each data set; each has its own rare class.
+
+    Raises:
+        DataError: two studies are of one cohort, so they are no independent data sets.
+    """
+    names: dict[str, str] = {}
+    for results, _ in studies:
+        name, cohort = results.study.name, results.study.cohort.hash
+        if cohort in names:
+            raise DataError(f"studies {names[cohort]} and {name} are of one cohort: Wilcoxon's test needs independent data sets")
+        names[cohort] = name
+    tables = []
+    for results, pairs in studies:
+        where = {"study": results.study.name, "cohort": results.study.cohort.name, "rare": results.study.rare}
+        tables.append(gains(pairs, results.study.rare).assign(**where))
+    shown = ["entry", "study", "cohort", "rare", "teacher", "gain", "low", "high"]
+    return pd.concat(tables, ignore_index=True)[shown].sort_values("entry", kind="stable", ignore_index=True)
+
+
+def tested_across(table: pd.DataFrame) -> pd.DataFrame:
+    """Wilcoxon's signed-rank test of each entry that has a gain on two data sets or more, with Holm's adjustment over the entries.
+
+    Args:
+        table: of :func:`across`.
+
+    Returns:
+        ``entry, data_sets, mean_gain, p, p_holm, smallest_p``, the last being what so many data sets can reach at best.
+    """
+    rows = []
+    for entry, own in table.groupby("entry", sort=False):
+        if len(own) > 1:
+            p, smallest = wilcoxon_over_datasets(own["gain"])
+            rows.append((entry, len(own), float(own["gain"].mean()), p, float("nan"), smallest))
+    found = pd.DataFrame(rows, columns=list(TESTED))
+    return found.assign(p_holm=holm(found["p"]) if rows else [])

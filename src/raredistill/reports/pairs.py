@@ -1,0 +1,156 @@
+"""Every distilled entry against its control: all metrics, each tested by what the protocol allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from raredistill.errors import RareDistillError
+from raredistill.evaluation.bootstrap import check_same, tested_once
+from raredistill.evaluation.differences import Differences, Evidence, differences_of, in_folds, weigh
+from raredistill.predictions import Predictions
+from raredistill.reports.decision import Decision, Sides, decide, rare_kept
+from raredistill.reports.results import Results
+from raredistill.runs.record import RunRecord
+
+RESAMPLES = 2000
+EQUAL_SIZE = 1.05
+"""A teacher within five per cent of its student's parameters is of equal size."""
+
+SAME = ("model", "loss", "channels", "network")
+"""What a record shares with its control's: the network, its weights at the start, what it sees and the recipe of its loss."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A distilled entry and the baseline that differs from it by its teacher only.
+
+    Attributes:
+        entry: its name.
+        control: the baseline's name; empty when the study has none.
+        teacher: the teaching entry's name, or where it came from.
+        ratio: the teacher's parameters over the student's; NaN for a teacher from elsewhere.
+        sides: test predictions of control and entry over the cells that both have finished; None without.
+        differences: by metric, entry minus control.
+        evidence: the same, tested; metrics that cannot be tested are left out.
+        problem: why the rare class's F1 has no reference test; empty when it has.
+        decision: the gain test, which alone decides.
+        shared: all runs share one test set, so that only these networks can be compared.
+    """
+
+    entry: str
+    control: str
+    teacher: str
+    ratio: float
+    sides: tuple[Predictions, Predictions] | None = None
+    differences: dict[str, Differences] = field(default_factory=dict)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
+    problem: str = ""
+    decision: Decision = field(default_factory=Decision)
+    shared: bool = False
+
+    @property
+    def relation(self) -> str:
+        """How the teacher's size stands to the student's: ``larger``, ``equal``, ``smaller``, or ``unknown``."""
+        if math.isnan(self.ratio):
+            return "unknown"
+        if 1 / EQUAL_SIZE <= self.ratio <= EQUAL_SIZE:
+            return "equal"
+        return "larger" if self.ratio > 1 else "smaller"
+
+
+def make_pairs(results: Results) -> list[Pair]:
+    """Compare every distilled entry with its control, in the order of the study."""
+    sides = Sides(results.whole, results.study.rare)
+    return [_pair(results, name, sides) for name in results.entries if results.first(name).kind == "distilled"]
+
+
+def control_of(results: Results, name: str) -> str:
+    """The baseline that differs from an entry by its teacher only; empty when the study has none.
+
+    Of several, that whose training is set most alike: what then still differs stands among the controls, as its budget.
+    """
+    own = results.first(name)
+    others = [results.first(other) for other in results.entries if other != name]
+    found = [run.name for run in others if run.kind == "baseline" and all(getattr(run, key) == getattr(own, key) for key in SAME)]
+    return min(found, key=lambda other: _apart(results.settings(name) or {}, results.settings(other) or {}), default="")
+
+
+def _apart(one: dict[str, Any], other: dict[str, Any]) -> int:
+    return sum(one.get(key) != other.get(key) for key in {*one, *other})
+
+
+def metrics_of(rare: str, classes: Sequence[str]) -> list[str]:
+    """Metrics that pairs are compared by: the rare class's F1 first, then what explains it, then every class."""
+    named = [f"{metric}:{rare}" for metric in ("f1", "recall", "precision", "auprc", "auroc")]
+    others = [f"{metric}:{name}" for name in classes if name != rare for metric in ("f1", "recall")]
+    return [*named, "macro_f1", "balanced_accuracy", *others]
+
+
+def _pair(results: Results, name: str, tallies: Sides) -> Pair:
+    run, control = results.first(name), control_of(results, name)
+    fixed: dict[str, Any] = {"entry": name, "control": control, "teacher": run.teacher_name, "ratio": _ratio(results, run)}
+    cells = results.cells(name) & results.cells(control)
+    if not control or not cells:
+        problem = "the study has no finished baseline of the same network, loss recipe and channels"
+        return Pair(**fixed, problem=problem, decision=Decision(reason=problem))
+    sides = results.pooled(control, cells), results.pooled(name, cells)
+    if sides[0] is None or sides[1] is None:
+        return Pair(**fixed, problem="the runs have no test part", decision=Decision(reason="the runs have no test part"))
+    rare = results.study.rare
+    teacher = run.teacher_name if run.teacher_name in results.entries and results.of(run.teacher_name) else ""
+    kept = rare_kept(results.study.config, rare)
+    decision = decide(tallies, control, name, teacher, expected=results.planned(name), kept=kept)
+    pair = Pair(**fixed, decision=decision, shared=not tested_once(sides[0]) or not in_folds(sides[0]))
+    return compared(pair, (sides[0], sides[1]), metrics_of(rare, results.study.cohort.classes), results.sizes)
+
+
+def compared(pair: Pair, sides: tuple[Predictions, Predictions], metrics: list[str], sizes: tuple[float, float] | None) -> Pair:
+    """The pair with its two sides, control first, compared by every metric; the first metric decides whether there is a problem."""
+    try:
+        check_same(*sides)
+    except RareDistillError as error:
+        # An unfinished study, whose seeds differ by fold: its difference is described by the runs that are complete.
+        return replace(pair, problem=str(error), decision=replace(pair.decision, reason=pair.decision.reason or str(error)))
+    found, problems = differences_of(*sides, metrics, sizes=sizes, resamples=RESAMPLES)
+    evidence: dict[str, Evidence] = {}
+    for metric, each in found.items():
+        try:
+            evidence[metric] = weigh(each)
+        except RareDistillError as error:
+            problems[metric] = str(error)
+    return replace(pair, sides=sides, differences=found, evidence=evidence, problem=problems.get(metrics[0], ""))
+
+
+def _ratio(results: Results, run: RunRecord) -> float:
+    teachers = [other for other in results.study.runs if other.name == run.teacher_name]
+    return teachers[0].parameters / run.parameters if teachers and run.parameters else float("nan")
+
+
+def comparisons(pairs: list[Pair]) -> pd.DataFrame:
+    """Every pair and metric with its test: the source of the forest plot and of the verdicts."""
+    columns = ["entry", "control", "metric", "difference", "low", "high", "p", "detectable", "worse", "equal", "better", "basis", "values"]
+    rows = []
+    for pair in pairs:
+        for metric, found in pair.differences.items():
+            tested = pair.evidence.get(metric)
+            numbers = [getattr(tested, key, np.nan) for key in ("low", "high", "p", "detectable", "worse", "equal", "better")]
+            rows.append((pair.entry, pair.control, metric, found.estimate, *numbers, found.basis, len(found.values)))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def fold_differences(pairs: list[Pair]) -> pd.DataFrame:
+    """Differences by fold and repeat, which the corrected t-test is made of; empty on a shared test set."""
+    rows = [
+        (pair.entry, pair.control, metric, place, float(value))
+        for pair in pairs
+        for metric, found in pair.differences.items()
+        if found.basis == "folds"
+        for place, value in enumerate(found.values)
+    ]
+    return pd.DataFrame(rows, columns=["entry", "control", "metric", "split", "difference"])

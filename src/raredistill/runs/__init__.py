@@ -1,0 +1,1 @@
+"""One run: what it is, its rules, and everything that carries it out."""

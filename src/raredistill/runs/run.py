@@ -1,0 +1,89 @@
+"""One entry on one fold with one seed, and the name that its inputs give it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raredistill.errors import ConfigError
+from raredistill.files import fingerprint, sha256
+from raredistill.runs.entry import Entry, External
+from raredistill.splits import Split
+
+
+@dataclass(frozen=True)
+class Run:
+    """One entry on one fold with one seed.
+
+    Attributes:
+        id: its name.
+        entry: network, settings and teacher.
+        split: patients of each side.
+        seed: of everything random.
+        teachers: the runs it waits for, more than one for an ensemble or for cross-fitted teachers.
+        peers: entries whose networks learn beside its own.
+        part: for a cross-fitted teacher, which part of the training patients it leaves out; None for a line of the study.
+    """
+
+    id: str
+    entry: Entry
+    split: Split
+    seed: int
+    teachers: tuple[Run, ...] = ()
+    peers: tuple[Entry, ...] = ()
+    part: int | None = None
+
+    @property
+    def teacher(self) -> Run | None:
+        """The first of its teachers."""
+        return self.teachers[0] if self.teachers else None
+
+    @property
+    def fold_seed(self) -> int:
+        """Of everything random: the same for every entry of a fold, repeat and seed, so that comparisons are paired."""
+        return self.seed + 1000 * self.split.fold + 100_000 * self.split.repeat
+
+
+def run_name(entry: Entry, split: Split, seed: int, *, teachers: Sequence[Run], peers: Sequence[Entry], cohort_hash: str) -> str:
+    """The name of a run: its entry, place and seed, and a hash of all its inputs.
+
+    Raises:
+        ConfigError: a file that it names does not exist.
+    """
+    determines: dict[str, Any] = {
+        "entry": _settings_of(entry),
+        "teacher": [teacher.id.rsplit("-", 1)[1] for teacher in teachers] or external_facts(entry.teacher if not peers else None),
+        "peers": [{**_settings_of(peer), "pretrained": _file_of(peer.pretrained)} for peer in peers],
+        "pretrained": _file_of(entry.pretrained),
+        "cohort": cohort_hash,
+        "split": split.hash,
+        "seed": seed,
+    }
+    return f"{entry.name}-r{split.repeat}f{split.fold}s{seed}-{fingerprint(_plain(determines))[:10]}"
+
+
+def _settings_of(entry: Entry) -> dict[str, Any]:
+    return {key: value for key, value in asdict(entry).items() if key not in ("name", "teacher")}
+
+
+def external_facts(teacher: Any) -> Any:
+    """Everything stated about a teacher from elsewhere; files by content, so that a corrected list of patients gives another run."""
+    return {key: _file_of(value) for key, value in asdict(teacher).items()} if isinstance(teacher, External) else str(teacher)
+
+
+def _file_of(value: Any) -> str:
+    if not isinstance(value, Path):
+        return str(value)
+    if not value.is_file():
+        raise ConfigError(f"{value}: no such file; check the path in the configuration")
+    return sha256(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return "file" if isinstance(value, Path) else value

@@ -1,0 +1,55 @@
+"""The second stage of a run: its checkpoints get another last layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+
+from raredistill.cohort.store import Cohort
+from raredistill.models import Network
+from raredistill.runs.predict import plain_batches
+from raredistill.runs.run import Run
+from raredistill.training.loop import Fitted
+from raredistill.training.stages import Inputs, Linear, classifier_of, inputs_of, refine
+
+
+def second_stage(run: Run, cohort: Cohort, network: Network, fitted: Fitted, fabric: Fabric, *, seed: int) -> dict[str, Any]:
+    """Change the last layer of both checkpoints as the run asks.
+
+    Args:
+        run: says which stage.
+        cohort: what it reads.
+        network: holds the weights while they change.
+        fitted: its weights are replaced.
+        fabric: the device.
+        seed: of the run.
+
+    Returns:
+        What was done, for the record; empty without a second stage.
+    """
+    settings, split = run.entry.settings, run.split
+    if settings.stage == "none":
+        return {}
+    taus = {}
+    for name, weights in (("best", fitted.best), ("last", fitted.last)):
+        network.load_state_dict(weights)
+        layer = classifier_of(network)
+        refined, taus[name] = refine(
+            settings.stage, Linear(layer.weight.detach().cpu(), layer.bias.detach().cpu()),
+            _inputs(run, cohort, network, fabric, split.train),
+            _inputs(run, cohort, network, fabric, split.validation) if len(split.validation) else None, classes=len(cohort.classes),
+            metric="macro_f1" if settings.select == "last" else settings.select, epochs=settings.stage_epochs, seed=seed,
+        )  # fmt: skip
+        with torch.no_grad():
+            layer.weight.copy_(refined.weight)
+            layer.bias.copy_(refined.bias)
+        weights.update({key: value.detach().cpu().clone() for key, value in network.state_dict().items()})
+    return {"stage": settings.stage, "stage_tau": taus}
+
+
+def _inputs(run: Run, cohort: Cohort, network: Network, fabric: Fabric, rows: np.ndarray) -> Inputs:
+    batches = plain_batches(cohort, rows, run.entry.channels, fabric, run.entry.settings.residence)
+    return inputs_of(network, batches, channels=run.entry.channels, fabric=fabric)

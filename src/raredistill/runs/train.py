@@ -1,0 +1,212 @@
+"""Carry out one run: reuse it when it is finished, train it when it is not, and write down what it found."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+
+from raredistill import checkpoint, predictions
+from raredistill.cohort.store import Cohort
+from raredistill.errors import DataError, RareDistillError
+from raredistill.files import lock_if_free, write_text
+from raredistill.models import Network, measure_latency, unfold_batch_norm
+from raredistill.runs.assemble import make_batches, make_objective, run_promise
+from raredistill.runs.cache import Cache
+from raredistill.runs.curves import Curves
+from raredistill.runs.drafts import abandon, discard, finish, open_draft, origin, read_finished, set_aside
+from raredistill.runs.layout import RunFolder, StudyFolder
+from raredistill.runs.predict import plain_batches, prediction_table
+from raredistill.runs.record import RunRecord, describe
+from raredistill.runs.run import Run
+from raredistill.runs.second_stage import second_stage
+from raredistill.runs.teachers import network_of, patients_before, teacher_files
+from raredistill.runs.watcher import Watcher
+from raredistill.training.devices import first_before, make_fabric
+from raredistill.training.launch import Place, launch
+from raredistill.training.loop import DivergedError, Fitted, fit, predict_logits
+from raredistill.training.resume import Keeper
+
+Outcome = tuple[RunRecord, bool]
+"""A run's record, and whether the run was finished before."""
+
+
+def attempt(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, records: Mapping[str, RunRecord]) -> Outcome | None:
+    """Carry out one run whose teachers are finished, under its lock.
+
+    Args:
+        run: which.
+        cohort: the data that it reads.
+        folder: of the study.
+        watcher: receives the progress.
+        records: of its teachers at least, by run.
+
+    Returns:
+        Its record, and whether it was finished before; None while another process works on it.
+    """
+    with lock_if_free(folder.run(run.id).lock) as ours:
+        return _one(run, cohort, folder, watcher, records) if ours else None
+
+
+def _one(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, records: Mapping[str, RunRecord]) -> Outcome:
+    waiting, own = describe(run, cohort), folder.run(run.id)
+    if failed := [teacher.id for teacher in run.teachers if records[teacher.id].status == "failed"]:
+        return waiting.failed(f"its teacher {failed[0]} failed"), False
+    remarks: list[str] = []
+    if own.path.is_dir():
+        try:
+            return replace(read_finished(own), name=run.entry.name), True
+        except DataError as error:
+            remarks.append(f"{error}; the run was made again, the old one was moved to {set_aside(own)}")
+    try:
+        record = _train(run, cohort, folder, watcher, remarks)
+        changed = _changed_pixels(cohort)
+    except torch.AcceleratorError as error:
+        raise RareDistillError(
+            f"the device failed in {run.id} ({str(error).splitlines()[0]}); the state of the run is kept in {own.draft.path}; "
+            "check that the device answers (nvidia-smi), then run the same command again"
+        ) from error  # every other run would meet it too
+    except OSError:
+        raise  # a full disk or a vanished folder is not this run's failure: every other run would meet it too
+    except Exception as error:
+        # One run's failure must not take the others with it; the record and the log say what happened.
+        write_text(own.error, traceback.format_exc())
+        abandon(own)
+        return waiting.failed(str(error) or type(error).__name__), False
+    if changed:  # every other run would meet it too
+        discard(own)
+        raise DataError(f"{changed}. The run {run.id} was trained meanwhile and is thrown away")
+    finish(own, record)
+    own.error.unlink(missing_ok=True)
+    return record, False
+
+
+def _changed_pixels(cohort: Cohort) -> str:
+    """What happened to the pixels since the study compared them with their hashes; empty where nothing did."""
+    try:
+        cohort.check_pixels()
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def _train(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, remarks: list[str]) -> RunRecord:
+    settings, own = run.entry.settings, folder.run(run.id)
+    fabric = make_fabric(settings.accelerator, settings.precision, settings.devices)
+    now = origin(fabric.device.type, teacher_files(run, folder))
+    draft = open_draft(own, now)
+    patients_before(run.entry, cohort, run.split)  # refused here where they leak
+    with closing(Curves(draft)) as curves:
+
+        def on_epoch(record: dict[str, Any]) -> None:
+            curves.add(record)
+            watcher.epoch_done(run, record)
+
+        handlers: dict[str, Callable[..., None]] = {
+            "start": partial(watcher.run_started, run, settings.epochs), "epoch": on_epoch, "view": partial(watcher.view_kept, run),
+        }  # fmt: skip
+        made = launch(
+            _make, (run, cohort, folder), devices=settings.devices, accelerator=settings.accelerator, precision=settings.precision,
+            hear=lambda event, *facts: handlers[event](*facts),
+        )  # fmt: skip
+    remarks += made.pop("remarks")
+    return replace(describe(run, cohort), status="done", **made, remarks=tuple(remarks), made_with=now)
+
+
+def _make(place: Place, run: Run, cohort: Cohort, folder: StudyFolder) -> dict[str, Any]:
+    """Everything that a run computes, in one of its processes; the first writes the results and returns the facts for the record."""
+    place.tell("start")
+    torch.manual_seed(run.fold_seed)
+    network, fabric, draft = network_of(run.entry, cohort), place.fabric, folder.run(run.id).draft
+    keeper, cache = Keeper(draft.path), Cache(run, cohort, fabric, folder, partial(place.tell, "view"))
+    try:
+        fitted = _fit(run, cohort, network, folder, place, keeper, cache)
+    except DivergedError as error:
+        raise FloatingPointError(_told(error, run, cohort, network, draft, write=fabric.is_global_zero)) from error
+    start = time.perf_counter()
+    stage = second_stage(run, cohort, network, fitted, fabric, seed=run.fold_seed)
+    tables = _predictions(run, cohort, network, fitted, fabric)
+    if not fabric.is_global_zero:
+        return {}
+    _save_checkpoints(run, cohort, network, fitted, draft)
+    predictions.write(draft.predictions, tables, cohort.classes, cohort.background)
+    latency = measure_latency(network)
+    seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
+    return {
+        "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch, "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch,
+        "remarks": [*keeper.remarks, *cache.remarks, *_halved(run, fitted), *_apart(network, fabric)], "teacher_cache": cache.facts,
+        "latency_ms": round(latency.milliseconds, 4), "latency_on": latency.device, **stage,
+    }  # fmt: skip
+
+
+def _apart(network: Network, fabric: Fabric) -> list[str]:
+    norms = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
+    if fabric.world_size == 1 or fabric.device.type == "cuda" or not norms:
+        return []
+    return [
+        f"each of the {fabric.world_size} processes took batch statistics from its own part of a batch, and those of the first were kept: "
+        "on the CPU torch cannot take them over all"
+    ]
+
+
+def _halved(run: Run, fitted: Fitted) -> list[str]:
+    if not fitted.micro_batch:
+        return []
+    size = run.entry.settings.batch_size
+    return [
+        f"the device's memory did not hold {size} samples: steps of {size} were made of micro-batches of {fitted.micro_batch}, "
+        "from which batch statistics and terms that compare samples then come"
+    ]
+
+
+def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draft: RunFolder, *, write: bool) -> str:
+    """The message of a run that diverged; its best epoch so far becomes a checkpoint."""
+    samples = ", ".join(cohort.samples["sample"].to_numpy()[error.rows])
+    if not error.fitted.best:
+        return f"{error}. The batch's samples: {samples}. No epoch had ended before"
+    path = draft.weights("best")
+    if write:
+        checkpoint.save(path, error.fitted.best, run_promise(run, cohort, network))
+    return f"{error}. The batch's samples: {samples}. The last good checkpoint: {path} (epoch {error.fitted.best_epoch})"
+
+
+def _fit(run: Run, cohort: Cohort, network: Network, folder: StudyFolder, place: Place, keeper: Keeper, cache: Cache) -> Fitted:
+    fabric = place.fabric
+    channels, train, validation = make_batches(run, cohort, fabric)
+    if run.entry.pretrained and unfold_batch_norm(fabric.to_device(network), next(train.undivided().epoch(0)).select(channels)):
+        keeper.remarks.append("the batch norms of the pre-trained weights were folded: they were measured anew on the first batch")
+    with first_before(fabric):  # the others find what it keeps of a teacher
+        objective = make_objective(run, cohort, network, fabric, folder, keep=cache)
+    return fit(
+        network, objective, train, validation, settings=run.entry.settings, channels=channels, classes=cohort.classes, fabric=fabric,
+        on_epoch=partial(place.tell, "epoch"), keeper=keeper, interrupted=place.interrupted, micro_batches=place.micro_batches,
+    )  # fmt: skip
+
+
+def _save_checkpoints(run: Run, cohort: Cohort, network: Network, fitted: Fitted, draft: RunFolder) -> None:
+    promise = run_promise(run, cohort, network)
+    checkpoint.save(draft.weights("best"), fitted.best, promise)
+    checkpoint.save(draft.weights("last"), fitted.last, promise)
+
+
+def _predictions(run: Run, cohort: Cohort, network: Network, fitted: Fitted, fabric: Fabric) -> pd.DataFrame:
+    where, channels = (run.split.repeat, run.split.fold, run.seed), run.entry.channels
+    tables = []
+    for part, rows in (("validation", run.split.validation), ("test", run.split.test)):
+        if not len(rows):
+            continue
+        batches = plain_batches(cohort, rows, channels, fabric, run.entry.settings.residence)
+        for name, weights in (("best", fitted.best), ("last", fitted.last)):
+            network.load_state_dict(weights)
+            logits, _ = predict_logits(network, batches, channels=channels, fabric=fabric)
+            tables.append(prediction_table(cohort, rows, logits.numpy(), run=run.id, split=part, checkpoint=name, where=where))
+    return pd.concat(tables, ignore_index=True)
