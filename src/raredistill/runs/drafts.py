@@ -21,7 +21,7 @@ from raredistill.runs.layout import RESULTS, RunFolder
 from raredistill.runs.record import RunRecord, read_run
 from raredistill.training.resume import clear_state, has_state
 
-LIBRARIES = ("torch", "timm", "lightning", "numpy")
+LIBRARIES = ("torch", "timm", "lightning-fabric", "numpy")
 """Those that a run's numbers depend on."""
 ASIDE = (
     "api.py",
