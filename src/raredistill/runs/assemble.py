@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from raredistill.augment import MIXINGS
 from raredistill.batches import Batches, free_memory

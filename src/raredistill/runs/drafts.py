@@ -21,7 +21,7 @@ from raredistill.runs.layout import RESULTS, RunFolder
 from raredistill.runs.record import RunRecord, read_run
 from raredistill.training.resume import clear_state, has_state
 
-LIBRARIES = ("torch", "timm", "lightning", "numpy")
+LIBRARIES = ("torch", "timm", "lightning-fabric", "numpy")
 """Those that a run's numbers depend on."""
 ASIDE = (
     "api.py",
@@ -127,7 +127,7 @@ def abandon(folder: RunFolder) -> None:
 
 
 def discard(folder: RunFolder) -> None:
-    """Remove the draft of a run with everything that was kept of it: it must not be resumed."""
+    """Remove the draft of a run with everything kept of it: it must not be resumed."""
     shutil.rmtree(folder.draft.path, ignore_errors=True)
 
 

@@ -50,7 +50,7 @@ KINDS: Registry[Callable[[], type[Source]]] = Registry(
 """Kind -> a function that gives its class."""
 
 
-def open_source(kind: str, path: Path, **options: Any) -> Source:
+def open_source(kind: str, path: Path, /, **options: Any) -> Source:
     """Open raw data as a source.
 
     Args:
