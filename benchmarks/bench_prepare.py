@@ -30,7 +30,8 @@ from raredistill.cohort import labels, parallel, store, volumes
 from raredistill.cohort.labels import LabelRule
 from raredistill.cohort.prepare import _write_pixels, prepare
 from raredistill.cohort.sources import Source, Unit
-from raredistill.cohort.sources.brats_nifti import BratsNifti, decode
+from raredistill.cohort.sources.brats_nifti import BratsNifti
+from raredistill.cohort.sources.nifti import decode
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "real-glioma-nifti"
 CASES = ("TCGA-DU-7294", "TCGA-FG-6692")

@@ -12,7 +12,7 @@ from raredistill import phantom
 from raredistill.cohort import labels, volumes
 from raredistill.cohort.labels import LabelRule, compare_rules, label_slices
 from raredistill.cohort.sources import brats
-from raredistill.cohort.sources.brats_nifti import decode
+from raredistill.cohort.sources.nifti import decode
 from raredistill.cohort.sources.registry import open_source
 from raredistill.errors import ConfigError, DataError
 
@@ -39,11 +39,11 @@ def write_nifti(root: Path, name: str, seed: int, *, newer: bool = False, ending
     folder.mkdir(parents=True)
     newer_names = dict(zip(CHANNELS, ("-t2f", "-t1n", "-t1c", "-t2w"), strict=True))
     for channel, volume in images.items():
-        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), folder / f"{name}{newer_names[channel] if newer else '_' + channel}{ending}")
+        nibabel.save(nibabel.Nifti1Image(volume, np.diag([-1.0, -1.0, 1.0, 1.0])), folder / f"{name}{newer_names[channel] if newer else '_' + channel}{ending}")
     if segmentation is not None:
         mask = np.where(mask == 4, 3, mask).astype(np.uint8) if newer else mask
         path = folder / (segmentation or f"{name}{'-' if newer else '_'}seg{ending}")
-        nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), path)
+        nibabel.save(nibabel.Nifti1Image(mask, np.diag([-1.0, -1.0, 1.0, 1.0])), path)
     return folder
 
 
@@ -321,7 +321,7 @@ def test_grades_come_from_any_years_column(tmp_path, header):
 
 @pytest.mark.skipif(not (REAL / "brats-tables").is_dir(), reason="../shared/data/brats-tables is absent")
 def test_the_real_table_of_2019_names_259_high_and_76_low_grades(tmp_path):
-    from raredistill.cohort.sources.brats import read_grades
+    from raredistill.cohort.sources.grades import read_grades
 
     grades = read_grades(tmp_path, REAL / "brats-tables" / "BraTS2019_name_mapping.csv")
     listed = {name: grade for name, grade in grades.values.items() if name.startswith("BraTS19")}
@@ -359,7 +359,7 @@ def test_every_problem_of_a_nifti_folder_is_told_at_once(tmp_path):
 
 def test_modalities_that_disagree_in_shape_are_named(tmp_path):
     folder = write_nifti(tmp_path, "case", 0)
-    nibabel.save(nibabel.Nifti1Image(np.ones((5, 6, 7), np.int16), np.eye(4)), folder / "case_t1.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.ones((5, 6, 7), np.int16), np.diag([-1.0, -1.0, 1.0, 1.0])), folder / "case_t1.nii.gz")
     write_grades(tmp_path, {"case": "HGG"})
     source = open_source("brats_nifti", tmp_path)
     with pytest.raises(DataError, match=r"case: modalities disagree in shape .*case_t1\.nii\.gz \(5, 6, 7\)"):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from raredistill.cohort.prepare import prepare
-from raredistill.cohort.sources.brats_nifti import decode
+from raredistill.cohort.sources.nifti import decode
 from raredistill.cohort.sources.registry import open_source
 from raredistill.cohort.store import Cohort
 from raredistill.cohort.verify import verify

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from raredistill.cohort.sources import brats_hdf5
-from raredistill.cohort.sources.brats import read_grades
+from raredistill.cohort.sources.grades import read_grades
 from raredistill.cohort.sources.images import Decoder
 from raredistill.cohort.sources.registry import open_source
 from raredistill.config import load_config
