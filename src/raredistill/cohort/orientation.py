@@ -57,7 +57,7 @@ def axes_of(affine: np.ndarray) -> Axes:
     """
     directions = np.asarray(affine, dtype=np.float64)[:3, :3]
     lengths = np.linalg.norm(directions, axis=0)
-    found = io_orientation(affine)
+    found = io_orientation(affine)  # type: ignore[no-untyped-call]
     if np.isnan(found).any() or not (lengths > 0).all():
         raise DataError("its affine is flat: two axes have one direction, or one has no length")
     world, signs = found[:, 0].astype(int), found[:, 1].astype(int)

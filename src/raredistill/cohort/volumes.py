@@ -78,9 +78,7 @@ def window(volume: np.ndarray, background: np.ndarray | float | None = None) -> 
         raise DataError("holds values that are not finite (NaN or infinity)")
     levels = _levels(volume, volume[0, 0, 0] if background is None else background)
     counts = _scan(volume, levels)
-    if (
-        background is None and 2 * counts.different.sum() >= volume.size
-    ):  # a majority is the mode; only else are nine million numbers sorted
+    if background is None and 2 * counts.different.sum() >= volume.size:  # else a majority is the mode, unsorted
         levels = _levels(volume, commonest(volume))
         counts = _scan(volume, levels)
     if not counts.touched.any():
@@ -303,7 +301,7 @@ def air(volume: np.ndarray) -> float:
     References:
         Otsu, A threshold selection method from gray-level histograms, IEEE Trans. Syst. Man Cybern. 9 (1979), 62-66.
     """
-    step = max(1, int(round((volume.size / 2**18) ** (1 / 3))))
+    step = max(1, round((volume.size / 2**18) ** (1 / 3)))
     sample = volume[::step, ::step, ::step].astype(np.float64)
     lowest, highest = sample.min(), np.quantile(sample, 0.995)
     if not highest > lowest:

@@ -158,9 +158,8 @@ class BratsNifti:
         ungraded = [] if self._unlabelled or self._persons.has_grades() else [brats.NO_TABLE]
         labelled = [scan.name for scans in self._usable.values() for scan in scans if self._labelled(scan)]
         each = [problem for scan in self._scans for problem in (*self._scan_problems(scan), *self._remarks(scan))]
-        return [
-            *nameless, *ungraded, *self._meanings.problems(), *each, *self._persons.conflicts(labelled), *self._persons.remark(), *self._short(),
-        ]  # fmt: skip
+        whole = [*self._meanings.problems(), *self._persons.conflicts(labelled), *self._persons.remark(), *self._short()]
+        return [*nameless, *ungraded, *each, *whole]
 
     def skipped(self) -> list[Skipped]:
         """Hidden and foreign files, and what patterns leave out."""
@@ -319,7 +318,8 @@ class _Reading:
             if not lanes:
                 return volume
         whole: np.ndarray = self._last[1] if self._last else volume
-        return whole[self.scan.lanes[role]]
+        lane: np.ndarray = whole[self.scan.lanes[role]]
+        return lane
 
     def check(self) -> None:
         """Compare shapes, and where the files put the corners of their volumes.
@@ -332,9 +332,7 @@ class _Reading:
             raise DataError(f"{self.scan.name}: modalities disagree in shape ({found}); register them to one grid")
         placed = {name: affine for name, affine in self.places.items() if affine is not None}
         if not placed:
-            self.remarks.append(
-                "the files say nothing of their orientation (qform and sform codes are 0); they are taken as BraTS stores them"
-            )
+            self.remarks.append("no file states its orientation (qform and sform codes are 0): taken as BraTS stores it")
         elif len(placed) < len(self.places):
             bare = ", ".join(name for name in self.places if name not in placed)
             raise DataError(f"{self.scan.name}: {bare} has no place in space (qform and sform codes are 0), the other files have; set it")

@@ -38,10 +38,10 @@ class Meanings:
             return CONVENTIONS[self._chosen]
         if scan.convention is not None:
             return scan.convention
-        if _OLDER.match(scan.name):
-            return CONVENTIONS["brats2020"]
         if scan.newer:
             return CONVENTIONS["brats2024" if self._treated else "brats2023"]
+        if _OLDER.match(scan.name):
+            return CONVENTIONS["brats2020"]
         return CONVENTIONS["brats2023" if 3 in self._found else "brats2020"]
 
     def names(self) -> str:

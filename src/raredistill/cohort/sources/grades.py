@@ -71,6 +71,8 @@ class Grades:
         return None
 
     def _absent(self, scan: str, names: tuple[str, ...]) -> Problem:
+        if {name.casefold() for name in names} & {name.casefold() for name in self.values}:
+            return Problem("error", scan, str(self.file), "the table leaves the patient's grade empty", "fill it in")
         keys = {spelling_key(name) for name in names}
         close = [name for name in self.values if spelling_key(name) in keys]
         if close:
@@ -118,7 +120,7 @@ def _grades(file: Path, lines: list[list[str]], named: list[int], graded: list[i
         rows.append(names)
         for name in names:
             values.setdefault(name, set()).update(found)
-    return Grades(file, {name: frozenset(found) for name, found in values.items() if found}, tuple(filter(None, rows)), grade_3)
+    return Grades(file, {name: frozenset(found) for name, found in values.items()}, tuple(filter(None, rows)), grade_3)
 
 
 def _grade(cell: str) -> str:
