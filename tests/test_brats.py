@@ -119,7 +119,7 @@ def test_labels_4_and_3_mean_the_same_and_others_are_refused():
         old = label_slices(mask, brain, present, rule=rule)
         new = label_slices(np.where(mask == 4, 3, mask), brain, present, rule=rule, convention=labels.CONVENTIONS["brats2023"])
         assert old.tolist() == new.tolist()
-    with pytest.raises(DataError, match=r"label\(s\) \[7\]"):
+    with pytest.raises(DataError, match=r"label\(s\) \[1, 4, 7\]"):
         label_slices(np.where(mask == 2, 7, mask), brain, present, rule=LabelRule())
 
 

@@ -83,7 +83,7 @@ def window(volume: np.ndarray, background: np.ndarray | float | None = None) -> 
         counts = _scan(volume, levels)
     if not counts.touched.any():
         raise DataError(f"holds nothing above its background of {levels[0]:g}: it is constant, or bright and dark are exchanged")
-    inside = counts.dark > FEWEST_BELOW * counts.different.sum() and np.ptp(levels) == 0 and _is_dark_brain(volume, float(levels[0]))
+    inside = background is None and counts.dark > FEWEST_BELOW * counts.different.sum() and _is_dark_brain(volume, float(levels[0]))
     if inside:
         counts = _scan_unlike(volume, levels[0])
     box = _extent(counts.brain > 0), _extent(counts.touched.any(axis=1)), _extent(counts.touched.any(axis=0))
