@@ -38,7 +38,7 @@ def write_series(
             continue
         meta = FileMetaDataset()
         meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.4"
-        meta.MediaStorageSOPInstanceUID = f"{series}.{number + 1}"
+        meta.MediaStorageSOPInstanceUID = f"{series[:50]}.{number + 1}"
         head = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
         head.SOPClassUID, head.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
         head.PatientName, head.PatientID, head.PatientBirthDate, head.ReferringPhysicianName = "DOE^JANE", patient, "19610203", "Dr. House"
@@ -51,7 +51,7 @@ def write_series(
         head.ImageOrientationPatient = [float(value) for value in (*axes[0], *axes[1])]
         head.PixelSpacing, head.PixelData = [1.0, 1.0], plane.tobytes()
         change(head)
-        head.save_as(folder / f"IM{(number * 7) % stack.shape[2]:04d}", enforce_file_format=True)
+        head.save_as(folder / f"IM{(number * 5) % stack.shape[2]:04d}", enforce_file_format=True)
 
 
 def grades(tmp_path, rows):
@@ -115,7 +115,7 @@ def test_the_files_own_window_is_used_if_asked_for(tmp_path):
 
 
 def test_no_identifying_tag_reaches_the_cohort_or_a_message(tmp_path):
-    for number, grade in ((1, "HGG"), (2, "LGG")):
+    for number in (1, 2):
         write_series(tmp_path / "dcm" / str(number), wide(make_case(number)[0]["flair"]), patient=f"MRN-0815-{number}", study=f"1.{number}")
     (tmp_path / "dcm" / "report.txt").write_text("no picture")
     table = grades(tmp_path, {"MRN-0815-1": "HGG", "MRN-0815-2": "LGG"})
@@ -157,7 +157,7 @@ def test_channels_are_told_by_their_description_and_must_share_a_grid(tmp_path):
     write_series(tmp_path / "a" / "t2", images["t2"][:, :, ::2][:, :, :5], description="AX T2 TSE")
     for file in sorted((tmp_path / "a" / "t2").iterdir())[5:]:
         file.unlink()
-    with pytest.raises(DataError, match="another grid|several pictures"):
+    with pytest.raises(DataError, match=r"another grid"):
         read(open_source("dicom", tmp_path / "a", channels=list(names), grades=table))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
@@ -63,12 +64,17 @@ def _quiet(file: Path) -> Iterator[Any]:
         import pydicom
     except ImportError:
         raise DataError("DICOM needs the package pydicom; install it with `pip install raredistill[dicom]`") from None
+    log = logging.getLogger("pydicom")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # its remarks on odd values hold the values
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield pydicom
     except (pydicom.errors.InvalidDicomError, *_FAULTS) as error:
         raise DataError(f"{file.name}: cannot be read as DICOM ({type(error).__name__}); replace it by the original") from None
+    finally:
+        log.setLevel(level)
 
 
 def find_series(files: Sequence[Path], root: Path, skips: Skips) -> list[Series]:
@@ -99,9 +105,7 @@ def _picture(file: Path, head: Any) -> Picture | None:
         return None
     if int(head.get("NumberOfFrames") or 1) != 1 or int(head.get("SamplesPerPixel") or 1) != 1:
         return None
-    lists = [
-        tuple(float(value) for value in head[tag].value) for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-    ]
+    lists = [tuple(float(value) for value in head[tag].value) for tag in TAGS[-3:]]
     whole = [len(values) for values in lists] == [3, 6, 2] and np.isfinite(np.concatenate(lists)).all()
     return Picture(file, str(head.get("SOPInstanceUID")), *lists) if whole else None
 
