@@ -71,7 +71,7 @@ def _quiet(file: Path) -> Iterator[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield pydicom
-    except (pydicom.errors.InvalidDicomError, *_FAULTS) as error:
+    except (pydicom.errors.InvalidDicomError, pydicom.errors.BytesLengthException, *_FAULTS) as error:
         raise DataError(f"{file.name}: cannot be read as DICOM ({type(error).__name__}); replace it by the original") from None
     finally:
         log.setLevel(level)
