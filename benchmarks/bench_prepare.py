@@ -1,8 +1,9 @@
 """Prepare real cases against reading their files with nibabel, each on two warm processes.
 
 Cohorts: the two segmented cases of ``../shared/data/real-glioma-nifti``, ``--patients`` made of copies of them under other names, in
-which what a preparation costs once weighs less, and the two cases stored in other orientations. The two sides alternate; medians are shown. nibabel has plain processes of
-its own, as a script that uses it has; ours are those that ``prepare`` starts, which keep the memory that they free.
+which what a preparation costs once weighs less, and the two cases stored in other orientations. The two sides alternate; medians are
+shown. nibabel has plain processes of its own, as a script that uses it has; ours are those that ``prepare`` starts, which keep the
+memory that they free.
 
 Command: ``python benchmarks/bench_prepare.py [--rounds 9] [--patients 12]``. Imports and the start of workers are apart.
 """
