@@ -13,7 +13,7 @@ from raredistill.cohort.orientation import axes_of
 from raredistill.cohort.prepare import prepare
 from raredistill.cohort.sources.registry import open_source
 from raredistill.cohort.verify import verify
-from raredistill.errors import DataError
+from raredistill.errors import ConfigError, DataError
 from test_brats import AS_BRATS, CHANNELS, make_case, write_hdf5, write_nifti
 
 NEWER = dict(zip(CHANNELS, ("t2f", "t1n", "t1c", "t2w"), strict=True))
@@ -327,3 +327,24 @@ def test_grades_that_are_in_doubt_are_asked_for(tmp_path, row, message):
     if "III" in row:
         chosen = open_source("brats_nifti", tmp_path, grades=tmp_path / "g.csv", grade_3="LGG")
         assert [unit.label for unit in chosen.units()] == ["LGG"]
+
+
+def test_four_digits_at_the_end_are_a_case_where_there_is_no_channel_0000(tmp_path):
+    for number in (1, 2):
+        images, mask = make_case(number)
+        put(tmp_path / "imagesTr" / f"glioma_{number:04d}.nii.gz", np.stack([images[channel] for channel in CHANNELS], -1))
+        put(tmp_path / "labelsTr" / f"glioma_{number:04d}.nii.gz", mask)
+    rows = {"glioma_0001": "HGG", "glioma_0002": "LGG"}
+    source = opened(tmp_path, rows, channel_order=CHANNELS)
+    assert told(source) == []
+    assert {unit.patient: unit.label for unit in source.units()} == rows
+
+
+def test_an_unlabelled_visit_of_a_labelled_person_is_left_out_and_named(tmp_path):
+    write_nifti(tmp_path, "BraTS-GLI-00001-000", 1, newer=True)
+    write_nifti(tmp_path, "BraTS-GLI-00001-001", 2, newer=True, segmentation=None)
+    source = opened(tmp_path, {"BraTS-GLI-00001": "HGG"}, unlabelled=True)
+    assert [(unit.patient, unit.labelled, len(unit.files)) for unit in source.units()] == [("BraTS-GLI-00001", True, 5)]
+    assert any("BraTS-GLI-00001-001: not read: unlabelled" in note for note in told(source, "note"))
+    with pytest.raises(ConfigError, match="mask=true needs segmentations"):
+        opened(tmp_path, {}, unlabelled=True, mask=True)

@@ -23,7 +23,7 @@ from raredistill.cohort.sources.persons import Persons, Place
 from raredistill.cohort.sources.walk import Patterns, Skips, files_below, take
 from raredistill.cohort.store import MASK
 from raredistill.cohort.volumes import Renderer
-from raredistill.errors import DataError
+from raredistill.errors import ConfigError, DataError
 from raredistill.files import inside
 
 FAR = 0.5
@@ -89,9 +89,11 @@ class BratsNifti:
         grade_3: Literal["HGG", "LGG"] | None = None,
         unlabelled: bool = False,
     ) -> None:
+        if mask and unlabelled:
+            raise ConfigError("mask=true needs segmentations, which unlabelled=true does without; choose one of them")
         self._modalities, self._mask = brats.choose_channels(channels), mask
         self.channels = (*self._modalities, *([MASK] if mask else []))
-        self._path, self._unlabelled, self._pattern = Path(path), unlabelled and not mask, patient
+        self._path, self._unlabelled, self._pattern = Path(path), unlabelled, patient
         self._rule = LabelRule(rule, min_tumour_voxels, min_brain_share)
         self._patterns, self._order = Patterns(tuple(include), tuple(exclude)), tuple(channel_order)
         self._skips = Skips()
@@ -228,7 +230,11 @@ class BratsNifti:
     def _remarks(self, scan: Scan) -> list[Problem]:
         if "seg" not in scan.files:
             cure = "nothing to do: the case is left out of a labelled cohort (unlabelled=true reads it)"
-            return [] if self._unlabelled else [Problem("note", scan.name, str(scan.folder), "no segmentation", cure)]
+            if not self._unlabelled:
+                return [Problem("note", scan.name, str(scan.folder), "no segmentation", cure)]
+            used = scan in self._usable.get(self._persons.person(scan.name), [])
+            what = "not read: unlabelled, and other scans of the person are labelled"
+            return [] if used else [Problem("note", scan.name, str(scan.folder), what, "nothing to do")]
         person = self._persons.person(scan.name)
         doubled = [files for files in scan.files.values() if len(files) > 1 and files not in scan.rivals()]
         remarks = [Problem("warning", person, str(files[1]), f"{files[0].name} is read instead", "keep one of them") for files in doubled]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from raredistill.cohort import labels
-from raredistill.cohort.identity import apply_pattern, compile_pattern
+from raredistill.cohort.identity import apply_pattern, compile_pattern, refuse_ambiguous_ids
 from raredistill.cohort.labels import LabelRule
 from raredistill.cohort.orientation import axes_of
 from raredistill.cohort.sources import Problem, Skipped, Slices, Unit, brats
@@ -209,7 +209,14 @@ class Dicom:
         if self._slice_labels is None and self._grades.file is not None:
             what = "no segmentation says which slices show a tumour: every slice takes its patient's grade"
             found.append(Problem("note", "", "", what, "give slice_labels=FILE if slices have labels of their own"))
-        return found
+        return [*found, *self._ambiguous()]
+
+    def _ambiguous(self) -> list[Problem]:
+        try:
+            refuse_ambiguous_ids([study.patient for study in self._studies if self._pattern], "patients")
+        except DataError as error:
+            return [Problem("error", "", "", str(error), "make the names differ, or change patient=REGEX")]
+        return []
 
     def skipped(self) -> list[Skipped]:
         """Files that are no pictures, and series that are not wanted."""

@@ -188,7 +188,7 @@ def _corrected(scan: Scan, skips: Skips, root: Path) -> Scan:
 def _described(files: Sequence[Path], order: Sequence[str]) -> tuple[list[Scan], list[Path]]:
     """Scans in nnU-Net's and the Decathlon's layout, or named by channel numbers, and the files that are none of them."""
     folders = {file.parent for file in files if re.fullmatch(r"images?t[rs]", file.parent.name, re.IGNORECASE)}
-    numbered = {file.parent for file in files if _NUMBERED.search(ENDING.sub("", file.name)) and not role_of(ENDING.sub("", file.name))[1]}
+    numbered = {file.parent for file in files if ENDING.sub("", file.name).endswith("_0000")}
     scans: list[Scan] = []
     used: set[Path] = set()
     for folder in sorted(folders | numbered):
@@ -208,9 +208,11 @@ def _described(files: Sequence[Path], order: Sequence[str]) -> tuple[list[Scan],
 
 def _by_case(files: list[Path], roles: list[str]) -> dict[str, dict[str, Path]]:
     cases: dict[str, dict[str, Path]] = {}
+    first = _first_channels(files)
     for file in files:
         stem = ENDING.sub("", file.name)
         match = _NUMBERED.search(stem)
+        match = match if match and stem[: match.start()] in first else None
         if match and int(match[1]) < len(roles):
             cases.setdefault(stem[: match.start()], {})[roles[int(match[1])]] = file
         elif not match and not role_of(stem)[1]:
@@ -218,11 +220,17 @@ def _by_case(files: list[Path], roles: list[str]) -> dict[str, dict[str, Path]]:
     return cases
 
 
+def _first_channels(files: Sequence[Path]) -> set[str]:
+    """What stands before ``_0000``: with it, four digits at the end are a channel, and else the number of a case."""
+    return {stem[:-5] for file in files if (stem := ENDING.sub("", file.name)).endswith("_0000")}
+
+
 def numbered_without_names(files: Sequence[Path], order: Sequence[str]) -> Path | None:
     """A file that is one channel of several, or all of them, and nothing says which is which."""
+    first = _first_channels(files)
     for file in files:
         stem = ENDING.sub("", file.name)
-        several = _NUMBERED.search(stem) or re.fullmatch(r"images?t[rs]", file.parent.name, re.IGNORECASE)
+        several = (_NUMBERED.search(stem) and stem[:-5] in first) or re.fullmatch(r"images?t[rs]", file.parent.name, re.IGNORECASE)
         if several and not role_of(stem)[1] and not _description(file.parent.parent, order)[0]:
             return file
     return None
