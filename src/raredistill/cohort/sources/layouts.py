@@ -198,7 +198,7 @@ def _described(files: Sequence[Path], order: Sequence[str]) -> tuple[list[Scan],
         for name, found in _by_case([file for file in files if file.parent == folder], roles).items():
             masks = [file for file in files if file.parent.name.lower() == folder.name.lower().replace("image", "label")
                      and file.parent.parent == folder.parent and ENDING.sub("", file.name) == name]  # fmt: skip
-            whole = any(not _NUMBERED.search(ENDING.sub("", file.name)) for file in found.values())
+            whole = any(ENDING.sub("", file.name) == name for file in found.values())
             lanes = {role: place for place, role in enumerate(roles)} if whole else {}
             mapped = {role: (file,) for role, file in found.items() if role}
             scans.append(Scan(name, folder, {**mapped, **({"seg": tuple(masks)} if masks else {})}, lanes, False, convention))
