@@ -63,6 +63,7 @@ class Slices:
         tally: counts worth reporting, such as slices discarded by each label rule.
         hashes: file name -> sha256 of the bytes that were read; left empty, ``prepare`` hashes the unit's files itself.
         problems: warnings and notes that only decoding could tell.
+        digests: of each sample's pixels before they were resized, to find copies; left empty, those of the resized pixels are taken.
     """
 
     rows: list[dict[str, Any]]
@@ -70,6 +71,7 @@ class Slices:
     tally: dict[str, int]
     hashes: dict[str, str] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    digests: tuple[str, ...] = ()
 
 
 class Source(Protocol):
