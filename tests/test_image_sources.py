@@ -14,7 +14,7 @@ from raredistill.cohort.sources.arrays import Arrays
 from raredistill.cohort.sources.image_folder import ImageFolder
 from raredistill.cohort.sources.images import Decoder
 from raredistill.cohort.sources.table import Table
-from raredistill.errors import DataError
+from raredistill.errors import DataError, RareDistillError
 from raredistill.files import sha256
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -96,7 +96,7 @@ def test_a_patient_in_two_classes_stays_one_patient_and_is_told(folder):
     ],
 )
 def test_options_that_do_not_fit_are_refused(folder, options, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(RareDistillError, match=message):
         ImageFolder(folder, **options)
 
 
@@ -225,7 +225,7 @@ def test_a_table_gives_labels_patients_and_split_parts(table):
 def test_column_names_are_settable_and_a_missing_one_is_named(table):
     renamed = pd.read_csv(table).rename(columns={"image": "file", "label": "kind", "patient": "who"})
     renamed.to_csv(table, index=False)
-    source = Table(table, image_column="file", label_column="kind", patient_column="who")
+    source = Table(table, image_column="file", label_column="kind", patient="who")
     assert len(source.units()) == 4
     assert len(Table(table, image_column="file", label_column="kind").units()) == 5
     with pytest.raises(DataError, match="no column 'image' among file, kind, who, split"):

@@ -24,7 +24,7 @@ Treatment = Literal["refuse", "join", "drop", "near"]
 SIDE = 32
 """Pixels of a side of the small grey image by which samples are compared."""
 STRICTEST, LOOSEST, SHARE = 0.985, 0.9, 0.1
-"""Two looks are near-copies when their correlation leaves at most a tenth of what lies between the usual nearest neighbour and 1.
+"""Two looks are near-copies when their correlation lies at most a tenth as far from 1 as a usual nearest neighbour's.
 
 On real sets (brain MRI 128 x 128, chest X-rays 64 x 64) copies that were resized, or saved as JPEG of quality 20 to 90, have 0.994 and more,
 and the most alike pictures of different patients 0.977; where pictures differ more, as in natural images, the bound is lower."""
@@ -314,7 +314,9 @@ def implausible_patients(samples: pd.DataFrame, looks: np.ndarray) -> list[Probl
         own = order[labels[order] == name]
         pairs, share = _alike_neighbours(looks, own, patients)
         if pairs >= _FEWEST_PAIRS and share >= _SUSPICIOUS:
-            what = f"{name}: {share:.0%} of {pairs} pictures are as like the next one by name, of another patient, as 1 % of random pairs are"
+            what = (
+                f"{name}: {share:.0%} of {pairs} pictures are as like the next one by name, of another patient, as 1 % of random pairs are"
+            )
             cure = "patients may be cut into pieces: neighbours often show one person; take the patients from where the pictures come from"
             found.append(Problem("warning", "", "", what, cure))
     return found
