@@ -24,7 +24,7 @@ Treatment = Literal["refuse", "join", "drop", "near"]
 SIDE = 32
 """Pixels of a side of the small grey image by which samples are compared."""
 STRICTEST, LOOSEST, SHARE = 0.985, 0.9, 0.1
-"""Two looks are near-copies when their correlation lies at most a tenth as far from 1 as a usual nearest neighbour's.
+"""Two looks are near-copies when their correlation is at most a tenth as far from 1 as a usual neighbour's.
 
 On real sets (brain MRI 128 x 128, chest X-rays 64 x 64) copies that were resized, or saved as JPEG of quality 20 to 90, have 0.994 and more,
 and the most alike pictures of different patients 0.977; where pictures differ more, as in natural images, the bound is lower."""

@@ -81,6 +81,10 @@ class Source(Protocol):
     channels: tuple[str, ...]
     counted: str
     """What its units are, for people: patients, images."""
+    patients_known: bool
+    """Whether patients are told: else each image is its own unit, and nothing counts patients."""
+    duplicates: Literal["refuse", "join", "drop", "near"]
+    """What becomes of equal pictures (set by ``open_source``): see ``raredistill.cohort.duplicates``."""
 
     def units(self) -> list[Unit]:
         """Patients in a stable order."""

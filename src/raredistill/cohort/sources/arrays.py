@@ -16,9 +16,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from raredistill.cohort.sources import Problem, Slices, Unit
-from raredistill.cohort.sources.image_folder import OWN_UNIT
-from raredistill.cohort.sources.images import Decoder, Mode, checked_mode, checked_window
+from raredistill.cohort.duplicates import Treatment, digest_of
+from raredistill.cohort.sources import Problem, Skipped, Slices, Unit
+from raredistill.cohort.sources.images import OWN_UNIT, Decoder, Mode, checked_mode, checked_window
 from raredistill.errors import DataError
 from raredistill.files import sha256
 
@@ -75,6 +75,7 @@ class Arrays:
 
     kind = "arrays"
     counted = "blocks of images"
+    duplicates: Treatment = "refuse"
     channels: tuple[str, ...]
 
     def __init__(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from raredistill.cohort.duplicates import digest_of
+from raredistill.cohort.duplicates import Treatment, digest_of
 from raredistill.cohort.identity import person_of, spelling_key
 from raredistill.cohort.sources import Problem, Skipped, Slices, Unit
 from raredistill.cohort.sources.walk import Skips
@@ -314,6 +314,7 @@ class ImageFiles:
     channels: tuple[str, ...]
     counted: str
     patients_known: bool
+    duplicates: Treatment = "refuse"
 
     def __init__(
         self,

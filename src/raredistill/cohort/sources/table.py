@@ -25,7 +25,7 @@ from raredistill.cohort.sources.images import (
     Mode,
     ordered_classes,
 )
-from raredistill.cohort.sources.walk import Patterns, Skips
+from raredistill.cohort.sources.walk import HIDDEN, Patterns, Skips
 from raredistill.errors import DataError
 from raredistill.files import sha256
 
@@ -101,7 +101,8 @@ class Table(ImageFiles):
         samples: list[ImageSample] = []
         taken: dict[Path, str] = {}
         for line, row in enumerate(chosen.to_dict("records"), start=2):
-            if reason := self._patterns.reason(str(row["image"]).replace("\\", "/")):
+            reason = self._patterns.reason(str(row["image"]).replace("\\", "/"))
+            if reason not in ("", HIDDEN):  # what a table names is meant, also where its name begins with a dot
                 skips.add(f"row {reason}", f"line {line}")
             elif sample := self._sample(row, line, taken):
                 samples.append(sample)
