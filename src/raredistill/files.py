@@ -95,6 +95,16 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: cannot be read as JSON ({error}); delete it and run the command again") from None
 
 
+class _Plain(yaml.SafeLoader):
+    """YAML's safe loader in which only ``true`` and ``false`` are booleans (YAML 1.2): ``yes`` and ``no`` are names of classes."""
+
+
+_Plain.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def parse_yaml(text: str, name: str) -> Any:
     """Understand plain YAML, which can name no code; ``name`` is for messages.
 
@@ -102,7 +112,7 @@ def parse_yaml(text: str, name: str) -> Any:
         ConfigError: it is no YAML, or its aliases stand for more than memory holds.
     """
     try:
-        value = yaml.safe_load(text)
+        value = _Plain(text).get_single_data()
         repeats = _values(value, {}) > MOST_VALUES
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: cannot be read as YAML ({' '.join(str(error).split())}); lists are written [flair, t1ce]") from None

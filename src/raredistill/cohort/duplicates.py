@@ -23,11 +23,11 @@ Treatment = Literal["refuse", "join", "drop", "near"]
 
 SIDE = 32
 """Pixels of a side of the small grey image by which samples are compared."""
-STRICTEST, LOOSEST, SHARE = 0.985, 0.9, 0.1
-"""Two looks are near-copies when their correlation is at most a tenth as far from 1 as a usual neighbour's.
+STRICTEST, SHARE = 0.985, 0.05
+"""Two looks are near-copies when their correlation is a twentieth as far from 1 as that of usual nearest neighbours.
 
-On real sets (brain MRI 128 x 128, chest X-rays 64 x 64) copies that were resized, or saved as JPEG of quality 20 to 90, have 0.994 and more,
-and the most alike pictures of different patients 0.977; where pictures differ more, as in natural images, the bound is lower."""
+On real sets (brain MRI 128 x 128, chest X-rays 64 x 64) copies that were resized, or saved as JPEG of quality 20 to 90, have 0.994
+and more, and the most alike pictures of different patients 0.977; where pictures differ more, the bound is lower."""
 NEIGHBOURS = 8
 _FREQUENCIES, _DIMENSIONS = 6, 24
 _SAMPLED, _BLOCK = 200, 2048
@@ -127,6 +127,8 @@ def _groups(codes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def _near(samples: pd.DataFrame, looks: np.ndarray, rows: np.ndarray) -> pd.DataFrame:
     patients = pd.factorize(samples["patient"])[0]
+    if len(np.unique(patients[rows])) < 2:
+        return pd.DataFrame({"first": [], "second": [], "similarity": []})
     bound = _bound(looks, rows, patients)
     first, second = _candidates(looks, rows, bound)
     first, second = _apart(first, second, patients)  # neighbouring slices of one patient are alike, and harmless
@@ -145,7 +147,7 @@ def _bound(looks: np.ndarray, rows: np.ndarray, patients: np.ndarray) -> float:
         alike[patients[chosen][:, None] == patients[block][None]] = 0
         nearest = np.maximum(nearest, alike.max(axis=1, initial=0))
     usual = float(np.median(nearest)) if len(nearest) else 0.0
-    return float(np.clip(1 - SHARE * (1 - usual), LOOSEST, STRICTEST))
+    return min(1 - SHARE * (1 - usual), STRICTEST)
 
 
 def _candidates(looks: np.ndarray, rows: np.ndarray, bound: float) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +173,7 @@ def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
 def _unit(looks: np.ndarray) -> np.ndarray:
     """Looks ``(n, SIDE, SIDE)`` with mean 0 and norm 1: their products are correlations, whatever the brightness and contrast."""
     centred = looks - looks.mean(axis=(1, 2), keepdims=True, dtype=np.float32)
-    norms = np.linalg.norm(centred.reshape(len(looks), -1), axis=1)
+    norms = np.linalg.norm(centred.reshape(len(looks), SIDE * SIDE), axis=1)
     return np.asarray(centred / np.maximum(norms, 1e-6)[:, None, None], dtype=np.float32)
 
 

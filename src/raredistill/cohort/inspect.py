@@ -29,8 +29,13 @@ def summary(cohort: Cohort) -> pd.DataFrame:
     Returns:
         Columns ``split`` (only with a given split), ``class``, ``slices``, ``share`` (of its part's slices), ``patients``,
         ``slices_per_patient`` (median) and ``sources`` (files or cases). The class ``all`` sums up a part; a patient with several
-        classes counts once there.
+        classes counts once there. Where no patient is known, ``images`` stands for ``slices`` and nothing counts patients.
     """
+    table = _summary(cohort)
+    return table if cohort.patients_known else table.drop(columns=["patients", "slices_per_patient"]).rename(columns={"slices": "images"})
+
+
+def _summary(cohort: Cohort) -> pd.DataFrame:
     if not (cohort.samples["split"] != "").any():
         return _part_summary(cohort.samples, cohort.classes)
     parts = [_part_summary(part, cohort.classes) for _, part in cohort.samples.groupby("split", sort=False)]

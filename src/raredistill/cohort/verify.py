@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from raredistill import files
 from raredistill.cohort.duplicates import SIDE, Copies, Prints, Treatment, find_copies, implausible_patients, prints_of, problems_of
 from raredistill.cohort.parallel import over_units
 from raredistill.cohort.sources import Problem, Skipped, Source, Unit
@@ -32,6 +34,7 @@ class Findings:
         samples: how many can be used, and how many of them have no label.
         unlabelled: samples without a label.
         copies: equal pictures and near-copies.
+        looks: ``(samples, SIDE, SIDE)`` uint8 grey, as they were compared.
         seconds: stage -> seconds.
     """
 
@@ -41,6 +44,7 @@ class Findings:
     samples: int
     unlabelled: int
     copies: Copies
+    looks: np.ndarray
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -89,8 +93,31 @@ def examine(source: Source, *, workers: int | None = None, progress: Callable[[i
         len(samples),
         int((samples["label"] == "").sum()),
         copies,
+        prints.looks,
         {"list": listed - start, "read": read - listed, "compare": time.monotonic() - read},
     )
+
+
+def write_table(findings: Findings, path: Path) -> Path:
+    """Write problems, and what is left out by reason (level ``left out``), as a table that can be sent on.
+
+    Raises:
+        DataError: ``path`` ends neither with .csv nor with .json.
+    """
+    rows = [asdict(problem) for problem in findings.problems]
+    rows += [
+        {"level": "left out", "patient": "", "file": ", ".join(skip.examples), "what": f"{skip.count} {skip.reason}", "cure": ""}
+        for skip in findings.skipped
+    ]
+    if path.suffix.lower() not in (".csv", ".json"):
+        raise DataError(f"{path}: the table is written as .csv or .json; name such a file")
+    table = pd.DataFrame(rows, columns=["level", "patient", "file", "what", "cure"])
+    with files.atomic(path) as temporary:
+        if path.suffix.lower() == ".csv":
+            table.to_csv(temporary, index=False)
+        else:
+            table.to_json(temporary, orient="records", indent=1, force_ascii=False)
+    return path
 
 
 def gathered(rows: list[list[tuple[str, ...]]], prints: list[Prints]) -> tuple[pd.DataFrame, Prints]:

@@ -140,7 +140,7 @@ class Arrays:
 
     def _check_shape(self, images: str, shape: tuple[int, ...]) -> None:
         wanted = (len(self._named),) if self._named else (1, 3)
-        if len(shape) == 3 and len(self._named) <= 1 or len(shape) == 4 and shape[3] in wanted:
+        if (len(shape) == 3 and len(self._named) <= 1) or (len(shape) == 4 and shape[3] in wanted):
             return
         first = len(shape) == 4 and shape[1] in wanted
         cure = (
@@ -158,7 +158,7 @@ class Arrays:
                 if values.dtype.kind == "f" and not np.isfinite(values).all():
                     raise DataError(f"{self._path}: {part.images} holds values that are not finite; replace them")
                 low, high = min(low, float(values.min())), max(high, float(values.max()))
-        if all(part.dtype == bool for part in self._parts.values()) or (not whole and 0 <= low and high <= 1):
+        if all(part.dtype == bool for part in self._parts.values()) or (not whole and low >= 0 and high <= 1):
             return 0.0, 1.0
         if low >= 0 and (whole or high <= _BYTE):
             return smallest_range(high) if whole else (0.0, float(_BYTE))
