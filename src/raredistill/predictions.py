@@ -199,7 +199,7 @@ def read_text_table(path: Path, *, texts: Sequence[str] = ()) -> pd.DataFrame:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError, IndexError) as error:
         raise DataError(f"{path}: cannot be read as CSV ({error})") from None
-    table = table.rename(columns=lambda name: str(name).strip())
+    table.columns = pd.Index([str(name).strip() for name in table.columns])
     return table.assign(**{name: table[name].str.strip() for name in texts if name in table})
 
 
