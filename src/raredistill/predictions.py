@@ -200,7 +200,8 @@ def read_text_table(path: Path, *, texts: Sequence[str] = ()) -> pd.DataFrame:
     except (OSError, ValueError, EOFError, IndexError) as error:
         raise DataError(f"{path}: cannot be read as CSV ({error})") from None
     table.columns = pd.Index([str(name).strip() for name in table.columns])
-    return table.assign(**{name: table[name].str.strip() for name in texts if name in table})
+    stripped: pd.DataFrame = table.assign(**{name: table[name].str.strip() for name in texts if name in table})
+    return stripped
 
 
 _PACKERS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zip": "zip"}

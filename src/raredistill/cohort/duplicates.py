@@ -207,7 +207,7 @@ def _similarities(looks: np.ndarray, first: np.ndarray, second: np.ndarray) -> n
 
 def _best_turn(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     turns = [np.rot90(side, quarter, axes=(1, 2)) for side in (theirs, theirs.transpose(0, 2, 1)) for quarter in range(4)]
-    return np.max([np.einsum("nij,nij->n", ours, turn) for turn in turns], axis=0)
+    return np.asarray(np.max([np.einsum("nij,nij->n", ours, turn) for turn in turns], axis=0))
 
 
 def joined(copies: Copies, *, near: bool) -> dict[str, str]:

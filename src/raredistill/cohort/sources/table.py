@@ -77,7 +77,8 @@ class Table(ImageFiles):
     ) -> None:
         self._path = Path(path)
         self._folder = self._path.parent if folder is None else Path(folder)
-        self._patterns, self._problems, skips = Patterns(tuple(include), tuple(exclude)), [], Skips()
+        self._patterns, skips = Patterns(tuple(include), tuple(exclude)), Skips()
+        self._problems: list[Problem] = []
         table, label_column = _with_labels(_read(self._path), label_column, self._path)
         self._columns = {
             "image": _column(table, image_column, self._path),
