@@ -429,7 +429,7 @@ def test_blanks_and_case_of_a_header_do_not_matter(table, header):
 def test_ids_that_a_spreadsheet_changed_and_classes_in_two_spellings_are_refused(table):
     whole = pd.read_csv(table)
     whole.assign(patient=["7", "007", "7.0", "8", "9"]).to_csv(table, index=False)
-    with pytest.raises(DataError, match="'7' and '7.0'|'007' and '7'"):
+    with pytest.raises(DataError, match="differ only by leading zeros"):
         Table(table)
     whole.assign(label=["1", "1.0", "0", "1", "0"]).to_csv(table, index=False)
     with pytest.raises(DataError, match="differ only in how they are written"):
