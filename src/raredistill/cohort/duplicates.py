@@ -31,7 +31,7 @@ and more, and the most alike pictures of different patients 0.977; where picture
 NEIGHBOURS = 8
 _FREQUENCIES, _DIMENSIONS = 6, 24
 _SAMPLED, _BLOCK = 200, 2048
-_CHANCE_PAIRS = 20_000
+_CHANCE_PAIRS = 4_000
 _FEWEST_PAIRS, _SUSPICIOUS = 20, 0.25
 _LISTED = 3
 _HELD_OUT = {"test": 0, "validation": 1, "train": 2}
