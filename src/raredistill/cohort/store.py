@@ -108,7 +108,7 @@ class Cohort:
     @property
     def labels(self) -> np.ndarray:
         """``(N,)`` int64 class indices; -1 where a sample has no label."""
-        return np.asarray(pd.Index(list(self.classes), dtype=object).get_indexer(self.samples["label"]), dtype=np.int64)
+        return np.asarray(pd.Index(list(self.classes), dtype=object).get_indexer(pd.Index(self.samples["label"])), dtype=np.int64)
 
     def pixels(self, channel: str) -> np.ndarray:
         """Map one channel, ``(N, height, width)`` uint8, read-only.
