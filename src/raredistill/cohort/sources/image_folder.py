@@ -24,7 +24,7 @@ from raredistill.cohort.sources.images import (
 )
 from raredistill.cohort.sources.walk import Patterns, Skips, files_below, take
 from raredistill.errors import DataError
-from raredistill.files import files_below, folders_in
+from raredistill.files import folders_in
 
 MASK_FOLDERS = frozenset(
     [
