@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 import pandas as pd
 
 from raredistill.cohort.prepare import prepare
-from raredistill.cohort.sources.registry import open_source
+from raredistill.cohort.sources import Problem
+from raredistill.cohort.sources.images import ImageFiles, ImageSample, ordered_classes
+from raredistill.cohort.sources.walk import Skips
 from raredistill.cohort.store import DESCRIPTION, Cohort, save
 from raredistill.errors import DataError
 from raredistill.files import fingerprint
@@ -52,12 +55,35 @@ def _table(data: Any) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+class ListedImages(ImageFiles):
+    """Image files with their labels and patients, as a data frame lists them."""
+
+    kind = "python"
+
+    def __init__(self, samples: Sequence[ImageSample]) -> None:
+        root = Path(os.path.commonpath([sample.file.parent for sample in samples]))
+        self._classes = ordered_classes(sorted({sample.label for sample in samples}), None, root)
+        super().__init__(samples, root, mode="auto", window=None, patients_known=True, skips=Skips())
+
+    def classes(self) -> tuple[str, ...]:
+        """The labels, in alphabetical order."""
+        return self._classes
+
+    def problems(self) -> list[Problem]:
+        """Files that are missing or are no images, and patients of several classes."""
+        return self.file_problems()
+
+    def settings(self) -> dict[str, Any]:
+        """Classes, and how pixels are made."""
+        return {"kind": self.kind, "classes": list(self._classes), **self.decoding()}
+
+
 def _from_paths(frame: pd.DataFrame, out: Path, size: int) -> Cohort:
-    rows = frame[list(COLUMNS)].assign(image=[str(Path(image).resolve()) for image in frame["image"]])
-    table = out / f"data-{fingerprint(rows.astype(str).to_dict('list'))[:8]}.csv"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(table, index=False)
-    return prepare(open_source("table", table), out / f"cohort-{table.stem.removeprefix('data-')}", size=(size, size))
+    files = [Path(image).resolve() for image in frame["image"]]
+    rows = zip(files, frame["label"].astype(str), frame["patient"].astype(str), strict=True)
+    source = ListedImages([ImageSample(file.as_posix(), file, label, patient) for file, label, patient in rows])
+    key = fingerprint([[file.as_posix() for file in files], [*frame["label"].astype(str)], [*frame["patient"].astype(str)]])
+    return prepare(source, out / f"cohort-{key[:8]}", size=(size, size))
 
 
 def _from_arrays(frame: pd.DataFrame, out: Path) -> Cohort:
