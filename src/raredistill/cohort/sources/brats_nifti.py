@@ -28,6 +28,8 @@ ROLES = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "segm": "seg"}
 LARGEST = 2**29
 """Voxels of the largest volume that is read: a header that promises more is damaged or hostile."""
 HEADER = 352
+MOST_BEHIND = 2**24
+"""Bytes that may follow the voxels."""
 FARTHEST = 1e9
 """Millimetres; an affine with more than that is no place."""
 FAR = 0.5
@@ -301,12 +303,14 @@ class _Stream:
         return block
 
     def finish(self) -> None:
-        """Read what follows the voxels, so that the check sum is compared."""
-        if self._decompressor is None:
-            return
-        while not self._decompressor.eof:
-            if not self._next(2**16):
+        """Read what follows the voxels, so that the check sum is compared; a few bytes of gzip may stand for any number of them."""
+        behind = 0
+        while self._decompressor is not None and not self._decompressor.eof:
+            if not (block := self._next(2**16)):
                 raise DataError(f"{self._file}: its gzip data are cut short; replace it by the original")
+            behind += len(block)
+            if behind > MOST_BEHIND:
+                raise DataError(f"{self._file}: more than {MOST_BEHIND} bytes follow its voxels; replace it by the original")
 
 
 def _voxel_type(header: Any, file: Path) -> np.dtype[Any]:

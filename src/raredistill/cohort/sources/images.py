@@ -119,7 +119,7 @@ def _resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _refuse_pages(image: Image.Image, file: Path) -> None:
-    pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+    pages = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # what a camera puts behind its JPEG is no other image
     if pages > 1:
         raise DataError(f"{file}: holds {pages} pages; save one image a file")
 
