@@ -223,7 +223,7 @@ def test_pixels_overwritten_during_training_stop_the_study_and_cost_the_run(tmp_
     before = next((cohort.root / "pixels").iterdir()).read_bytes()
     made = study(cohort, [{"name": "a", "model": "small_cnn"}], training={"epochs": 2, "batch_size": 16, "accelerator": "cpu"})
     vandal = Vandal(cohort)
-    with pytest.raises(DataError, match=r"was changed after the cohort was made; prepare the cohort again\. The run .* is thrown away"):
+    with pytest.raises(DataError, match=r"was changed after the cohort was made; prepare the cohort again\. The run .* is discarded"):
         run_study(made, tmp_path / "s", vandal)
     assert folders(tmp_path / "s") == []  # neither finished, nor a state from which it could be gone on with
     vandal.path.write_bytes(before)

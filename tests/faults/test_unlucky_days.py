@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from raredistill import predictions
-from raredistill.cohort.sources.brats_nifti import decode
+from raredistill.cohort.sources.nifti import decode
 from raredistill.cohort.sources.images import Decoder
 from raredistill.errors import DataError
 from raredistill.files import atomic

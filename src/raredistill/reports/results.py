@@ -68,9 +68,10 @@ class Results:
         tables = [self.tables[run.id] for run in self.of(entry)]
         return predictions.concatenate(tables) if tables else None
 
-    def planned(self, entry: str) -> set[Cell]:
-        """The (repeat, fold, seed) of an entry's runs, finished or not."""
-        return {run.cell for run in self.study.runs if run.name == entry}
+    def expected(self, entry: str, control: str) -> set[Cell]:
+        """The (repeat, fold, seed) that two entries should have finished: all folds of each repeat and seed that either has begun."""
+        begun = {(run.repeat, run.seed) for name in (entry, control) for run in self.of(name)}
+        return {run.cell for run in self.study.runs if run.name == entry and (run.repeat, run.seed) in begun}
 
     @cached_property
     def levels(self) -> list[tuple[str, str, Predictions]]:

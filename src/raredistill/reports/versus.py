@@ -124,7 +124,7 @@ def _pair(names: tuple[str, str], first: Predictions, second: Predictions, metri
     check_same(*sides)
     folds = in_folds(sides[0])
     sizes = side_sizes(first.checkpoint("best")) if folds else None
-    decision = decide(Sides(dict(zip(names, (first, second), strict=True)).get, rarest(sides[1])), *names) if folds else Decision()
+    decision = decide(Sides(dict(zip(names, (first, second), strict=True)).get, rarest(sides[1]), metrics), *names) if folds else Decision()
     pair = Pair(names[1], names[0], "", float("nan"), decision=decision, shared=not folds)
     return compared(pair, sides, metrics, sizes)
 

@@ -218,11 +218,9 @@ def _read(kind: type, value: Any, path: Path) -> Any:
     try:
         return _adapter(kind).validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "it"
-        raise DataError(
-            f"{path}: not a record of this version of raredistill ({place}: {first['msg'].lower()}); run the study again to write it anew"
-        ) from None
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise DataError(f"{path}: {where}: {first['msg'].lower()} (it is {first['input']!r:.60}); run raredistill study again") from None
 
 
 def describe(run: Run, cohort: Cohort) -> RunRecord:

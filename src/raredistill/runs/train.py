@@ -84,7 +84,7 @@ def _one(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, record
         return waiting.failed(str(error) or type(error).__name__), False
     if changed:  # every other run would meet it too
         discard(own)
-        raise DataError(f"{changed}. The run {run.id} was trained meanwhile and is thrown away")
+        raise DataError(f"{changed}. The run {run.id} was trained meanwhile and is discarded")
     finish(own, record)
     own.error.unlink(missing_ok=True)
     return record, False
@@ -102,7 +102,7 @@ def _changed_pixels(cohort: Cohort) -> str:
 def _train(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, remarks: list[str]) -> RunRecord:
     settings, own = run.entry.settings, folder.run(run.id)
     fabric = make_fabric(settings.accelerator, settings.precision, settings.devices)
-    now = origin(fabric.device.type, teacher_files(run, folder))
+    now = origin(fabric.device.type, teacher_files(run, folder), run.plugins)
     draft = open_draft(own, now)
     patients_before(run.entry, cohort, run.split)  # refused here where they leak
     with closing(Curves(draft)) as curves:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from raredistill import plugins
 from raredistill.cohort.store import Cohort
 from raredistill.errors import ConfigError, DataError, RareDistillError
 from raredistill.files import lock_if_free, locked
@@ -66,6 +67,7 @@ class Job:
         token: file in ``out`` that the driver wrote, and whose lock it holds while nodes look at it.
         word: what that file says.
         made_with: versions and code of the driver.
+        plugins: that it has loaded, with the hash of each.
     """
 
     here: Path
@@ -75,6 +77,7 @@ class Job:
     token: Path
     word: str
     made_with: dict[str, dict[str, str]]
+    plugins: dict[str, str]
 
 
 class OnRay:
@@ -280,6 +283,7 @@ def work(job: Job, run: Run, records: dict[str, RunRecord], threads: int) -> Out
     try:
         os.chdir(job.here)
         torch.set_num_threads(threads)
+        plugins.load_again(job.plugins)
         refuse_changed([run], StudyFolder(job.out))
         found = attempt(run, Cohort.load(job.cohort), StudyFolder(job.out), Unwatched(), records)
     except (RareDistillError, OSError) as error:
@@ -320,7 +324,7 @@ def _made_with() -> dict[str, dict[str, str]]:
 def _job(cohort: Cohort, folder: StudyFolder) -> Job:
     here = Path.cwd()
     token = here / folder.path / f".token-{secrets.token_hex(4)}"
-    return Job(here, here / folder.path, here / cohort.root, cohort.hash, token, secrets.token_hex(16), _made_with())
+    return Job(here, here / folder.path, here / cohort.root, cohort.hash, token, secrets.token_hex(16), _made_with(), plugins.loaded())
 
 
 @contextmanager
