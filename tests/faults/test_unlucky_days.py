@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from raredistill import predictions
-from raredistill.cohort.sources.nifti import decode
 from raredistill.cohort.sources.images import Decoder
+from raredistill.cohort.sources.nifti import decode
 from raredistill.errors import DataError
 from raredistill.files import atomic
 
@@ -43,7 +43,7 @@ def test_several_images_in_one_file_are_refused_not_cut_to_the_first(tmp_path, n
 
 def test_a_comma_as_decimal_mark_is_told(tmp_path):
     (tmp_path / "t.csv").write_text('label,patient,p_a,p_b\na,x,"0,5","0,5"\nb,y,"0,5","0,5"\n')
-    with pytest.raises(DataError, match=r"something else than numbers with decimal points .*'0,5'"):
+    with pytest.raises(DataError, match=r"are not numbers with decimal points .*'0,5'"):
         predictions.read(tmp_path / "t.csv")
 
 
