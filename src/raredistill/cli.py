@@ -70,9 +70,8 @@ def main() -> None:
         if stop.code == TERMINATED:
             _stop(f"terminated; {_resume()}", TERMINATED)
         raise
-    except OSError as error:
-        what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        _stop(f"{what}; what was written before is intact; check the place, its rights and the space left, then {_resume()}", 2)
+    except (OSError, ImportError, MemoryError) as error:
+        _stop(f"{_hindrance(error)}, then {_resume()}", 2)
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
@@ -81,6 +80,15 @@ def main() -> None:
 
 def _command() -> str:
     return shlex.join(["raredistill", *sys.argv[1:]])
+
+
+def _hindrance(error: OSError | ImportError | MemoryError) -> str:
+    """What the machine refused, and what to look for."""
+    if isinstance(error, OSError):
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        return f"{what}; what was written before is intact; check the place, its rights and the space left"
+    what = f"a library cannot be loaded ({error})" if isinstance(error, ImportError) else "the memory of this process is used up"
+    return f"{what}; free memory or raise its limit (ulimit -v), or install raredistill again"
 
 
 def _resume() -> str:
