@@ -300,8 +300,9 @@ def study(
     if on is None and (address is not None or gpus_per_run is not None):
         raise RareDistillError("--address and --gpus-per-run belong to a cluster; add --on ray")
     if dry_run:
-        _show_forecast(api.forecast(config, out, **asked), out, again, only)
+        expected = api.forecast(config, out, **asked)
         _show_power(config, out, overrides or [])
+        _show_forecast(expected, out, again, only)
     else:
         engine = None if on is None else _on_ray(address, gpus_per_run)
         _finish(api.study(config, out, engine=engine, command=_command(), **asked), again)
