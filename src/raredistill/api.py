@@ -469,8 +469,18 @@ def _cohort_of(folder: Path, named: Any) -> Cohort | None:
     return Cohort.load(there[-1]) if there else None
 
 
-def compare(control: Path | str, other: Path | str, *, metric: str | None = None, background: str | None = None) -> Versus:
+def compare(
+    control: Path | str, other: Path | str, *, metric: str | None = None, background: str | None = None,
+    groups: tuple[Path, str] | None = None,
+) -> Versus:  # fmt: skip
     """Compare two runs, two studies or two prediction files; differences are ``other`` minus ``control``.
+
+    Args:
+        control: first side.
+        other: second side.
+        metric: one metric only.
+        background: class that no patient carries, in files made elsewhere.
+        groups: a CSV file with the column ``patient``, and the column by which gains are also reported, such as sex.
 
     Raises:
         ConfigError: unknown metric or class.
@@ -478,7 +488,7 @@ def compare(control: Path | str, other: Path | str, *, metric: str | None = None
     """
     from raredistill.reports.versus import versus
 
-    return versus(Path(control), Path(other), metric=metric, background=background)
+    return versus(Path(control), Path(other), metric=metric, background=background, groups=groups)
 
 
 Layout = Literal["nifti", "hdf5", "both"]
