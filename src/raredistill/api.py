@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from raredistill.runs.record import RunRecord
     from raredistill.runs.run import Run
     from raredistill.runs.watcher import Watcher
+    from raredistill.ship.predict import Predicted
     from raredistill.studies.estimate import Forecast
     from raredistill.studies.study import Engine, Study
 
@@ -291,25 +292,6 @@ def distil(
     return study(made, out, observer=observer)
 
 
-def predict(run: Path | str, cohort: Path | str | Cohort, out: Path | str, *, checkpoint: str = "best") -> pd.DataFrame:
-    """Apply a trained run to every sample of a cohort and write the table of logits.
-
-    Args:
-        run: folder of the run.
-        cohort: a prepared cohort with the same classes and channels, or its folder.
-        out: Parquet file to write.
-        checkpoint: ``best`` or ``last``.
-
-    Raises:
-        CheckpointError: classes, channels or image size do not fit.
-    """
-    from raredistill.cohort.store import Cohort
-    from raredistill.runs.predict import predict as apply
-
-    loaded = cohort if isinstance(cohort, Cohort) else Cohort.load(Path(cohort))
-    return apply(Path(run), loaded, Path(out), which=checkpoint)
-
-
 def report(folder: Path | str, *, sweep: Sequence[Path] = (), across: Sequence[Path] = (), observer: Observer = QUIET) -> Path:
     """Write the report of a study: where networks look (if weights and cohort are there), then tables, figures and one HTML page.
 
@@ -385,3 +367,32 @@ def demo(out: Path | str, *, patients: int = 40, command: str = "", observer: Ob
             write_phantom(raw, patients=patients, layout="nifti", size=(96, 96, 48), rare_share=0.35, seed=0, progress=progress)
     config = Path(str(files("raredistill") / "demo.yaml"))
     return study(config, Path(out) / "study", overrides=[f"cohort.path={raw}"], command=command, observer=observer)
+
+
+def predict(
+    model: Path | str,
+    source: Path | str,
+    out: Path | str,
+    *,
+    checkpoint: str = "best",
+    sensitivity: float | None = None,
+    augment: bool = False,
+) -> Predicted:
+    """Predict images, labelled or not, prepared exactly as the model's training cohort was, and write a table.
+
+    Args:
+        model: a run's folder, ``STUDY:ENTRY`` (refitted, else the mean of its folds), or an export.
+        source: an image, a folder, a CSV, an ``.npz``, raw data of the training cohort's kind, or a prepared cohort.
+        out: ``.csv``, ``.parquet`` or ``.json``; patients are written beside it.
+        checkpoint: ``best`` or ``last``.
+        sensitivity: wanted for the rare class.
+        augment: average with the mirrored image.
+
+    Raises:
+        CheckpointError: the model is damaged, or the pixels were prepared in another way.
+        DataError: the model or the images cannot be found or read.
+    """
+    from raredistill.ship.predict import predict as apply
+    from raredistill.ship.predictor import Predictor
+
+    return apply(Predictor(model, checkpoint=checkpoint, sensitivity=sensitivity, augment=augment), Path(source), Path(out))

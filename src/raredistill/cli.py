@@ -284,29 +284,15 @@ def _share(only: str) -> tuple[int, int]:
 
 
 @app.command()
-def predict(
-    run: Annotated[Path, typer.Argument(help="a run's folder: STUDY/runs/NAME")],
-    cohort: Annotated[Path, typer.Argument(help="a prepared cohort with the same classes and channels")],
-    out: Annotated[Path, typer.Option("--out", help="Parquet file to write")] = Path("predictions.parquet"),
-    checkpoint: Annotated[str, typer.Option(help="best or last")] = "best",
-) -> None:
-    """Apply a trained run to any cohort and write the table of logits."""
-    from raredistill import api
-
-    table = api.predict(run, cohort, out, checkpoint=checkpoint)
-    print(f"{out}: {len(table)} samples of {table['patient'].nunique()} patients")
-    _next(f"raredistill evaluate {shlex.quote(str(out))}")
-
-
-@app.command()
 def evaluate(
     predictions: Annotated[
         Path, typer.Argument(help="a predictions table (Parquet or CSV), also one made elsewhere, or a CSV of confusion matrices")
     ],
     rule: Annotated[Literal["mean", "max", "top5"], typer.Option(help="how slices make a patient")] = "mean",
     background: Annotated[str | None, typer.Option(help="class that no patient carries, in files made elsewhere, such as healthy")] = None,
+    split: Annotated[Literal["test", "validation", "train"], typer.Option(help="part of the table")] = "test",
 ) -> None:
-    """Print metrics by slice and by patient for the test part of a predictions table."""
+    """Print metrics by slice and by patient for one part of a predictions table: by default patients whom the model has not seen."""
     from raredistill.console import records, show_table
     from raredistill.evaluation.levels import metrics_rows
     from raredistill.evaluation.published import is_published, published_tables
@@ -318,8 +304,12 @@ def evaluate(
             show_table(records(table), name)
         print("\n".join(sentences))
         return
-    for level, rows in metrics_rows(read(predictions, background=background), rule=rule).items():
-        show_table(rows, level)
+    whole = read(predictions, background=background)
+    others = whole.table[whole.table["split"] != split]
+    for part, rows in others.groupby("split"):
+        print(f"left out: {len(rows)} rows of {rows['patient'].nunique()} patients with split={part}")
+    for level, metrics in metrics_rows(whole, split=split, rule=rule).items():
+        show_table(metrics, level)
 
 
 @app.command()
@@ -366,6 +356,25 @@ def compare(
         gains.append(found.gain)
     if len(gains) > 1:
         print(over_datasets(gains))
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="a run's folder, STUDY:ENTRY, STUDY/runs/NAME without its hash, or an export")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="an image, a folder, a CSV, an .npz, raw data, or a prepared cohort")],
+    out: Annotated[Path, typer.Option("--out", help=".csv, .parquet or .json")] = Path("predictions.parquet"),
+    checkpoint: Annotated[Literal["best", "last"], typer.Option(help="of the runs")] = "best",
+    sensitivity: Annotated[float | None, typer.Option(help="wanted for the rare class; 0.9 by default")] = None,
+    augment: Annotated[bool, typer.Option("--augment", help="average with the mirrored image")] = False,
+) -> None:
+    """Predict images with or without labels: class, calibrated probabilities and decision, by slice and by patient."""
+    from raredistill import api
+
+    found = api.predict(model, source, out, checkpoint=checkpoint, sensitivity=sensitivity, augment=augment)
+    print("\n".join(found.sentences()))
+    print(f"{out}: {len(found.samples)} samples of {found.samples['patient'].nunique()} patients")
+    labelled = (found.samples["label"] != "").all() and out.suffix.lower() != ".json"
+    _next(f"raredistill evaluate {shlex.quote(str(out))}" if labelled else f"open {out}")
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

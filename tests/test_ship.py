@@ -1,0 +1,212 @@
+"""From a study to a network that is used: predict, refit, export. Images are learnable: the brightness tells the class."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from scipy.special import softmax
+
+from raredistill import api
+from raredistill.cohort.prepare import prepare
+from raredistill.cohort.sources.registry import open_source
+from raredistill.errors import CheckpointError, ConfigError, DataError
+from raredistill.evaluation.levels import evaluate
+from raredistill.models import restore
+from raredistill.predictions import read
+from raredistill.ship.predictor import Predictor
+
+SIZE = 16
+
+
+def draw(root, patients, *, per_patient=2, seed=0):
+    """``{class}{patient}-{n}.png`` and ``labels.csv``: class b is brighter than class a."""
+    root.mkdir(parents=True, exist_ok=True)
+    generator, rows = np.random.default_rng(seed), []
+    for label, base in (("a", 60), ("b", 110)):
+        for patient in range(patients[label]):
+            for n in range(per_patient):
+                name = f"{label}{patient}-{n}.png"
+                pixels = generator.integers(0, 80, (SIZE, SIZE)) + base
+                Image.fromarray(pixels.astype(np.uint8)).save(root / name)
+                rows.append({"image": name, "label": label, "patient": f"{label}{patient}"})
+    pd.DataFrame(rows).to_csv(root / "labels.csv", index=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("images"), {"a": 10, "b": 6})
+
+
+@pytest.fixture(scope="module")
+def study(images, tmp_path_factory):
+    """Two folds of a teacher, a control and a student; network and images are as small as they can be."""
+    out = tmp_path_factory.mktemp("ship") / "study"
+    config = {
+        "name": "ship", "cohort": {"source": "table", "path": str(images / "labels.csv"), "size": SIZE},
+        "splits": {"folds": 2, "validation_share": 0.4}, "training": {"epochs": 3, "batch_size": 8, "accelerator": "cpu"},
+        "runs": [
+            {"name": "large", "model": "cifar_resnet8"}, {"name": "small", "model": "small_cnn"},
+            {"name": "taught", "model": "small_cnn", "teacher": "large"},
+        ],
+    }  # fmt: skip
+    done = api.study(config, out)
+    assert not done.failed
+    return out
+
+
+def run_of(study, entry, fold=0):
+    return next(path for path in sorted((study / "runs").iterdir()) if path.name.startswith(f"{entry}-r0f{fold}") and path.is_dir())
+
+
+def raredistill(*arguments):
+    command = [sys.executable, "-c", "from raredistill.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def patients_of(study, fold):
+    return json.loads((study / "splits" / f"r0f{fold}.json").read_text())["patients"]
+
+
+def test_a_run_predicts_what_its_own_study_wrote_down_and_marks_whom_it_has_seen(study, images, tmp_path):
+    run = run_of(study, "taught")
+    found = api.predict(run, images / "labels.csv", tmp_path / "p.csv").samples.set_index("sample")
+    sides = patients_of(study, 0)
+    for side in ("train", "validation", "test"):
+        assert set(found.loc[found["patient"].isin(sides[side]), "split"]) == {side}
+    kept = read(run / "predictions.parquet").part("test", "best")
+    promised = softmax(kept.logits() / Predictor(run).terms.rule.temperatures[0], axis=1)
+    assert found.loc[kept.table["sample"], ["p_a", "p_b"]].to_numpy() == pytest.approx(promised, abs=1e-5)
+
+
+def test_evaluate_leaves_out_patients_that_the_model_has_seen_and_counts_them(study, images, tmp_path):
+    run, out = run_of(study, "taught"), tmp_path / "p.csv"
+    told = raredistill("predict", run, images / "labels.csv", "--out", out)
+    sides = patients_of(study, 0)
+    assert f"{2 * len(sides['train'])} samples of {len(sides['train'])} patients trained this model" in told.stdout, told.stderr
+    assert evaluate(read(out))["slice"]["samples"] == 2 * len(sides["test"])
+    measured = raredistill("evaluate", out)
+    assert f"{2 * len(sides['train'])} rows of {len(sides['train'])} patients with split=train" in measured.stdout, measured.stderr
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".json"])
+def test_the_suffix_decides_what_is_written(study, images, tmp_path, suffix):
+    out = tmp_path / f"p{suffix}"
+    found = api.predict(f"{study}:taught", images / "labels.csv", out)
+    readers = {
+        ".csv": pd.read_csv,
+        ".parquet": pd.read_parquet,
+        ".json": lambda path: pd.DataFrame(json.loads(path.read_text())["samples"]),
+    }
+    assert readers[suffix](out)["p_b"].to_numpy() == pytest.approx(found.samples["p_b"].to_numpy())
+    with pytest.raises(ConfigError, match="suffix"):
+        api.predict(f"{study}:taught", images / "labels.csv", tmp_path / "p.xlsx")
+
+
+def test_images_of_every_form_get_the_same_probabilities(study, images, tmp_path):
+    model, names = f"{study}:taught", ["a0-0.png", "b0-0.png"]
+    whole = api.predict(model, images / "labels.csv", tmp_path / "all.csv").samples.set_index("sample").loc[names, "p_b"].to_numpy()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes((images / name).read_bytes())
+    pd.DataFrame({"image": names}).to_csv(folder / "list.csv", index=False)
+    np.savez(folder / "list.npz", images=np.stack([np.asarray(Image.open(images / name)) for name in names]))
+    prepared = prepare(open_source("table", images / "labels.csv"), tmp_path / "cohort", size=(SIZE, SIZE))
+    for source in (folder, folder / "list.csv", folder / "list.npz"):
+        assert api.predict(model, source, tmp_path / "p.csv").samples["p_b"].to_numpy() == pytest.approx(whole)
+    assert api.predict(model, folder / names[1], tmp_path / "p.csv").samples["p_b"].to_numpy() == pytest.approx(whole[1:])
+    found = api.predict(model, prepared.root, tmp_path / "p.csv").samples.set_index("sample")
+    assert found.loc[names, "p_b"].to_numpy() == pytest.approx(whole)
+
+
+def test_a_renamed_training_image_is_recognised_by_its_bytes(study, images, tmp_path):
+    patient = patients_of(study, 0)["train"][0]
+    (tmp_path / "new-patient.png").write_bytes((images / f"{patient}-0.png").read_bytes())
+    found = api.predict(run_of(study, "taught"), tmp_path / "new-patient.png", tmp_path / "p.csv").samples
+    assert found["split"].tolist() == ["train"]
+    assert found["patient"].tolist() == [patient]
+
+
+def test_an_ensemble_is_the_mean_of_its_calibrated_networks(study):
+    images = np.random.default_rng(1).integers(0, 256, (5, 1, SIZE, SIZE), dtype=np.uint8)
+    predictor = Predictor(f"{study}:taught")
+    single = [Predictor(run_of(study, "taught", fold))(images) for fold in (0, 1)]
+    assert predictor(images) == pytest.approx(np.mean(single, axis=0))
+    assert predictor(images.astype(np.float32) / 255) == pytest.approx(predictor(images), abs=1e-6)
+    mirrored = [(one + two) / 2 for one, two in zip(predictor.logits(images), predictor.logits(images[..., ::-1]), strict=True)]
+    assert Predictor(f"{study}:taught", augment=True)(images) == pytest.approx(predictor.terms.rule.probabilities(mirrored), abs=1e-6)
+
+
+def test_the_decision_reaches_the_wanted_sensitivity_on_validation(study):
+    run = run_of(study, "taught")
+    predictor = Predictor(run, sensitivity=0.8)
+    rule, table = predictor.terms.rule, read(run / "predictions.parquet").part("validation", "best")
+    probability = softmax(table.logits() / rule.temperatures[0], axis=1)
+    called = np.array(rule.decide(probability, table.classes, patients=False))
+    truth = table.table["label"].to_numpy()
+    assert rule.positive == "b"
+    assert (called[truth == "b"] == "b").mean() >= 0.8
+    higher = np.nextafter(rule.threshold(patients=False), 2)
+    assert (probability[truth == "b", 1] >= higher).mean() < 0.8
+
+
+def test_patients_are_the_mean_of_their_samples(study, images, tmp_path):
+    found = api.predict(f"{study}:taught", images / "labels.csv", tmp_path / "p.csv")
+    means = found.samples.groupby("patient")["p_b"].mean()
+    table = pd.read_csv(tmp_path / "p.patients.csv").set_index("patient")
+    assert table["p_b"].to_numpy() == pytest.approx(means.loc[table.index].to_numpy())
+    assert table["samples"].tolist() == [2] * 16
+
+
+def test_a_name_without_its_hash_is_enough(study, images, tmp_path):
+    run = run_of(study, "small", 1)
+    by_prefix = api.predict(study / "runs" / "small-r0f1", images / "a0-0.png", tmp_path / "p.csv")
+    assert run.name in by_prefix.said
+    assert "2 networks" in api.predict(study / "runs" / "small", images / "a0-0.png", tmp_path / "p.csv").said
+    with pytest.raises(DataError, match="did you mean"):
+        api.predict(f"{study}:tought", images, tmp_path / "p.csv")
+    with pytest.raises(DataError, match="name one of its entries"):
+        api.predict(study, images, tmp_path / "p.csv")
+
+
+def test_pixels_prepared_otherwise_are_refused(study, images, tmp_path):
+    other = prepare(open_source("table", images / "labels.csv"), tmp_path / "other", size=(24, 24))
+    with pytest.raises(CheckpointError, match=r"size \(24, 24\) there, \(16, 16\) in training"):
+        api.predict(f"{study}:taught", other.root, tmp_path / "p.csv")
+    windowed = prepare(open_source("table", images / "labels.csv", window=[0, 100]), tmp_path / "window", size=(SIZE, SIZE))
+    with pytest.raises(CheckpointError, match="window"):
+        api.predict(f"{study}:taught", windowed.root, tmp_path / "p.csv")
+    coloured = prepare(open_source("table", images / "labels.csv", mode="rgb"), tmp_path / "rgb", size=(SIZE, SIZE))
+    with pytest.raises(CheckpointError, match="needs the channels grey"):
+        api.predict(f"{study}:taught", coloured.root, tmp_path / "p.csv")
+    assert not (tmp_path / "p.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.png", b"no image", "cannot be read as PNG"), ("bad.npz", b"no archive", "npz"), ("bad.csv", b"file\nx.png\n", "no column 'image'"),
+        ("bad.txt", b"", "not an image"), ("twice.csv", b"image\nx.png\nx.png\n", "second time"),
+        ("out.csv", b"image\n../secret.png\n", "lies outside"), ("class.csv", b"image,label\nx.png,c\n", "none of the model's classes"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message_and_nothing_is_written(study, tmp_path, name, content, message):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (tmp_path / "secret.png").write_bytes(b"")
+    (inner / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        api.predict(f"{study}:taught", inner / name, tmp_path / "p.csv")
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_a_checkpoint_can_be_restored_from_a_string(study):
+    network, promise = restore(str(run_of(study, "taught") / "best.safetensors"))
+    assert network(torch.zeros(1, 1, SIZE, SIZE)).shape == (1, len(promise.classes))
