@@ -210,3 +210,115 @@ def test_bad_input_is_one_message_and_nothing_is_written(study, tmp_path, name, 
 def test_a_checkpoint_can_be_restored_from_a_string(study):
     network, promise = restore(str(run_of(study, "taught") / "best.safetensors"))
     assert network(torch.zeros(1, 1, SIZE, SIZE)).shape == (1, len(promise.classes))
+
+
+@pytest.fixture(scope="module")
+def exported(study, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "student"
+    return out, api.export(run_of(study, "taught"), out)
+
+
+def script_of(card, which):
+    return card.split("```python\n")[which + 1].split("```")[0]
+
+
+def run_script(code, folder, argument):
+    done = subprocess.run([sys.executable, "-c", code, str(argument)], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_format_agrees_with_the_network_on_validation_samples(exported):
+    folder, made = exported
+    assert {path.name for path in folder.iterdir()} == {
+        "model.onnx", "model.fp16.onnx", "model.int8.onnx", "model.safetensors", "config.json", "README.md", "check.npz",
+    }  # fmt: skip
+    found = {each.name: each for each in made.formats}
+    assert max(found["fp32"].difference, found["safetensors"].difference) <= 1e-4
+    assert 0 < found["fp16"].difference < 0.1
+    assert set(found["int8"].changes) == {"a", "b"}
+    assert found["int8"].bytes < found["fp32"].bytes
+    assert made.teacher_ms > 0
+
+
+def test_an_export_predicts_what_its_run_predicts(study, images, exported, tmp_path):
+    run = api.predict(run_of(study, "taught"), images, tmp_path / "run.csv")
+    export = api.predict(exported[0], images, tmp_path / "export.csv")
+    for column in ("p_a", "p_b"):
+        assert export.samples[column].to_numpy() == pytest.approx(run.samples[column].to_numpy(), abs=1e-5)
+    assert export.samples["decision"].tolist() == run.samples["decision"].tolist()
+
+
+def test_the_cards_onnxruntime_script_gives_the_same_probabilities(images, exported):
+    folder, _ = exported
+    found = run_script(script_of((folder / "README.md").read_text(), 0), folder, images / "b0-0.png")
+    pixels = np.asarray(Image.open(images / "b0-0.png"))[None, None]
+    assert list(found.values()) == pytest.approx(Predictor(folder)(pixels)[0].tolist(), abs=1e-5)
+
+
+def test_a_timm_students_weights_have_timms_keys_and_the_cards_script_reads_them(images, tmp_path):
+    config = {
+        "name": "timm", "cohort": {"source": "table", "path": str(images / "labels.csv"), "size": 32},
+        "splits": {"folds": 2, "validation_share": 0.4}, "training": {"epochs": 1, "batch_size": 8, "accelerator": "cpu"},
+        "runs": [{"name": "student", "model": "test_resnet"}],
+    }  # fmt: skip
+    api.study(config, tmp_path / "study")
+    api.export(run_of(tmp_path / "study", "student"), tmp_path / "export", formats=())
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32), dtype=np.uint8)
+    np.save(tmp_path / "pixels.npy", pixels)
+    found = run_script(script_of((tmp_path / "export" / "README.md").read_text(), 1), tmp_path / "export", tmp_path / "pixels.npy")
+    assert found == pytest.approx(Predictor(tmp_path / "export").logits(pixels[None])[0][0].tolist(), abs=1e-4)
+
+
+def test_the_cards_numbers_are_those_of_the_held_out_predictions(study, exported):
+    card = (exported[0] / "README.md").read_text()
+    table = read(run_of(study, "taught") / "predictions.parquet").part("test", "best")
+    called = table.probabilities().argmax(axis=1)
+    recall = (called[table.labels() == 1] == 1).mean()
+    assert f"| sample | recall:b | {recall:.3f} |" in card
+    assert "Not a medical device" in card
+    config = json.loads((exported[0] / "config.json").read_text())
+    assert not any(f'"{patient}"' in json.dumps(config) for patient in patients_of(study, 0)["train"])
+
+
+def test_an_export_is_checked_elsewhere_without_torch(exported):
+    folder, _ = exported
+    code = (
+        "import sys; from pathlib import Path; from raredistill.ship.bundle import check; "
+        f"print(check(Path({str(folder)!r})).samples, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["8", "False"], done.stderr
+    told = raredistill("export", "--check", folder)
+    assert told.returncode == 0, told.stderr
+    assert "8 images" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("model.onnx", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "does not match its hash"),
+        ("config.json", lambda raw: raw.replace(b"export.1", b"export.9"), "this version reads"),
+        ("config.json", lambda raw: raw.replace(b'"b"', b'"c"'), "so it was changed"),
+    ],
+)  # fmt: skip
+def test_a_changed_export_is_refused(exported, tmp_path, file, change, message):
+    for path in exported[0].iterdir():
+        raw = path.read_bytes()
+        (tmp_path / path.name).write_bytes(change(raw) if path.name == file else raw)
+    told = raredistill("export", "--check", tmp_path)
+    assert told.returncode == 2
+    assert message in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_what_cannot_be_exported_leaves_nothing_behind(study, exported, tmp_path):
+    with pytest.raises(ConfigError, match="raredistill refit"):
+        api.export(f"{study}:taught", tmp_path / "new")
+    with pytest.raises(ConfigError, match="no threshold was kept for the sensitivity 0.5"):
+        Predictor(exported[0], sensitivity=0.5)
+    with pytest.raises(DataError, match="not an empty folder"):
+        api.export(run_of(study, "taught"), study)
+    with pytest.raises(ConfigError, match="sensitivity"):
+        api.export(run_of(study, "taught"), tmp_path / "new", sensitivity=1.5)
+    assert list(tmp_path.iterdir()) == []

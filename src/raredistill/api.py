@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from raredistill.errors import ConfigError
+from raredistill.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from raredistill.runs.record import RunRecord
     from raredistill.runs.run import Run
     from raredistill.runs.watcher import Watcher
+    from raredistill.ship.export import Exported
     from raredistill.ship.predict import Predicted
     from raredistill.studies.estimate import Forecast
     from raredistill.studies.study import Engine, Study
@@ -396,3 +397,42 @@ def predict(
     from raredistill.ship.predictor import Predictor
 
     return apply(Predictor(model, checkpoint=checkpoint, sensitivity=sensitivity, augment=augment), Path(source), Path(out))
+
+
+def export(
+    model: Path | str,
+    out: Path | str,
+    *,
+    checkpoint: str = "best",
+    sensitivity: float = 0.9,
+    formats: Sequence[str] = ("fp16", "int8"),
+) -> Exported:
+    """Write a model that runs without raredistill: ONNX, safetensors, description and card, each file compared with the network.
+
+    Args:
+        model: a run, or ``STUDY:ENTRY`` after ``raredistill refit``.
+        out: folder to write; new or empty.
+        checkpoint: ``best`` or ``last``.
+        sensitivity: wanted for the rare class.
+        formats: besides single precision.
+
+    Raises:
+        ConfigError: the model is not one network, or the extra ``export`` is not installed.
+        DataError: the study, its cohort or the model cannot be read, or ``out`` holds something.
+        CheckpointError: a format does not agree with the network.
+    """
+    from raredistill.ship.export import export as write
+    from raredistill.ship.find import find
+
+    found = find(model)
+    return write(found, _study_cohort(found.path), Path(out), checkpoint=checkpoint, sensitivity=sensitivity, extra=formats)
+
+
+def _study_cohort(folder: Path) -> Cohort:
+    from raredistill.runs.layout import StudyFolder
+    from raredistill.runs.record import read_study
+
+    named = read_study(StudyFolder(folder).description).config.get("cohort")
+    if (cohort := _cohort_of(folder, named)) is None:
+        raise DataError(f"{folder}: the study's cohort is no longer there ({named}); prepare it again")
+    return cohort

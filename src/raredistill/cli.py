@@ -377,6 +377,33 @@ def predict(
     _next(f"raredistill evaluate {shlex.quote(str(out))}" if labelled else f"open {out}")
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="a run's folder, or STUDY:ENTRY after raredistill refit")] = "",
+    out: Out = Path("export"),
+    checkpoint: Annotated[Literal["best", "last"], typer.Option(help="of the run")] = "best",
+    sensitivity: Annotated[float, typer.Option(help="wanted for the rare class")] = 0.9,
+    single: Annotated[bool, typer.Option("--single", help="single precision only: no fp16, no int8")] = False,
+    check: Annotated[Path | None, typer.Option(help="an export to run here with onnxruntime alone", metavar="DIR")] = None,
+) -> None:
+    """Write a model that runs without raredistill: ONNX, weights, description and card; or check one."""
+    if check is not None:
+        from raredistill.ship.bundle import check as repeat
+
+        done = repeat(check)
+        print(f"{check}: {done.samples} images, logits differ by at most {done.difference:.2g}")
+        return
+    if not model:
+        raise RareDistillError("name a model, or an export to check with --check DIR")
+    from raredistill import api
+    from raredistill.console import show_table
+
+    made = api.export(model, out, checkpoint=checkpoint, sensitivity=sensitivity, formats=() if single else ("fp16", "int8"))
+    rows = [{"file": each.file, "bytes": each.bytes, "difference": each.difference, "ms": each.milliseconds} for each in made.formats]
+    show_table(rows, f"{made.said}; compared on {made.samples} validation samples")
+    _next(f"raredistill predict {shlex.quote(str(out))} IMAGES --out predictions.csv")
+
+
 def _options(pairs: list[str] | None) -> dict[str, Any]:
     from raredistill.files import parse_yaml
 
