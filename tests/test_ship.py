@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -192,7 +191,8 @@ def test_pixels_prepared_otherwise_are_refused(study, images, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bad.png", b"no image", "cannot be read as PNG"), ("bad.npz", b"no archive", "npz"), ("bad.csv", b"file\nx.png\n", "no column 'image'"),
+        ("bad.png", b"no image", "cannot be read as PNG"), ("bad.npz", b"no archive", "npz"), 
+        ("bad.csv", b"file\nx.png\n", "no column 'image'"),
         ("bad.txt", b"", "not an image"), ("twice.csv", b"image\nx.png\nx.png\n", "second time"),
         ("out.csv", b"image\n../secret.png\n", "lies outside"), ("class.csv", b"image,label\nx.png,c\n", "none of the model's classes"),
     ],
@@ -315,10 +315,63 @@ def test_a_changed_export_is_refused(exported, tmp_path, file, change, message):
 def test_what_cannot_be_exported_leaves_nothing_behind(study, exported, tmp_path):
     with pytest.raises(ConfigError, match="raredistill refit"):
         api.export(f"{study}:taught", tmp_path / "new")
-    with pytest.raises(ConfigError, match="no threshold was kept for the sensitivity 0.5"):
+    with pytest.raises(ConfigError, match=r"no threshold was kept for the sensitivity 0\.5"):
         Predictor(exported[0], sensitivity=0.5)
     with pytest.raises(DataError, match="not an empty folder"):
         api.export(run_of(study, "taught"), study)
     with pytest.raises(ConfigError, match="sensitivity"):
         api.export(run_of(study, "taught"), tmp_path / "new", sensitivity=1.5)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def refitted(study):
+    return api.refit(study, "taught")
+
+
+def test_a_refit_trains_on_everybody_for_the_epochs_that_the_folds_chose(study, refitted):
+    from raredistill.checkpoint import read_promise
+
+    for entry in ("large", "taught"):
+        chosen = [json.loads((run_of(study, entry, fold) / "run.json").read_text())["best_epoch"] + 1 for fold in (0, 1)]
+        assert refitted.epochs[entry] == max(1, round(np.median(chosen)))
+    assert [run.name for run in refitted.runs] == ["large", "taught"]
+    for run in refitted.runs:
+        assert run.epochs == refitted.epochs[run.name]
+        assert len(read_promise(refitted.folder.run(run.id).weights("best")).training_patients) == 16
+    tests = [read(run_of(study, "taught", fold) / "predictions.parquet").part("test", "best") for fold in (0, 1)]
+    hits = np.concatenate([(table.probabilities().argmax(axis=1) == 1)[table.labels() == 1] for table in tests])
+    recall = next(row for row in refitted.expected if (row["level"], row["metric"]) == ("sample", "recall:b"))
+    per_run = [(table.probabilities().argmax(axis=1) == 1)[table.labels() == 1].mean() for table in tests]
+    assert recall["estimate"] == pytest.approx(np.mean(per_run)) or recall["estimate"] == pytest.approx(hits.mean())
+
+
+def test_an_entry_then_means_its_refitted_network_and_everybody_is_marked(study, refitted, images, tmp_path):
+    found = api.predict(f"{study}:taught", images / "labels.csv", tmp_path / "p.csv")
+    assert "refitted on all patients" in found.said
+    assert set(found.samples["split"]) == {"train"}
+    with pytest.raises(DataError, match="no predictions of the test part"):
+        evaluate(read(tmp_path / "p.csv"))
+
+
+def test_from_a_study_to_onnxruntime_alone(study, refitted, images, tmp_path):
+    """The way of the README: study, refit, export, predict unlabelled images without raredistill, with the same answers."""
+    new = draw(tmp_path / "new", {"a": 3, "b": 3}, per_patient=1, seed=9)
+    (new / "labels.csv").unlink()
+    told = raredistill("export", f"{study}:taught", "--out", tmp_path / "student", "--single")
+    assert told.returncode == 0, told.stderr
+    found = raredistill("predict", tmp_path / "student", new, "--out", tmp_path / "p.csv")
+    assert found.returncode == 0, found.stderr
+    table = pd.read_csv(tmp_path / "p.csv").set_index("sample")
+    assert set(table["split"]) == {"test"}
+    code = script_of((tmp_path / "student" / "README.md").read_text(), 0)
+    for name in ("a0-0.png", "b2-0.png"):
+        alone = run_script(code, tmp_path / "student", new / name)
+        assert [alone["a"], alone["b"]] == pytest.approx(table.loc[name, ["p_a", "p_b"]].tolist(), abs=1e-5)
+
+
+def test_a_study_that_cannot_be_refitted_says_why(study, tmp_path):
+    with pytest.raises(ConfigError, match="no entry 'tought'"):
+        api.refit(study, "tought")
+    with pytest.raises(DataError, match=r"study\.json"):
+        api.refit(tmp_path, "taught")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from raredistill.runs.watcher import Watcher
     from raredistill.ship.export import Exported
     from raredistill.ship.predict import Predicted
+    from raredistill.ship.refit import Refitted
     from raredistill.studies.estimate import Forecast
     from raredistill.studies.study import Engine, Study
 
@@ -397,6 +398,36 @@ def predict(
     from raredistill.ship.predictor import Predictor
 
     return apply(Predictor(model, checkpoint=checkpoint, sensitivity=sensitivity, augment=augment), Path(source), Path(out))
+
+
+def refit(folder: Path | str, entry: str, *, config: Study | None = None, observer: Observer = QUIET) -> Refitted:
+    """Train the recipe of one entry once more on all patients, its teacher first, for as many epochs as the folds chose.
+
+    Its expected performance is that of the study's out-of-fold predictions; temperature and threshold come from those of validation.
+
+    Args:
+        folder: of the finished study; the network goes to ``refit/ENTRY`` in it and is then meant by ``STUDY:ENTRY``.
+        entry: name of the chosen one.
+        config: the study, where it was put together in Python.
+        observer: receives the progress.
+
+    Raises:
+        ConfigError: no such entry, or the study was put together in Python and is not given.
+        DataError: the study is not finished, or its cohort is gone.
+    """
+    from raredistill.config import check_config, make_study
+    from raredistill.runs.layout import StudyFolder
+    from raredistill.runs.record import read_study
+    from raredistill.ship import refit as ship
+
+    place = StudyFolder(Path(folder))
+    told = read_study(place.description).config
+    if config is None and "runs" not in told:
+        raise ConfigError(f"{folder}: the study was put together in Python; call raredistill.refit(folder, entry, config=study)")
+    made = config or make_study(check_config(told, str(place.description)), _study_cohort(place.path), "")
+    planned = ship.plan_refit(made, place, entry)
+    with observer.training(planned.plan()) as watcher:
+        return ship.refit(planned, place, entry, watcher)
 
 
 def export(

@@ -378,6 +378,22 @@ def predict(
 
 
 @app.command()
+def refit(
+    study: Annotated[Path, typer.Argument(help="folder of a finished study")],
+    entry: Annotated[str, typer.Argument(help="name of the chosen run")],
+) -> None:
+    """Train a chosen recipe once more on all patients, its teacher first, for as many epochs as the folds chose."""
+    from raredistill import api
+    from raredistill.console import show_table
+    from raredistill.terminal import Terminal
+
+    made = api.refit(study, entry, observer=Terminal())
+    print("epochs, the median of the folds: " + ", ".join(f"{name} {epochs}" for name, epochs in made.epochs.items()))
+    show_table(made.expected, "expected performance: the study's out-of-fold predictions, 95 % intervals over patients")
+    _next(f"raredistill export {shlex.quote(f'{study}:{entry}')} --out {shlex.quote(entry)}")
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="a run's folder, or STUDY:ENTRY after raredistill refit")] = "",
     out: Out = Path("export"),

@@ -145,7 +145,7 @@ class _Export:
 
     def _validation(self, number: int) -> np.ndarray:
         """Rows of the validation part (else of the training part) of one of the folds that the model comes from."""
-        folder, record = records_of(self.found, self.study)[number]
+        record = records_of(self.found, self.study)[number][1]
         split = load_split(StudyFolder(self.found.path).split(record.repeat, record.fold), self.cohort)
         return split.validation if len(split.validation) else split.train
 
@@ -202,20 +202,19 @@ class _Export:
         scores = {name: evidence.by_class(truth, np.concatenate(parts), self.terms.classes) for name, parts in logits.items()}
         for each in self.formats:
             if each.name in extra:
-                each.changes = {
-                    label: {key: value - scores["fp32"][label][key] for key, value in own.items()}
-                    for label, own in scores[each.name].items()
-                }
+                each.changes = _changes(scores[each.name], scores["fp32"])
 
     def _fold_logits(self, run: RunFolder, rows: np.ndarray, calibration: np.ndarray, extra: Sequence[str]) -> dict[str, Images]:
         with TemporaryDirectory(dir=self.folder, prefix=".fold") as place:
-            files = {name: Path(place) / f"{name}.onnx" for name in ("fp32", *extra)}
-            formats.write_onnx(_restored(run, self.checkpoint)[0], files["fp32"])
-            for name in extra:
-                self._convert(name, files["fp32"], files[name], calibration)
-            answers = {name: bundle.session(file) for name, file in files.items()}
-            parts = [self._images(rows[start : start + AT_ONCE]) for start in range(0, len(rows), AT_ONCE)]
-            return {name: np.concatenate([answer(part) for part in parts]) for name, answer in answers.items()}
+            files = {each.name: self.folder / each.file for each in self.formats}
+            if run.path.name != self.found.runs[0].path.name:
+                files = {name: Path(place) / f"{name}.onnx" for name in ("fp32", *extra)}
+                formats.write_onnx(_restored(run, self.checkpoint)[0], files["fp32"])
+                for name in extra:
+                    self._convert(name, files["fp32"], files[name], calibration)
+            answers = {name: bundle.session(files[name]) for name in ("fp32", *extra)}
+        parts = [self._images(rows[start : start + AT_ONCE]) for start in range(0, len(rows), AT_ONCE)]
+        return {name: np.concatenate([answer(part) for part in parts]) for name, answer in answers.items()}
 
     def _teacher_ms(self) -> float | None:
         """The teacher's time of one image, measured as that of the formats; None without a teacher from this study."""
@@ -236,6 +235,10 @@ class _Export:
         np.savez(self.folder / bundle.PROBE, images=images, logits=logits)
 
 
+def _changes(scores: dict[str, dict[str, float]], before: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {label: {key: value - before[label][key] for key, value in own.items()} for label, own in scores.items()}
+
+
 def _restored(run: RunFolder, checkpoint: str) -> tuple[Network, Promise]:
     network, promise = restore(run.weights(checkpoint))
     network.eval()
@@ -250,6 +253,6 @@ def _answers(network: torch.nn.Module, images: Images) -> Images:
 
 def _facts(network: Network, promise: Promise, architecture: str, keys: str) -> dict[str, Any]:
     return {
-        "model": promise.model, "timm": architecture, "keys": keys, "head": promise.head, "mean": list(promise.mean),
+        "model": promise.model, "timm": architecture, "weights": keys, "head": promise.head, "mean": list(promise.mean),
         "std": list(promise.std), "image_size": promise.image_size, "parameters": sum(each.numel() for each in network.parameters()),
     }  # fmt: skip
