@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from raredistill.batches import Batches
 from raredistill.cohort.store import Cohort

@@ -25,6 +25,9 @@ AT_ONCE = 64
 IMAGE_NAMES = ("images", "x", "test_images", "x_test", "train_images", "x_train")
 """Members of an ``.npz`` without labels, in the order in which they are looked for."""
 
+REPEATED = ("channels", "channel_order", "series", "window", "rule", "min_tumour_voxels", "min_brain_share")
+"""Settings of the training cohort's source with which raw data are opened again; those of labels and patients are not known for new ones."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -86,9 +89,9 @@ def _refuse_absent(terms: Terms, channels: Sequence[str], where: str) -> None:
 
 def _like_training(path: Path, preparation: Preparation) -> Source:
     """Raw data opened as the training cohort's were, unlabelled patients included where that source reads them."""
-    module, name = KINDS[preparation.kind]
-    known = inspect.signature(getattr(__import__(module, fromlist=[name]), name).__init__).parameters
-    settings = {key: value for key, value in preparation.settings.items() if key in known and key not in ("grades", "labels", "patient")}
+    source: Any = KINDS[preparation.kind]()
+    known = inspect.signature(source.__init__).parameters
+    settings = {key: value for key, value in preparation.settings.items() if key in known and key in REPEATED and value is not None}
     return open_source(preparation.kind, path, **settings, **({"unlabelled": True} if "unlabelled" in known else {}))
 
 
