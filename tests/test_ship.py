@@ -17,6 +17,7 @@ from raredistill.cohort.sources.registry import open_source
 from raredistill.errors import CheckpointError, ConfigError, DataError
 from raredistill.evaluation.levels import evaluate
 from raredistill.models import restore
+from raredistill.phantom import write_phantom
 from raredistill.predictions import read
 from raredistill.ship.predictor import Predictor
 
@@ -375,3 +376,34 @@ def test_a_study_that_cannot_be_refitted_says_why(study, tmp_path):
         api.refit(study, "tought")
     with pytest.raises(DataError, match=r"study\.json"):
         api.refit(tmp_path, "taught")
+
+
+def test_a_runs_folder_can_be_evaluated(study):
+    run = run_of(study, "taught")
+    told, table = raredistill("evaluate", run), raredistill("evaluate", run / "predictions.parquet")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout == table.stdout
+
+
+def test_a_brats_case_without_segmentation_and_grade_is_prepared_as_in_training(tmp_path):
+    raw = write_phantom(tmp_path / "raw", patients=12, size=(40, 40, 16), rare_share=0.5, seed=3, workers=1)
+    config = {
+        "name": "brats", "cohort": {"source": "brats_nifti", "path": str(raw), "size": 16, "options": {"min_tumour_voxels": 3}},
+        "channels": ["t1ce"], "splits": {"folds": 2, "validation_share": 0.4}, "training": {"epochs": 1, "accelerator": "cpu"},
+        "runs": [{"name": "student", "model": "small_cnn"}],
+    }  # fmt: skip
+    api.study(config, tmp_path / "study")
+    model = run_of(tmp_path / "study", "student")
+    whole = api.predict(model, next((tmp_path / "study").glob("cohort-*")), tmp_path / "whole.csv").samples
+    case = next(path for path in sorted(raw.rglob("*")) if path.is_dir() and list(path.glob("*seg*")))
+    (tmp_path / "new").mkdir()
+    for file in case.iterdir():
+        if "seg" not in file.name:
+            (tmp_path / "new" / file.name).write_bytes(file.read_bytes())
+    found = api.predict(model, tmp_path / "new", tmp_path / "new.csv").samples
+    same = whole[whole["patient"] == case.name].merge(found, on="slice", suffixes=("", "_new"))
+    assert len(same) == (whole["patient"] == case.name).sum() > 0
+    for name in ("healthy", "HGG", "LGG"):
+        assert same[f"p_{name}"].to_numpy() == pytest.approx(same[f"p_{name}_new"].to_numpy())
+    assert "label" not in pd.read_csv(tmp_path / "new.csv").columns
+    assert len(pd.read_csv(tmp_path / "new.patients.csv")) == 1

@@ -360,7 +360,7 @@ def _share(only: str) -> tuple[int, int]:
 @app.command()
 def evaluate(
     predictions: Annotated[
-        Path, typer.Argument(help="a predictions table (Parquet or CSV), also one made elsewhere, or a CSV of confusion matrices")
+        Path, typer.Argument(help="a run, a predictions table (Parquet or CSV), also one made elsewhere, or a CSV of confusion matrices")
     ],
     rule: Annotated[Literal["mean", "max", "top5"], typer.Option(help="how slices make a patient")] = "mean",
     background: Annotated[str | None, typer.Option(help="class that no patient carries, in files made elsewhere, such as healthy")] = None,
@@ -371,7 +371,9 @@ def evaluate(
     from raredistill.evaluation.levels import metrics_rows
     from raredistill.evaluation.published import is_published, published_tables
     from raredistill.predictions import read
+    from raredistill.runs.layout import RunFolder
 
+    predictions = RunFolder(predictions).predictions if RunFolder(predictions).record.is_file() else predictions
     if is_published(predictions):
         tables, sentences = published_tables(predictions)
         for name, table in tables.items():
