@@ -30,6 +30,7 @@ def prediction_table(
         {
             "run": run, "sample": samples["sample"].to_numpy(), "patient": samples["patient"].to_numpy(),
             "patient_label": samples["patient_label"].to_numpy(), "split": split, "repeat": repeat, "fold": fold, "seed": seed,
-            "checkpoint": checkpoint, "label": samples["label"].to_numpy(), "logits": pd.Series(list(logits.astype(np.float32)), dtype=object),
+            "checkpoint": checkpoint, "label": samples["label"].to_numpy(),
+            "logits": pd.Series(list(logits.astype(np.float32)), dtype=object),
         }
     )  # fmt: skip

@@ -26,7 +26,7 @@ IMAGE_NAMES = ("images", "x", "test_images", "x_test", "train_images", "x_train"
 """Members of an ``.npz`` without labels, in the order in which they are looked for."""
 
 REPEATED = ("channels", "channel_order", "series", "window", "rule", "min_tumour_voxels", "min_brain_share")
-"""Settings of the training cohort's source with which raw data are opened again; those of labels and patients are not known for new ones."""
+"""Settings of the training cohort's source with which raw data are opened again; new ones have other labels and patients."""
 
 
 @dataclass(frozen=True)
