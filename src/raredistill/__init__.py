@@ -27,6 +27,9 @@ _HOMES = {
     "Settings": ("raredistill.training.settings", "Settings"),
     "train": ("raredistill.training.loop", "fit"),
     "predict": ("raredistill.api", "predict"),
+    "refit": ("raredistill.api", "refit"),
+    "export": ("raredistill.api", "export"),
+    "Predictor": ("raredistill.ship.predictor", "Predictor"),
     "read_predictions": ("raredistill.predictions", "read"),
     "evaluate": ("raredistill.evaluation.levels", "evaluate"),
 }

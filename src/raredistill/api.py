@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from raredistill.errors import ConfigError
+from raredistill.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from raredistill.runs.record import RunRecord
     from raredistill.runs.run import Run
     from raredistill.runs.watcher import Watcher
+    from raredistill.ship.export import Exported
+    from raredistill.ship.predict import Predicted
+    from raredistill.ship.refit import Refitted
     from raredistill.studies.estimate import Forecast
     from raredistill.studies.power import Plan
     from raredistill.studies.study import Engine, Study
@@ -406,25 +409,6 @@ def teacher_from(
     return External(Path(file), external=external)
 
 
-def predict(run: Path | str, cohort: Path | str | Cohort, out: Path | str, *, checkpoint: str = "best") -> pd.DataFrame:
-    """Apply a trained run to every sample of a cohort and write the table of logits.
-
-    Args:
-        run: folder of the run.
-        cohort: a prepared cohort with the same classes and channels, or its folder.
-        out: Parquet file to write.
-        checkpoint: ``best`` or ``last``.
-
-    Raises:
-        CheckpointError: classes, channels or image size do not fit.
-    """
-    from raredistill.cohort.store import Cohort
-    from raredistill.runs.predict import predict as apply
-
-    loaded = cohort if isinstance(cohort, Cohort) else Cohort.load(Path(cohort))
-    return apply(Path(run), loaded, Path(out), which=checkpoint)
-
-
 def report(folder: Path | str, *, sweep: Sequence[Path] = (), across: Sequence[Path] = (), observer: Observer = QUIET) -> Path:
     """Write the report of a study: where networks look (if weights and cohort are there), then tables, figures and one HTML page.
 
@@ -510,3 +494,101 @@ def demo(out: Path | str, *, patients: int = 40, command: str = "", observer: Ob
             write_phantom(raw, patients=patients, layout="nifti", size=(96, 96, 48), rare_share=0.35, seed=0, progress=progress)
     config = Path(str(files("raredistill") / "demo.yaml"))
     return study(config, Path(out) / "study", overrides=[f"cohort.path={raw}"], command=command, observer=observer)
+
+
+def predict(
+    model: Path | str,
+    source: Path | str,
+    out: Path | str,
+    *,
+    checkpoint: str = "best",
+    sensitivity: float | None = None,
+    augment: bool = False,
+) -> Predicted:
+    """Predict images, labelled or not, prepared exactly as the model's training cohort was, and write a table.
+
+    Args:
+        model: a run's folder, ``STUDY:ENTRY`` (refitted, else the mean of its folds), or an export.
+        source: an image, a folder, a CSV, an ``.npz``, raw data of the training cohort's kind, or a prepared cohort.
+        out: ``.csv``, ``.parquet`` or ``.json``; patients are written beside it.
+        checkpoint: ``best`` or ``last``.
+        sensitivity: wanted for the rare class.
+        augment: average with the mirrored image.
+
+    Raises:
+        CheckpointError: the model is damaged, or the pixels were prepared in another way.
+        DataError: the model or the images cannot be found or read.
+    """
+    from raredistill.ship.predict import predict as apply
+    from raredistill.ship.predictor import Predictor
+
+    return apply(Predictor(model, checkpoint=checkpoint, sensitivity=sensitivity, augment=augment), Path(source), Path(out))
+
+
+def refit(folder: Path | str, entry: str, *, config: Study | None = None, observer: Observer = QUIET) -> Refitted:
+    """Train the recipe of one entry once more on all patients, its teacher first, for as many epochs as the folds chose.
+
+    Its expected performance is that of the study's out-of-fold predictions; temperature and threshold come from those of validation.
+
+    Args:
+        folder: of the finished study; the network goes to ``refit/ENTRY`` in it and is then meant by ``STUDY:ENTRY``.
+        entry: name of the chosen one.
+        config: the study, where it was put together in Python.
+        observer: receives the progress.
+
+    Raises:
+        ConfigError: no such entry, or the study was put together in Python and is not given.
+        DataError: the study is not finished, or its cohort is gone.
+    """
+    from raredistill.config import check_config, make_study
+    from raredistill.runs.layout import StudyFolder
+    from raredistill.runs.record import read_study
+    from raredistill.ship import refit as ship
+
+    place = StudyFolder(Path(folder))
+    told = read_study(place.description).config
+    if config is None and "runs" not in told:
+        raise ConfigError(f"{folder}: the study was put together in Python; call raredistill.refit(folder, entry, config=study)")
+    made = config or make_study(check_config(told, str(place.description)), _study_cohort(place.path), "")
+    planned = ship.plan_refit(made, place, entry)
+    with observer.training(planned.plan()) as watcher:
+        return ship.refit(planned, place, entry, watcher)
+
+
+def export(
+    model: Path | str,
+    out: Path | str,
+    *,
+    checkpoint: str = "best",
+    sensitivity: float = 0.9,
+    formats: Sequence[str] = ("fp16", "int8"),
+) -> Exported:
+    """Write a model that runs without raredistill: ONNX, safetensors, description and card, each file compared with the network.
+
+    Args:
+        model: a run, or ``STUDY:ENTRY`` after ``raredistill refit``.
+        out: folder to write; new or empty.
+        checkpoint: ``best`` or ``last``.
+        sensitivity: wanted for the rare class.
+        formats: besides single precision.
+
+    Raises:
+        ConfigError: the model is not one network, or the extra ``export`` is not installed.
+        DataError: the study, its cohort or the model cannot be read, or ``out`` holds something.
+        CheckpointError: a format does not agree with the network.
+    """
+    from raredistill.ship.export import export as write
+    from raredistill.ship.find import find
+
+    found = find(model)
+    return write(found, _study_cohort(found.path), Path(out), checkpoint=checkpoint, sensitivity=sensitivity, extra=formats)
+
+
+def _study_cohort(folder: Path) -> Cohort:
+    from raredistill.runs.layout import StudyFolder
+    from raredistill.runs.record import read_study
+
+    named = read_study(StudyFolder(folder).description).config.get("cohort")
+    if (cohort := _cohort_of(folder, named)) is None:
+        raise DataError(f"{folder}: the study's cohort is no longer there ({named}); prepare it again")
+    return cohort

@@ -120,13 +120,13 @@ def widths(name: str, *, channels: int, image_size: int) -> tuple[int, tuple[int
         return create(name, channels=channels, classes=2, image_size=image_size).widths()
 
 
-def restore(path: Path) -> tuple[Network, Promise]:
+def restore(path: Path | str) -> tuple[Network, Promise]:
     """Build the network of a checkpoint, with its weights and its normalisation, on the CPU.
 
     Raises:
         CheckpointError: a damaged file, or weights that do not fit the network that it names.
     """
-    state, promise = load(path)
+    state, promise = load(Path(path))
     try:
         network = create(
             promise.model,
