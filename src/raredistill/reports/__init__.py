@@ -15,7 +15,9 @@ from raredistill.reports import analyses, datasets, figures, tables
 from raredistill.reports.controls import controls, missing
 from raredistill.reports.costs import costs
 from raredistill.reports.decision import rare_kept
+from raredistill.reports.headline import headline
 from raredistill.reports.html import Page, render
+from raredistill.reports.interactive import page_data
 from raredistill.reports.looks import rows_of_looks, spared, states_of
 from raredistill.reports.maps import map_figures, map_rows
 from raredistill.reports.pairs import Pair, comparisons, fold_differences, make_pairs
@@ -76,7 +78,8 @@ def write_report(
     with figures.plain_texts():
         drawn = figures.write_figures({**_figures(results, made), **map_figures(results, maps)}, folder.report / "figures")
     tell(4, STEPS)
-    write_text(folder.page, render(Page(results, answer, made, drawn)))
+    first = headline(results, pairs, answer["verdicts"], spared(states, results))
+    write_text(folder.page, render(Page(results, first, answer, made, drawn, page_data(results, made), "")))
     tell(STEPS, STEPS)
     return folder.page
 
