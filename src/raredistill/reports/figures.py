@@ -244,25 +244,30 @@ def class_scores(by_class: pd.DataFrame, entries: Sequence[str], classes: Sequen
 
 
 def curves(results: Results, entry: str, classes: Sequence[str]) -> Figure | None:
-    """Loss, macro F1 and F1 of these classes over epochs, means over an entry's runs; dashed: train, solid: validation."""
+    """Cross-entropy, macro F1 and F1 of these classes over epochs, means over an entry's runs; dashed: train, solid: validation."""
     histories = [results.epochs[run.id] for run in results.of(entry)]
     if not histories:
         return None
+    first = results.first(entry)
+    # Validation's loss is cross-entropy: a sum with a teacher's terms, or a loss of another kind, is not on its scale.
+    comparable = first.kind == "baseline" and first.loss == "cross_entropy"
     figure, axes = _figure(9, 2.8, 3)
     for part, style in (("train", "--"), ("validation", "-")):
         for axis, key in zip(axes, ("loss", "macro_f1"), strict=False):
+            if key == "loss" and part == "train" and not comparable:
+                continue
             axis.plot(
                 *_mean_curve(histories, lambda row, key=key, part=part: row[part][key] if part in row else None),
                 style,
                 color="0.25",
                 label=part,
             )
-            axis.set(xlabel="epoch", ylabel=key.replace("_", " ").replace("f1", "F1"))
+            axis.set(xlabel="epoch", ylabel="cross-entropy" if key == "loss" else "macro F1")
         for name, colour in class_colours(classes).items():
             line = _mean_curve(histories, lambda row, name=name, part=part: row[part]["f1"][name] if part in row else None)
             axes[2].plot(*line, style, color=colour, label=name if part == "train" else None)
     axes[2].set(xlabel="epoch", ylabel="F1", ylim=(0, 1))
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8)
     axes[2].legend(frameon=False, fontsize=8)
     return figure
 

@@ -133,10 +133,11 @@ def _f1(sides: Sides, name: str, runs: Sequence[tuple[int, int]]) -> float | Non
 def _answer(rare: str, rows: Sequence[Row], verdicts: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> str:
     if not rows:
         return "The study has no distilled student yet, so there is nothing to answer."
-    for verdict, words in (("helps", "Yes: {} find {} better with a teacher"), ("harms", "A teacher makes {} worse at finding {}")):
+    for verdict, words in (("helps", "Yes: a teacher helps {} find {}"), ("harms", "No: a teacher makes {} worse at finding {}")):
         found = [row for row in rows if row.verdict == verdict]
         if found:
-            return f"{words.format(_named(found), rare)}: {_numbers(found[0])}.{_rest(rows, found)}"
+            whose = f" ({found[0].entry})" if len(found) > 1 else ""
+            return f"{words.format(_named(found), rare)}: {_numbers(found[0])}{whose}.{_rest(rows, found)}"
     same, open_ = ([row for row in rows if row.verdict == WORDS[key]] for key in ("makes no practical difference", "not decided"))
     if same and not open_:
         return f"A teacher makes no practical difference to how well {_named(same)} find {rare}: {_numbers(same[0])}."

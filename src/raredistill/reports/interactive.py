@@ -148,7 +148,7 @@ def _base(description: str, height: Any) -> dict[str, Any]:
     lines = {"domainColor": "#808080", "tickColor": "#808080", "gridColor": "#808080", "gridOpacity": 0.25}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json", "description": description, "width": "container", "height": height,
-        "background": None, "autosize": {"type": "fit-x", "contains": "padding"},
+        "background": None,
         "config": {"axis": {**ink, **lines}, "view": {"stroke": None}, "aria": False, "font": "system-ui, sans-serif"},
     }  # fmt: skip
 
@@ -159,9 +159,9 @@ def _runs_spec(colour: dict[str, Any]) -> dict[str, Any]:
         "x": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False, "nice": True}},
     }
     tips = [{"field": "entry", "title": "Entry"}, {"field": "run", "title": "Run"}, {"field": "value", "title": "Score"}]
-    dots = {"mark": {"type": "point", "filled": True, "size": 55, "opacity": 0.75}, "encoding": {"color": colour, "tooltip": tips}}
+    dots = {"mark": {"aria": False, "type": "point", "filled": True, "size": 55, "opacity": 0.75}, "encoding": {"color": colour, "tooltip": tips}}
     mean = {
-        "mark": {"type": "tick", "thickness": 3, "size": 18},
+        "mark": {"aria": False, "type": "tick", "thickness": 3, "size": 18},
         "encoding": {"x": {**places["x"], "aggregate": "mean"}, "color": colour, "tooltip": [{"field": "value", "aggregate": "mean", "title": "Mean"}]},
     }  # fmt: skip
     return {**_base("Scores of every run by entry; a line marks each mean", {"step": 26}), "data": {"name": "runs"}, "encoding": places,
@@ -170,20 +170,20 @@ def _runs_spec(colour: dict[str, Any]) -> dict[str, Any]:
 
 def _curve_spec(colour: dict[str, Any], x: tuple[str, str], y: tuple[str, str], *, diagonal: bool = False) -> dict[str, Any]:
     def axis(field: tuple[str, str]) -> dict[str, Any]:
-        return {"field": field[0], "type": "quantitative", "title": field[1], "scale": {"domain": [0, 1]}, "axis": {"values": [0, 0.25, 0.5, 0.75, 1]}}
+        return {"field": field[0], "type": "quantitative", "title": field[1], "scale": {"domain": [0, 1]}, "axis": {"values": [0, 0.2, 0.4, 0.6, 0.8, 1]}}
 
     tips = [{"field": "entry", "title": "Entry"}, *({"field": key, "title": name, "format": ".2f"} for key, name in (x, y))]
     line = {
-        "data": {"name": "curves"}, "mark": {"type": "line", "strokeWidth": 2, "interpolate": "linear"},
+        "data": {"name": "curves"}, "mark": {"aria": False, "type": "line", "strokeWidth": 2, "interpolate": "linear"},
         "encoding": {"x": axis(x), "y": axis(y), "color": colour, "order": {"field": "order"},
                      "tooltip": [*tips, {"field": "threshold", "title": "Threshold", "format": ".2f"}]},
     }  # fmt: skip
     point = {
-        "data": {"name": "points"}, "mark": {"type": "point", "filled": True, "size": 130, "stroke": "currentColor", "strokeWidth": 1.5, "opacity": 1},
+        "data": {"name": "points"}, "mark": {"aria": False, "type": "point", "filled": True, "size": 130, "stroke": "currentColor", "strokeWidth": 1.5, "opacity": 1},
         "encoding": {"x": axis(x), "y": axis(y), "color": colour, "tooltip": tips},
     }  # fmt: skip
     chance = {
-        "data": {"values": [{"a": 0}, {"a": 1}]}, "mark": {"type": "line", "strokeDash": [4, 4], "color": "#808080", "strokeWidth": 1},
+        "data": {"values": [{"a": 0}, {"a": 1}]}, "mark": {"aria": False, "type": "line", "strokeDash": [4, 4], "color": "#808080", "strokeWidth": 1},
         "encoding": {"x": {"field": "a", "type": "quantitative"}, "y": {"field": "a", "type": "quantitative"}},
     }  # fmt: skip
     what = f"{y[1]} against {x[1]}; dots mark the chosen threshold"

@@ -124,7 +124,7 @@ async function start() {
     ? box.setAttribute("title", Object.entries(values).map(([key, text]) => `${key}: ${text}`).join("\n"))
     : box.removeAttribute("title");
   for (const [name, spec] of Object.entries(data.specs)) {
-    const view = new vega.View(vega.parse(vegaLite.compile(spec).spec), { renderer: "svg", container: at(`plot-${name}`), hover: true });
+    const view = new vega.View(vega.parse(vegaLite.compile(spec, { logger: vega.logger(vega.Error) }).spec), { renderer: "svg", container: at(`plot-${name}`), hover: true });
     view.tooltip((handler, event, item, values) => tell(at(`plot-${name}`), values));
     views[name] = view;
     await view.runAsync();
