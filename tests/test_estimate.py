@@ -235,7 +235,13 @@ def command(monkeypatch, capsys):
 def test_the_command_line_of_a_dry_run_and_of_a_share(tiny_cohort, tmp_path, command):
     config = tmp_path / "study.yaml"
     runs = [{"name": "large", "model": "cifar_resnet8"}, {"name": "taught", "model": "small_cnn", "teacher": "large"}]
-    raw = {"name": "s", "cohort": str(tiny_cohort.root), "splits": {"folds": 2, "validation_share": 0.34}, "training": EPOCHS, "runs": runs}
+    raw = {
+        "name": "s",
+        "cohort": str(tiny_cohort.root),
+        "splits": {"folds": 2, "repeats": 1, "validation_share": 0.34},
+        "training": EPOCHS,
+        "runs": runs,
+    }
     config.write_text(yaml.safe_dump(raw))
     code, said, errors = command(config, "--out", tmp_path / "s", "--dry-run")
     assert code == 0, errors

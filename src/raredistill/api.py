@@ -128,12 +128,12 @@ def study(
         DataError: the cohort cannot be read, or ``out`` holds something else.
         SplitError: the patients cannot be divided as asked.
     """
-    from raredistill.studies.study import HERE, elsewhere, left, run_study
-
     out = Path(out)
     made = open_study(config, out, overrides=overrides, command=command, observer=observer)
     if made.looks is not None and only is not None:
         raise ConfigError("--only divides a plan that is known, and looks decide which runs follow; start the same command several times")
+    from raredistill.studies.study import HERE, elsewhere, left, run_study  # torch, only once the configuration is known to be right
+
     chosen = share(made, only)
     observer.planned(made, chosen, elsewhere(made, out))
     connected: AbstractContextManager[Any] = engine if isinstance(engine, AbstractContextManager) else nullcontext(engine or HERE)
@@ -184,12 +184,11 @@ def open_study(
     Raises:
         RareDistillError: as :func:`study`.
     """
-    from raredistill.config import make_study
-    from raredistill.studies.study import Study
-
-    if isinstance(config, Study):
+    if not isinstance(config, Path | str | Mapping):
         return config
-    checked = _config(config, overrides)
+    checked = _config(config, overrides)  # before torch is imported: mistakes are reported at once
+    from raredistill.config import make_study
+
     return make_study(checked, _cohort(checked, out, observer), command)
 
 
@@ -241,11 +240,11 @@ def forecast(
     Raises:
         ConfigError: the study's cohort is not prepared yet, or as :func:`study`.
     """
+    checked, out = _config(config, overrides), Path(out)  # before torch is imported: mistakes are reported at once
     from raredistill.config import make_study
     from raredistill.runs.layout import StudyFolder
     from raredistill.studies.estimate import forecast as measure_all
 
-    checked, out = _config(config, overrides), Path(out)
     made = make_study(checked, _prepared(checked, out), "")
     chosen = share(made, only)
     ordered = [run for run in made.plan() if run in chosen]  # a share lists its own runs before their teachers
@@ -424,8 +423,18 @@ def _cohort_of(folder: Path, named: Any) -> Cohort | None:
     return Cohort.load(there[-1]) if there else None
 
 
-def compare(control: Path | str, other: Path | str, *, metric: str | None = None, background: str | None = None) -> Versus:
+def compare(
+    control: Path | str, other: Path | str, *, metric: str | None = None, background: str | None = None,
+    groups: tuple[Path, str] | None = None,
+) -> Versus:  # fmt: skip
     """Compare two runs, two studies or two prediction files; differences are ``other`` minus ``control``.
+
+    Args:
+        control: first side.
+        other: second side.
+        metric: one metric only.
+        background: class that no patient carries, in files made elsewhere.
+        groups: a CSV file with the column ``patient``, and the column by which gains are also reported, such as sex.
 
     Raises:
         ConfigError: unknown metric or class.
@@ -433,7 +442,7 @@ def compare(control: Path | str, other: Path | str, *, metric: str | None = None
     """
     from raredistill.reports.versus import versus
 
-    return versus(Path(control), Path(other), metric=metric, background=background)
+    return versus(Path(control), Path(other), metric=metric, background=background, groups=groups)
 
 
 Layout = Literal["nifti", "hdf5", "both"]

@@ -34,6 +34,23 @@ Options = Annotated[
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; all cores by default")]
 
 
+def _load(plugins: list[str] | None) -> list[str] | None:
+    from raredistill.plugins import load
+
+    for plugin in plugins or []:
+        load(plugin)
+    return plugins
+
+
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        help="a file or module that registers distillers, losses, networks, sources or augmentations; repeatable",
+        metavar="FILE_OR_MODULE",
+        callback=_load,
+    ),
+]
 PATIENTS_SHOWN = 12
 
 
@@ -116,7 +133,7 @@ def phantom(
 
 
 @app.command()
-def verify(kind: Kind, path: RawPath, options: Options = None, workers: Workers = None) -> None:
+def verify(kind: Kind, path: RawPath, options: Options = None, workers: Workers = None, plugin: Plugins = None) -> None:
     """Read a source once and list every problem with its cure; exit code 2 when there is an error."""
     from dataclasses import asdict
 
@@ -159,6 +176,7 @@ def prepare(
     leave_out_bad: Annotated[
         bool, typer.Option("--leave-out-bad", help="continue without patients that cannot be read, and record which")
     ] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Turn raw data into one cohort on disk: decoded, checked, normalised and resized once."""
     from raredistill.cohort.prepare import prepare as make_cohort
@@ -197,17 +215,41 @@ def inspect(
 
 
 @app.command()
-def methods() -> None:
+def methods(plugin: Plugins = None) -> None:
     """List distillers and losses: name, family, source, what they need, and for how many classes they are sound."""
     from raredistill.console import show_table
     from raredistill.distill.registry import methods_table
     from raredistill.losses import losses_table
+    from raredistill.plugins import plugins_table
     from raredistill.training.settings import choices_table
 
     show_table(methods_table(), "distillers (method:)")
     show_table(losses_table(), "losses (training.loss:)")
     show_table(choices_table(), "what goes with any of them")
+    show_table(plugins_table(), "plug-ins")
     _next("raredistill study CONFIG runs.1.method=NAME")
+
+
+@app.command()
+def check(
+    plugin: Annotated[str, typer.Argument(help="the file or module of a plug-in", metavar="FILE_OR_MODULE")],
+    data: Annotated[Path | None, typer.Option(help="raw data on which its sources are tried")] = None,
+) -> None:
+    """Run a plug-in's distillers, losses, networks, sources and augmentations through the conformance suite."""
+    from raredistill import plugins
+    from raredistill.testing import check_plugin
+
+    plugins.load(plugin)
+    registered = plugins.registered()
+    failures = [failure for each in registered for failure in check_plugin(each, data)]
+    for failure in failures:
+        print(f"{failure.subject}: {failure.check}\n  not so: {failure.problem}")
+    if failures:
+        _stop(f"{len(failures)} promises are not kept; mend them, then run the same command again", 2)
+    names = ", ".join(f"{each.kind} {each.name}" for each in registered)
+    untried = " (a source is tried on data: add --data DIR)" if data is None and any(each.kind == "source" for each in registered) else ""
+    print(f"{names}: keeps every promise{untried}")
+    _next(f"raredistill study CONFIG --plugin {shlex.quote(plugin)}")
 
 
 @app.command()
@@ -224,6 +266,7 @@ def study(
     address: Annotated[str | None, typer.Option(help="HOST:PORT of its head node; a Ray on this machine by default")] = None,
     gpus_per_run: Annotated[float | None, typer.Option(min=0.01, max=1, help="share of a GPU for each run on Ray; 1 by default")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="train nothing: measure a few steps; report time, memory and disk")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Train every run of a study that is not finished yet, and write its report."""
     from raredistill import api
@@ -320,6 +363,7 @@ def predict(
     cohort: Annotated[Path, typer.Argument(help="a prepared cohort with the same classes and channels")],
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write")] = Path("predictions.parquet"),
     checkpoint: Annotated[str, typer.Option(help="best or last")] = "best",
+    plugin: Plugins = None,
 ) -> None:
     """Apply a trained run to any cohort and write the table of logits."""
     from raredistill import api
@@ -381,6 +425,8 @@ def compare(
     ],
     metric: Annotated[str | None, typer.Option(help="one metric only: macro_f1, f1:LGG, recall:LGG, auprc:LGG ...")] = None,
     background: Annotated[str | None, typer.Option(help="class that no patient carries, in files made elsewhere, such as healthy")] = None,
+    groups: Annotated[Path | None, typer.Option(help="CSV with a column patient, for gains by group")] = None,
+    by: Annotated[str | None, typer.Option(help="its column of groups, such as sex, age, site or scanner")] = None,
 ) -> None:
     """Compare two sets of test predictions: differences (second minus first), intervals, and what can be said."""
     from raredistill import api
@@ -389,10 +435,15 @@ def compare(
 
     if len(sides) % 2:
         raise RareDistillError(f"{len(sides)} sides cannot be paired; name a control and another side for each comparison")
+    if (groups is None) != (by is None):
+        raise RareDistillError("--groups names a file and --by its column; give both")
+    grouped = None if groups is None or by is None else (groups, by)
     gains = []
     for first, second in zip(sides[::2], sides[1::2], strict=True):
-        found = api.compare(first, second, metric=metric, background=background)
+        found = api.compare(first, second, metric=metric, background=background, groups=grouped)
         show_table(records(found.rows), f"{second} minus {first}")
+        if len(found.groups):
+            show_table(records(found.groups), f"by {by}; p is not adjusted")
         print("\n".join(found.sentences))
         gains.append(found.gain)
     if len(gains) > 1:

@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from raredistill.declared import LARGEST_SEED, MOST_REPEATS, field_mistakes, mistakes, read
+from raredistill.declared import Name, field_mistakes, mistakes, read
 from raredistill.errors import ConfigError
-from raredistill.evaluation.looks import Looks
 from raredistill.files import fingerprint, parse_yaml
-from raredistill.names import checked
+from raredistill.limits import LARGEST_SEED, MOST_REPEATS
 from raredistill.runs.entry import Channels, Entry
 from raredistill.training.settings import Settings
 
 if TYPE_CHECKING:
     from raredistill.cohort.store import Cohort
+    from raredistill.evaluation.looks import Looks
     from raredistill.studies.study import Study
 
-Name = Annotated[str, AfterValidator(checked)]
 Seed = Annotated[int, Interval(ge=0, le=LARGEST_SEED)]
 
 
@@ -192,6 +191,8 @@ def looks_of(config: StudyConfig) -> Looks | None:
     Raises:
         ConfigError: the looks do not hold their level, or contradict the splits.
     """
+    from raredistill.evaluation.looks import Looks
+
     given = config.evidence
     if not given.looks:
         if given.alpha:

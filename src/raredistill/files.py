@@ -37,18 +37,33 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary neighbour of ``path`` that takes its place only when the block succeeds.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; what stood at ``path`` is intact.
+        DataError: ``path`` is a folder.
+        OSError: the disk is full or the folder cannot be written, with the file's name; what stood at ``path`` is intact.
     """
+    if path.is_dir():
+        raise DataError(f"{shown(path)} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     # Two nodes that share a folder may well give out the same process number.
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the name of a file to what goes wrong while it is written: of a full disk the system says only that it is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or str(error.filename).endswith(".tmp")):
+            error.filename = str(path)
+        raise
 
 
 def _sweep(path: Path) -> None:
@@ -186,7 +201,7 @@ def files_below(folder: Path) -> list[Path]:
         DataError: a folder cannot be read, so that what it holds is unknown.
     """
     found: list[Path] = []
-    for place, _, names in os.walk(folder, onerror=_refuse_unread) if folder.is_dir() else ():
+    for place, _, names in os.walk(folder, onerror=refuse_unread) if folder.is_dir() else ():
         found += [Path(place, name) for name in names]
     return sorted(found)
 
@@ -200,11 +215,16 @@ def folders_in(folder: Path) -> list[Path]:
     try:
         return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
     except OSError as error:
-        _refuse_unread(error)
+        refuse_unread(error)
         raise  # never reached: the line before has raised
 
 
-def _refuse_unread(error: OSError) -> None:
+def refuse_unread(error: OSError) -> None:
+    """For ``os.walk``: a folder that cannot be read is an error, not an empty one.
+
+    Raises:
+        DataError: always.
+    """
     raise DataError(
         f"{shown(error.filename)}: cannot be read ({error.strerror}), so that what it holds is unknown; "
         "give yourself the right to read it (chmod u+rX), or move it out of the source"

@@ -12,7 +12,7 @@ from raredistill import predictions
 from raredistill.checkpoint import read_promise
 from raredistill.evaluation.levels import by_patient, has_patients
 from raredistill.predictions import Predictions
-from raredistill.reports.folder import patients_of_sides, read_results_of
+from raredistill.reports.folder import check_places, patients_of_sides, read_results_of
 from raredistill.runs.layout import StudyFolder
 from raredistill.runs.record import Cell, RunRecord, StudyRecord, read_study
 
@@ -97,6 +97,7 @@ def read_results(study: Path) -> Results:
     """
     folder = StudyFolder(study)
     description = read_study(folder.description)
+    check_places(folder, description)
     # Their test sides are training patients of the study's folds: teachers are means, not results.
     described = replace(description, runs=[run for run in description.runs if run.kind != "cross-fitted teacher"])
     tables, epochs, priors = {}, {}, {}

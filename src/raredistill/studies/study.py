@@ -29,7 +29,7 @@ from raredistill.studies.rules import check_entries
 
 MARKER = ".study"
 """Marks a folder as a study's from its first moment on."""
-LIBRARIES = ("raredistill", "torch", "timm", "lightning", "numpy", "pandas", "scikit-learn", "nibabel")
+LIBRARIES = ("raredistill", "torch", "timm", "lightning-fabric", "numpy", "pandas", "scikit-learn", "nibabel")
 
 
 @dataclass(frozen=True)

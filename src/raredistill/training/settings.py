@@ -10,10 +10,12 @@ from pydantic import BeforeValidator
 
 from raredistill.declared import Declared
 from raredistill.errors import ConfigError
+from raredistill.views import PRESETS, Augmentation, from_preset
 
 Share = Annotated[float, Interval(ge=0, lt=1)]
 Positive = Annotated[float, Gt(0)]
 Count = Annotated[int, Ge(1)]
+Preset = Literal["none", "default", "thesis", "cifar"]
 Metric = Literal["macro_f1", "balanced_accuracy", "accuracy", "loss", "last"]
 
 
@@ -50,7 +52,8 @@ class Settings(Declared):
         select: the validation metric that chooses the best checkpoint; ``last`` takes the last epoch, as does a split without validation.
         patience: stop after so many epochs without improvement; never when not given.
         sampler: order of samples: ``natural``, ``sqrt``, ``balanced`` or ``progressive``.
-        augmentation: preset: ``none``, ``default``, ``thesis`` or ``cifar`` (crops after padding by 4, and flips).
+        augmentation: a preset, ``none``, ``default``, ``thesis`` or ``cifar`` (crops after padding by 4, and flips), or strengths by
+            name, ``{preset: default, rotation: 10, steps: [...]}``; see :class:`raredistill.views.Augmentation`.
         mixing: of samples with partners: ``none``, ``mixup`` or ``remix``.
         loss: name of the supervised loss; ``loss_options`` are its hyper-parameters.
         deferred: class weights on any loss from ``deferred_epoch`` on: ``none``, ``inverse``, ``sqrt`` or ``effective``.
@@ -91,7 +94,7 @@ class Settings(Declared):
     select: Metric = "macro_f1"
     patience: Count | None = None
     sampler: Literal["natural", "sqrt", "balanced", "progressive"] = "natural"
-    augmentation: Literal["none", "default", "thesis", "cifar"] = "default"
+    augmentation: Preset | Annotated[Augmentation, BeforeValidator(from_preset)] = "default"
     mixing: Literal["none", "mixup", "remix"] = "none"
     loss: str = "cross_entropy"
     loss_options: dict[str, Any] = field(default_factory=dict)
@@ -113,11 +116,16 @@ class Settings(Declared):
         return [message for message, wrong in held.items() if wrong]
 
     @property
+    def strengths(self) -> Augmentation | None:
+        """How strongly views differ; None where nothing is random."""
+        return self.augmentation if isinstance(self.augmentation, Augmentation) else PRESETS[self.augmentation]
+
+    @property
     def views(self) -> int | None:
         """How many views training cycles through: one where nothing is random; None for a new one each epoch."""
         if self.teacher_cache is None:
             return None
-        return 1 if self.augmentation == "none" else min(self.teacher_cache.views, self.epochs)
+        return 1 if self.strengths is None else min(self.teacher_cache.views, self.epochs)
 
     @property
     def recipe(self) -> str:
@@ -173,5 +181,6 @@ def _speed_conflicts(settings: Settings) -> dict[str, bool]:
 def choices_table() -> list[dict[str, str]]:
     """What ``raredistill methods`` prints beside losses and distillers: every setting that is one of a few names."""
     hints = get_type_hints(Settings)
-    chosen = ("sampler", "mixing", "deferred", "stage", "optimizer", "augmentation")
-    return [{"setting": f"training.{name}", "one of": ", ".join(get_args(hints[name]))} for name in chosen]
+    chosen = ("sampler", "mixing", "deferred", "stage", "optimizer")
+    rows = [{"setting": f"training.{name}", "one of": ", ".join(get_args(hints[name]))} for name in chosen]
+    return [*rows, {"setting": "training.augmentation", "one of": f"{', '.join(PRESETS)}, or strengths by name"}]
