@@ -36,8 +36,9 @@ from raredistill.files import seal, sha256, write_json
 from raredistill.reports import analyses, figures, summary_table, write_report
 from raredistill.reports.decision import Decision
 from raredistill.reports.pairs import make_pairs
+from raredistill.reports.paper import latex
 from raredistill.reports.results import read_results
-from raredistill.reports.tables import confusion_rows, latex, safe
+from raredistill.reports.tables import confusion_rows, safe
 from raredistill.reports.verdicts import family, notes_on_tests, verdicts
 from raredistill.runs.layout import RESULTS
 

@@ -156,7 +156,9 @@ def test_the_slider_moves_the_operating_point_and_every_number_with_it(browser, 
     assert browser.run("document.querySelector('#threshold-value').textContent") == "0.57"
     for place, entry in enumerate(("small", "taught")):
         matrix = expected_matrix(page, entry, 0.57)
-        seen = browser.run(f"[...document.querySelectorAll('.card')[{place}].querySelectorAll('td.number')].map((cell) => +cell.textContent)")
+        seen = browser.run(
+            f"[...document.querySelectorAll('.card')[{place}].querySelectorAll('td.number')].map((cell) => +cell.textContent)"
+        )
         np.testing.assert_array_equal(np.reshape(seen, (3, 3)), matrix)
         told = browser.run(f"[...document.querySelectorAll('.card')[{place}].querySelectorAll('dd')].map((cell) => cell.textContent)")
         hit, rest = matrix[0, 0], matrix[1:, 1:].sum()
@@ -214,7 +216,9 @@ def test_the_first_screen_answers(browser, page):
         assert "Generated data: the numbers say nothing about patients." in text
         assert "Does a teacher help LGG?" in text
         answer = browser.run("document.querySelector('.answer').innerText")
-        assert re.match(r"Yes: a teacher helps taught find LGG: F1 0\.\d\d with, 0\.\d\d without; difference \+0\.\d\d, 95 % interval", answer)
+        assert re.match(
+            r"Yes: a teacher helps taught find LGG: F1 0\.\d\d with, 0\.\d\d without; difference \+0\.\d\d, 95 % interval", answer
+        )
         assert browser.run("document.querySelector('.answer').getBoundingClientRect().bottom") < height
         assert "Next:" in text
     opened(browser, page, width=1400, height=900)
@@ -245,7 +249,9 @@ def test_axe_finds_no_violation(browser, page, look):
     opened(browser, page, **look)
     browser.run("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
     browser.run(f"{axe()}; 0")
-    found = browser.run("axe.run().then((found) => found.violations.map((each) => [each.id, each.nodes.slice(0, 3).map((node) => node.html)]))")
+    found = browser.run(
+        "axe.run().then((found) => found.violations.map((each) => [each.id, each.nodes.slice(0, 3).map((node) => node.html)]))"
+    )
     assert found == []
 
 
@@ -254,7 +260,9 @@ def test_every_figure_is_whole(browser, page, width):
     opened(browser, page, width=width, height=800)
     browser.run("document.querySelectorAll('#more details').forEach((part) => { part.open = true; })")
     assert browser.run("document.documentElement.scrollWidth") <= width
-    edges = browser.run("[...document.querySelectorAll('svg')].filter((part) => part.checkVisibility()).map((part) => part.getBoundingClientRect().right)")
+    edges = browser.run(
+        "[...document.querySelectorAll('svg')].filter((part) => part.checkVisibility()).map((part) => part.getBoundingClientRect().right)"
+    )
     assert len(edges) > 8
     assert max(edges) <= width
 

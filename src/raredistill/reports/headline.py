@@ -195,7 +195,9 @@ def _next(results: Results, pairs: Sequence[Pair], verdicts: Sequence[dict[str, 
         epochs = int((study.config.get("training") or {}).get("epochs", 30))
         return "Train longer, until every network predicts every class.", _again(study.command, f"training.epochs={3 * epochs}")
     if study.protocol != "outer":
-        return "Use outer folds, so that the recipe can be judged and not only these networks.", _again(study.command, "splits.protocol=outer")
+        return "Use outer folds, so that the recipe can be judged and not only these networks.", _again(
+            study.command, "splits.protocol=outer"
+        )
     if any(record["verdict"] == "helps" for record in verdicts):
         return "Try the student on patients from elsewhere before you rely on it.", ""
     undecided = [pair for pair, record in zip(pairs, verdicts, strict=True) if record["verdict"] == "not decided"]

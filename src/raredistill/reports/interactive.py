@@ -74,7 +74,12 @@ def counts(entry: str, level: str, table: Predictions, rare: str) -> dict[str, A
         probability = np.column_stack([probability[:, 0], 1 - probability[:, 0]])
     used = [index for index in range(len(names)) if index == 0 or (label == index).any() or level == "slice"]
     matrices = _matrices(label, probability, len(names))[:, used][:, :, used]
-    return {"entry": entry, "level": level, "classes": [names[index] for index in used], "matrices": matrices.reshape(STEPS + 1, -1).tolist()}
+    return {
+        "entry": entry,
+        "level": level,
+        "classes": [names[index] for index in used],
+        "matrices": matrices.reshape(STEPS + 1, -1).tolist(),
+    }
 
 
 def _matrices(label: NDArray[np.int64], probability: NDArray[np.float64], classes: int) -> NDArray[np.int64]:
@@ -159,7 +164,10 @@ def _runs_spec(colour: dict[str, Any]) -> dict[str, Any]:
         "x": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False, "nice": True}},
     }
     tips = [{"field": "entry", "title": "Entry"}, {"field": "run", "title": "Run"}, {"field": "value", "title": "Score"}]
-    dots = {"mark": {"aria": False, "type": "point", "filled": True, "size": 55, "opacity": 0.75}, "encoding": {"color": colour, "tooltip": tips}}
+    dots = {
+        "mark": {"aria": False, "type": "point", "filled": True, "size": 55, "opacity": 0.75},
+        "encoding": {"color": colour, "tooltip": tips},
+    }
     mean = {
         "mark": {"aria": False, "type": "tick", "thickness": 3, "size": 18},
         "encoding": {"x": {**places["x"], "aggregate": "mean"}, "color": colour, "tooltip": [{"field": "value", "aggregate": "mean", "title": "Mean"}]},
@@ -170,7 +178,13 @@ def _runs_spec(colour: dict[str, Any]) -> dict[str, Any]:
 
 def _curve_spec(colour: dict[str, Any], x: tuple[str, str], y: tuple[str, str], *, diagonal: bool = False) -> dict[str, Any]:
     def axis(field: tuple[str, str]) -> dict[str, Any]:
-        return {"field": field[0], "type": "quantitative", "title": field[1], "scale": {"domain": [0, 1]}, "axis": {"values": [0, 0.2, 0.4, 0.6, 0.8, 1]}}
+        return {
+            "field": field[0],
+            "type": "quantitative",
+            "title": field[1],
+            "scale": {"domain": [0, 1]},
+            "axis": {"values": [0, 0.2, 0.4, 0.6, 0.8, 1]},
+        }
 
     tips = [{"field": "entry", "title": "Entry"}, *({"field": key, "title": name, "format": ".2f"} for key, name in (x, y))]
     line = {
