@@ -165,7 +165,8 @@ def test_the_slider_moves_the_operating_point_and_every_number_with_it(browser, 
         shares = hit / matrix[0].sum(), rest / matrix[1:].sum(), hit / matrix[:, 0].sum(), rest / matrix[:, 1:].sum()
         assert [float(each.split()[0]) for each in told] == pytest.approx([100 * each for each in shares], abs=0.51)
         point = browser.run(
-            f"views.roc.runAsync().then((view) => view.data('points').filter((row) => row.entry === '{entry}').map((row) => [row.fpr, row.recall])[0])"
+            "views.roc.runAsync().then((view) => view.data('points')"
+            f".filter((row) => row.entry === '{entry}').map((row) => [row.fpr, row.recall])[0])"
         )
         assert point == pytest.approx([1 - shares[1], shares[0]])
     assert browser.complaints == []

@@ -42,7 +42,7 @@ def write_report(
     across: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write ``STUDY/report``: report.html (self-contained), verdicts.json, methods.md, tables as CSV and LaTeX, figures as SVG, PDF and PNG.
+    """Write ``STUDY/report``: report.html (self-contained), verdicts.json, methods.md, tables (CSV, LaTeX), figures (SVG, PDF, PNG).
 
     Args:
         study: a study's folder, also an unfinished one.

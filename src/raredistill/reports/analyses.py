@@ -319,8 +319,8 @@ def _hardest(columns: dict[str, pd.Series]) -> pd.DataFrame:
 def sizes(results: Results, summary: pd.DataFrame) -> pd.DataFrame:
     """Parameters, FLOPs, bytes and measured latency against scores, and whether an entry is on the Pareto front of each.
 
-    Latency is the median over the runs of an entry's network, undefined for runs made before it was measured. It has a front only where all entries were
-    measured on one device.
+    Latency is the median over the runs of an entry's network, undefined for runs made before it was measured. It has a front only where
+    all entries were measured on one device.
     """
     rare = f"{results.study.rare} f1"
     facts = pd.DataFrame([{key: getattr(results.first(entry), key) for key in ("model", "flops", "bytes")} for entry in results.entries])

@@ -324,7 +324,7 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def for_page(markup: str, name: str) -> str:
-    """SVG markup for a page with other figures: identifiers of its own, an entry's marks ready to be switched off, ink in the page's colour."""
+    """SVG markup for a page: identifiers of its own, an entry's marks ready to be switched off, ink in the page's colour."""
     # The same picture twice in a figure has the same identifier, which nothing refers to.
     markup = re.sub(r'\sid="image[0-9a-f]+"', "", markup)
     markup = re.sub(r"fill: #ffffff", "fill: none", re.sub(r"#(000000|404040)", "currentColor", markup), count=1)

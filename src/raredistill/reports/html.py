@@ -47,7 +47,8 @@ def render(page: Page) -> str:
     drawn = {name: Markup(for_page(markup, name)) for name, markup in page.figures.items() if name.startswith(ON_PAGE)}
     return template.render(
         study=study, first=page.first, answer=page.answer, tables=page.tables, entries=entries, shown=shown, figures=drawn,
-        maps=[name for name in drawn if name.startswith("maps-")], colours=list(colours(entries).values()), methods=page.methods, data=_json(page.data),
+        maps=[name for name in drawn if name.startswith("maps-")],
+        colours=list(colours(entries).values()), methods=page.methods, data=_json(page.data),
         config=yaml.safe_dump(study.config, sort_keys=False, allow_unicode=True),
         provenance=yaml.safe_dump(_provenance(study), sort_keys=False), source=_source(study.cohort.provenance),
         failed=[run for run in study.runs if run.status == "failed"], done=len(page.results.runs),

@@ -118,7 +118,10 @@ def hardest(results: Results, table: pd.DataFrame) -> list[dict[str, Any]]:
     for row in table.to_dict("records"):
         own = pd.DataFrame({entry: scores.get(row["patient"], pd.Series(dtype=float)) for entry, scores in by_slice.items()})
         own = own.assign(mean=own.mean(axis=1)).sort_values("mean").head(SLICES).drop(columns="mean")
-        slices = [{"sample": str(name), "scores": [_rounded(value) for value in values]} for name, values in zip(own.index, own.to_numpy())]
+        slices = [
+            {"sample": str(name), "scores": [_rounded(value) for value in values]}
+            for name, values in zip(own.index, own.to_numpy(), strict=True)
+        ]
         scores = [_rounded(row.get(f"by {entry}")) for entry in results.entries]
         found.append({"patient": row["patient"], "scores": scores, "entries": list(by_slice), "slices": slices})
     return found
@@ -170,7 +173,10 @@ def _runs_spec(colour: dict[str, Any]) -> dict[str, Any]:
     }
     mean = {
         "mark": {"aria": False, "type": "tick", "thickness": 3, "size": 18},
-        "encoding": {"x": {**places["x"], "aggregate": "mean"}, "color": colour, "tooltip": [{"field": "value", "aggregate": "mean", "title": "Mean"}]},
+        "encoding": {
+            "x": {**places["x"], "aggregate": "mean"}, "color": colour,
+            "tooltip": [{"field": "value", "aggregate": "mean", "title": "Mean"}],
+        },
     }  # fmt: skip
     return {**_base("Scores of every run by entry; a line marks each mean", {"step": 26}), "data": {"name": "runs"}, "encoding": places,
             "layer": [dots, mean]}  # fmt: skip
@@ -193,11 +199,13 @@ def _curve_spec(colour: dict[str, Any], x: tuple[str, str], y: tuple[str, str], 
                      "tooltip": [*tips, {"field": "threshold", "title": "Threshold", "format": ".2f"}]},
     }  # fmt: skip
     point = {
-        "data": {"name": "points"}, "mark": {"aria": False, "type": "point", "filled": True, "size": 130, "stroke": "currentColor", "strokeWidth": 1.5, "opacity": 1},
+        "data": {"name": "points"},
+        "mark": {"aria": False, "type": "point", "filled": True, "size": 130, "stroke": "currentColor", "strokeWidth": 1.5, "opacity": 1},
         "encoding": {"x": axis(x), "y": axis(y), "color": colour, "tooltip": tips},
     }  # fmt: skip
     chance = {
-        "data": {"values": [{"a": 0}, {"a": 1}]}, "mark": {"aria": False, "type": "line", "strokeDash": [4, 4], "color": "#808080", "strokeWidth": 1},
+        "data": {"values": [{"a": 0}, {"a": 1}]},
+        "mark": {"aria": False, "type": "line", "strokeDash": [4, 4], "color": "#808080", "strokeWidth": 1},
         "encoding": {"x": {"field": "a", "type": "quantitative"}, "y": {"field": "a", "type": "quantitative"}},
     }  # fmt: skip
     what = f"{y[1]} against {x[1]}; dots mark the chosen threshold"

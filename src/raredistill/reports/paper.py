@@ -46,7 +46,8 @@ def _cell(value: Any, column: object) -> str:
 def tabular(heads: Sequence[str], rows: Sequence[Sequence[str]], sides: str, caption: str, label: str) -> str:
     """A ``table`` from cells that are LaTeX already."""
     return "\n".join([
-        r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", *([rf"\label{{tab:{label}}}"] if label else []),
+        r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{caption}}}",
+        *([rf"\label{{tab:{label}}}"] if label else []),
         rf"\begin{{tabular}}{{{sides}}}", r"\toprule", " & ".join(heads) + r" \\", r"\midrule",
         *(" & ".join(row) + r" \\" for row in rows), r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
     ])  # fmt: skip
@@ -181,40 +182,53 @@ BIBTEX = {
 def methods_paragraph(results: Results) -> str:
     """What was done, as one paragraph for a journal."""
     study = results.study
-    cohort, config = study.cohort, study.config
-    cells = {(split["repeat"], split["fold"]) for split in study.splits if {"repeat", "fold"} <= split.keys()}
-    cells = cells or {(run.repeat, run.fold) for run in study.runs}
-    folds, repeats = len({fold for _, fold in cells}), len({repeat for repeat, _ in cells})
-    seeds = len({run.seed for run in study.runs})
-    unit = (
-        "patients" if cohort.patients_known else "images, which were treated as independent because no patient identifiers were available"
-    )
-    networks = ", ".join(
-        dict.fromkeys(f"{results.first(name).model} ({results.first(name).parameters:,} parameters)" for name in results.entries)
-    )
-    methods = ", ".join(dict.fromkeys(run.method for run in study.runs if run.method)) or "no distillation"
-    training = {key: value for key, value in (config.get("training") or {}).items() if key in TRAINING}
-    settings = "; ".join(f"{TRAINING[key]} {value}" for key, value in training.items()) or "default settings"
-    versions = ", ".join(
-        f"{name} {version}" for name, version in study.versions.items() if name in ("raredistill", "python", "torch", "timm")
-    )
-    layout = {
-        "outer": f"{_times(repeats, 'repeat')} of {folds}-fold outer cross-validation grouped by patient, so that each patient was tested once per repeat",
-    }.get(study.protocol, f"a fixed test set ({study.protocol}) and {_times(folds, 'training split')}, grouped by patient")
+    cohort, unit = study.cohort, "patients"
+    if not study.cohort.patients_known:
+        unit = "images, which were treated as independent because no patient identifiers were available"
+    networks = dict.fromkeys(f"{run.model} ({run.parameters:,} parameters)" for run in map(results.first, results.entries))
+    methods = ", ".join(dict.fromkeys(run.method for run in study.runs if run.method)) or "none"
     return (
-        f"We asked whether knowledge distillation improves the recognition of {study.rare}, the rarest class, in {cohort.samples} samples of "
-        f"{cohort.patients} {unit}. We used {layout}, with {_times(seeds, 'random seed')}; no patient stood on two sides of a split. "
-        f"The networks were {networks}; the distillation method was {methods} [@hinton2015distilling]. Training used {settings}. Each distilled "
-        f"student was compared with the same network trained with the same data, loss and seed without a teacher. The primary outcome was the F1 of "
-        f"{study.rare} of the last epoch, with the decision threshold matched on the validation part; differences were tested two-sided with a "
-        "variance that covers patients, training patients and training runs [@nadeau2003inference], at a level of 5 % with Holm's adjustment "
-        f"[@holm1979simple]. Software: {versions or 'raredistill'} [@paszke2019pytorch]."
+        f"We asked whether knowledge distillation improves the recognition of {study.rare}, the rarest class, in {cohort.samples} samples "
+        f"of {cohort.patients} {unit}. We used {_layout(results)}; no patient stood on two sides of a split. The networks were "
+        f"{', '.join(networks)}; the distillation method was {methods} [@hinton2015distilling]. Training used {_training(results)}. "
+        "Each distilled student was compared with the same network trained with the same data, loss and seed without a teacher. The "
+        f"primary outcome was the F1 of {study.rare} of the last epoch, with the decision threshold matched on the validation part. "
+        f"{_test(results)} Software: {_software(results)} [@paszke2019pytorch]."
     )
+
+
+def _layout(results: Results) -> str:
+    study = results.study
+    cells = {(run.repeat, run.fold) for run in study.runs}
+    folds, repeats = len({fold for _, fold in cells}), len({repeat for repeat, _ in cells})
+    seeds = _times(len({run.seed for run in study.runs}), "random seed")
+    if study.protocol == "outer":
+        return f"{_times(repeats, 'repeat')} of {folds}-fold outer cross-validation grouped by patient, with {seeds}"
+    return f"one test set ({study.protocol}) and {_times(folds, 'training split')} grouped by patient, with {seeds}"
+
+
+def _training(results: Results) -> str:
+    given = results.study.config.get("training") or {}
+    return "; ".join(f"{words} {given[key]}" for key, words in TRAINING.items() if key in given) or "the default settings"
+
+
+def _test(results: Results) -> str:
+    if results.study.protocol != "outer":
+        return "Because all networks share one test set, differences describe these networks and were not tested as a claim on the method."
+    return (
+        "Differences were tested two-sided with a variance that covers tested patients, training patients and training runs "
+        "[@nadeau2003inference], at a level of 5 % with Holm's adjustment [@holm1979simple]."
+    )
+
+
+def _software(results: Results) -> str:
+    known = [f"{name} {version}" for name, version in results.study.versions.items() if name in ("raredistill", "python", "torch", "timm")]
+    return ", ".join(known) or "raredistill"
 
 
 TRAINING = {
-    "epochs": "epochs", "batch_size": "a batch size of", "learning_rate": "a learning rate of", "optimizer": "the optimiser", "loss": "the loss",
-    "sampler": "the sampler", "weight_decay": "a weight decay of",
+    "epochs": "a number of epochs of", "batch_size": "a batch size of", "learning_rate": "a learning rate of",
+    "optimizer": "the optimiser", "loss": "the loss", "sampler": "the sampler", "weight_decay": "a weight decay of",
 }  # fmt: skip
 """Settings that the paragraph names, in words."""
 

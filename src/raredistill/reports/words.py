@@ -12,7 +12,8 @@ HEADERS = {
     "ece_equal_mass": "Calibration error (equal mass)", "flops": "FLOPs", "latency_ms": "Latency", "latency_on": "Measured on",
     "epoch_s": "Seconds an epoch", "run_s": "Seconds a run", "cache_fill_s": "Seconds to fill the cache", "bytes": "Weights",
     "macro_f1": "Macro F1", "best_checkpoint": "Gain, best checkpoint", "argmax": "Gain, argmax",
-    "training_share": "Share that is training noise", "detectable": "Detectable gain", "like_randomised": "Correlation with shuffled weights",
+    "training_share": "Share that is training noise", "detectable": "Detectable gain",
+    "like_randomised": "Correlation with shuffled weights",
     "delong_p": "p (DeLong)", "mcnemar_p": "p (McNemar)", "smallest_p": "Smallest p possible",
 }  # fmt: skip
 """Headers that are not the column's own words."""
