@@ -142,9 +142,9 @@ def show_answer(page: Path) -> None:
     found = answer(page.parents[1])
     for warning in found.warnings:
         print(f"warning: {shown(warning)}", file=sys.stderr)
-    print(shown(f"\n{found.question} {found.answer}"[1:]))
+    print(shown(f"{found.question} {found.answer}"))
     for record in found.verdicts:
-        print(shown(f"  {record.entry}: {record.sentence}"))
+        print(shown(f"  {record.sentence}"))
     print(shown(f"To do: {found.next_step}{' ' + found.command if found.command else ''}"))
     print(shown(f"report: {page}"))
 
