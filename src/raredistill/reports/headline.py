@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from raredistill.evaluation.planning import Pilot, runs_needed
-from raredistill.evaluation.verdicts import LEVEL
+from raredistill.evaluation.verdicts import LEVEL, not_learned
 from raredistill.reports.decision import DECIDING, Sides, rare_kept
 from raredistill.reports.pairs import Pair, seen_gain
 from raredistill.reports.results import Results
@@ -89,16 +89,25 @@ def headline(results: Results, pairs: Sequence[Pair], verdicts: Sequence[dict[st
     rare, margin = results.study.rare, float((results.study.config.get("evidence") or {}).get("margin") or 0)
     ends = [record[key] for record in verdicts for key in ("low", "high", "difference") if record[key] is not None]
     reach = max([abs(end) for end in ends if math.isfinite(end)] + [margin, 0.01])
-    rows = tuple(_row(results, pair, record, reach) for pair, record in zip(pairs, verdicts, strict=True))
-    step, command = _next(results, pairs, verdicts, spared)
+    sides = Sides(results.whole, rare)
+    unlearned = _unlearned(results, sides)
+    rows = tuple(_row(sides, pair, record, reach) for pair, record in zip(pairs, verdicts, strict=True))
+    step, command = _next(results, pairs, verdicts, unlearned, spared)
     return Headline(
-        f"Does a teacher help {rare}?", _answer(rare, rows, verdicts, pairs), _banners(results, pairs, spared), rows,
+        f"Does a teacher help {rare}?", _answer(rare, rows, verdicts, pairs, unlearned), _banners(results, unlearned, spared), rows,
         HALF_WIDTH * margin / reach, (change(-reach), change(reach)), step, command,
     )  # fmt: skip
 
 
-def _row(results: Results, pair: Pair, record: dict[str, Any], reach: float) -> Row:
-    scores = _scores(results, pair)
+def _unlearned(results: Results, sides: Sides) -> dict[str, str]:
+    """Why an entry's networks did not learn the rare class by what they call likeliest, by entry; those that learnt are left out."""
+    tallies = {name: sides.tally(name, "argmax") for name in results.entries}
+    found = {name: not_learned(tally, sides.rare) for name, tally in tallies.items() if tally is not None}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def _row(sides: Sides, pair: Pair, record: dict[str, Any], reach: float) -> Row:
+    scores = _scores(sides, pair)
     finite = {key: record[key] for key in ("low", "high") if record[key] is not None and math.isfinite(record[key])}
     known = {**finite, **({} if record["difference"] is None else {"gain": record["difference"]})}
     places = {key: 50 + HALF_WIDTH * value / reach for key, value in known.items()}
@@ -110,12 +119,11 @@ def _row(results: Results, pair: Pair, record: dict[str, Any], reach: float) -> 
     )  # fmt: skip
 
 
-def _scores(results: Results, pair: Pair) -> tuple[float | None, float | None, float | None]:
+def _scores(sides: Sides, pair: Pair) -> tuple[float | None, float | None, float | None]:
     """F1 of control, entry and teacher over the runs that control and entry have completed."""
     contrast = pair.decision.contrast
     if contrast is None:
         return None, None, None
-    sides = Sides(results.whole, results.study.rare)
     found = [_f1(sides, name, contrast.layout.runs) for name in (pair.control, pair.entry, pair.teacher)]
     return found[0], found[1], found[2]
 
@@ -130,7 +138,7 @@ def _f1(sides: Sides, name: str, runs: Sequence[tuple[int, int]]) -> float | Non
     return float(np.mean(2 * right / np.maximum(actual + called, 1)))
 
 
-def _answer(rare: str, rows: Sequence[Row], verdicts: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> str:
+def _answer(rare: str, rows: Sequence[Row], verdicts: Sequence[dict[str, Any]], pairs: Sequence[Pair], unlearned: dict[str, str]) -> str:
     if not rows:
         return "The study has no distilled student yet, so there is nothing to answer."
     for verdict, words in (("helps", "Yes: a teacher helps {} find {}"), ("harms", "No: a teacher makes {} worse at finding {}")):
@@ -148,13 +156,18 @@ def _answer(rare: str, rows: Sequence[Row], verdicts: Sequence[dict[str, Any]], 
         first = min(open_, key=lambda row: (row.high or math.inf) - (row.low or -math.inf))
         several = "" if len(open_) == 1 else f" (the most precise of {len(open_)} comparisons)"
         return f"No evidence that a teacher helps {first.entry} find {rare}{several}: {_numbers(first)}{limit}."
+    if unlearned:
+        return f"This study cannot answer yet: {_several(list(unlearned))} did not learn {rare}."
     reason = next((pair.decision.reason or pair.problem for pair in pairs if pair.decision.reason or pair.problem), "")
     why = reason.rstrip(".") or "all runs share one test set, so only these networks can be compared"
     return f"This study cannot answer yet: {why}."
 
 
 def _named(rows: Sequence[Row]) -> str:
-    names = [row.entry for row in rows]
+    return _several([row.entry for row in rows])
+
+
+def _several(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -173,13 +186,15 @@ def _numbers(row: Row) -> str:
     return f"{found}; difference {change(row.gain)}{between}"
 
 
-def _banners(results: Results, pairs: Sequence[Pair], spared: int) -> tuple[str, ...]:
+def _banners(results: Results, unlearned: dict[str, str], spared: int) -> tuple[str, ...]:
     study, said = results.study, []
     unfinished = len(study.runs) - len(results.runs) - spared
     if unfinished:
         said.append(f"Unfinished: {unfinished} of {len(study.runs)} runs are missing or failed.")
-    reasons = dict.fromkeys(pair.decision.reason for pair in pairs if "learn" in pair.decision.reason or "never" in pair.decision.reason)
-    said += [f"Networks did not learn: {reason}." for reason in reasons]
+    if unlearned:
+        name, reason = next(iter(unlearned.items()))
+        more = f"; likewise {_several([other for other in unlearned if other != name])}" if len(unlearned) > 1 else ""
+        said.append(f"Networks did not learn: of {name}, {reason}{more}.")
     if study.cohort.generated:
         said.append("Generated data: the numbers say nothing about patients.")
     if not study.cohort.patients_known:
@@ -187,11 +202,13 @@ def _banners(results: Results, pairs: Sequence[Pair], spared: int) -> tuple[str,
     return tuple(said)
 
 
-def _next(results: Results, pairs: Sequence[Pair], verdicts: Sequence[dict[str, Any]], spared: int) -> tuple[str, str]:
+def _next(
+    results: Results, pairs: Sequence[Pair], verdicts: Sequence[dict[str, Any]], unlearned: dict[str, str], spared: int
+) -> tuple[str, str]:
     study = results.study
     if len(study.runs) - len(results.runs) - spared:
         return "Finish the study; runs that are done are reused.", study.command
-    if any("learn" in pair.decision.reason or "never" in pair.decision.reason for pair in pairs):
+    if unlearned:
         epochs = int((study.config.get("training") or {}).get("epochs", 30))
         return "Train longer, until every network predicts every class.", _again(study.command, f"training.epochs={3 * epochs}")
     if study.protocol != "outer":

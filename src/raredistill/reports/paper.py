@@ -20,7 +20,7 @@ COLUMNS = 7
 """Columns that fit the width of a page; a table with more keeps its first ones."""
 ESCAPES = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$", "{": r"\{", "}": r"\}",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "−": r"$-$", "<": r"$<$", ">": r"$>$", " ": r"\,", "–": "--", "’": "'",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "−": r"$-$", "<": r"$<$", ">": r"$>$", "\u202f": r"\,", "–": "--", "’": "'",
 }  # fmt: skip
 
 

@@ -29,6 +29,8 @@ def header(column: object) -> str:
         return HEADERS[name]
     if name.startswith(("by ", "as ")):
         return name
+    if name.startswith("f1_"):
+        return f"{name[3:]} F1"
     head, space, tail = name.rpartition(" ")
     if space and (tail in SHORT or tail in ("recall", "specificity", "precision")):
         return f"{head} {SHORT.get(tail, tail)}"
@@ -64,7 +66,7 @@ def _number(value: float, column: str, *, whole: bool) -> str:
     if column.rpartition("_")[2] == "p" or column.startswith("p_"):
         return "< 0.001" if value < 0.001 else f"{value:.2g}"
     if whole:
-        return f"{int(value):,}".replace(",", " ") if abs(value) >= 10_000 else str(int(value))
+        return f"{int(value):,}".replace(",", "\u202f") if abs(value) >= 10_000 else str(int(value))
     return f"{value:.3f}".replace("-", "−")
 
 
