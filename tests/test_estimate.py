@@ -247,6 +247,7 @@ def test_the_command_line_of_a_dry_run_and_of_a_share(tiny_cohort, tmp_path, com
     assert code == 0, errors
     assert said.rstrip().endswith(f"next: raredistill study {config} --out {tmp_path / 's'}")
     assert "4 runs in order" in said
+    assert "2 folds x 1 repeats find gains in LGG F1 of" in said.replace("\n", " ")
     assert not (tmp_path / "s").exists()
     # The share of a student, and one without a run.
     for share, count in (("1/4", "2 runs in order"), ("7/8", "no run of this study falls into the share 7/8")):

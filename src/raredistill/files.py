@@ -46,6 +46,7 @@ def atomic(path: Path) -> Iterator[Path]:
     _sweep(path)
     # Two nodes that share a folder may well give out the same process number.
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # its name can be foreseen, so that it may be a link that someone has put there
     try:
         with naming(path):
             yield temporary
@@ -163,10 +164,17 @@ def _plain_loader() -> Any:
 
 
 def _resolvers(known: Mapping[str, list[tuple[str, Any]]]) -> dict[str, list[tuple[str, Any]]]:
-    """What a word without quotes can be beside a text: YAML 1.1's numbers without a colon, truth values and nothing."""
+    """What a word without quotes can be beside a text: YAML 1.1's numbers without a colon, ``true`` and ``false``, and nothing.
+
+    ``yes`` and ``no`` are texts, as in YAML 1.2: they are names of classes.
+    """
     kinds = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "null")}
     return {
-        letter: [(tag, re.compile(rf"(?!.*:)(?:{pattern.pattern})", pattern.flags)) for tag, pattern in pairs if tag in kinds]
+        letter: [
+            (tag, re.compile(rf"(?!.*:)(?:{pattern.pattern})", pattern.flags))
+            for tag, pattern in pairs
+            if tag in kinds and (not tag.endswith(":bool") or letter in "tTfF")
+        ]
         for letter, pairs in known.items()
     }
 
@@ -192,18 +200,6 @@ def _values(value: Any, known: dict[int, float]) -> float:
         known[id(value)] = float("inf")  # until it is counted, so that a list inside itself is endless
         known[id(value)] = 1 + sum(_values(item, known) for item in (value.values() if isinstance(value, dict) else value))
     return known[id(value)]
-
-
-def files_below(folder: Path) -> list[Path]:
-    """Every file at any depth below a folder, sorted, none where it is no folder; links to folders are not followed.
-
-    Raises:
-        DataError: a folder cannot be read, so that what it holds is unknown.
-    """
-    found: list[Path] = []
-    for place, _, names in os.walk(folder, onerror=refuse_unread) if folder.is_dir() else ():
-        found += [Path(place, name) for name in names]
-    return sorted(found)
 
 
 def folders_in(folder: Path) -> list[Path]:
