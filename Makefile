@@ -59,7 +59,7 @@ lint: install   ## style, types and the direction of imports
 	$(BIN)/lint-imports --no-cache
 
 docs: install   ## the documentation as a site in out/site; a warning is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 release: install  ## source distribution and wheel in dist, checked
 	$(BIN)/python -m build
