@@ -427,13 +427,18 @@ def report(
     across: Annotated[
         list[Path] | None, typer.Option(help="a study with the same entries on another data set; repeat for more (Wilcoxon's test)")
     ] = None,
+    show: Annotated[bool, typer.Option("--open", help="open the page in the browser")] = False,
 ) -> None:
     """Write a study's report: one self-contained HTML file, tables and figures."""
     from raredistill import api
-    from raredistill.terminal import Terminal
+    from raredistill.terminal import Terminal, show_answer
 
     page = api.report(study, sweep=sweep or [], across=across or [], observer=Terminal())
-    _next(f"open {page}")
+    show_answer(page)
+    if not show:
+        _next(f"open {page}")
+    elif typer.launch(page.resolve().as_uri()):
+        print("no browser could be started here; open the page yourself", file=sys.stderr)
 
 
 @app.command()
