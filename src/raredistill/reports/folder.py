@@ -124,11 +124,11 @@ def _epochs(path: Path, classes: set[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def patients_of_sides(path: Path) -> dict[Literal["train", "test"], tuple[str, ...]]:
-    """Patients of the training and the test side of a split file.
+def patients_of_sides(path: Path) -> dict[Literal["train", "validation", "test"], tuple[str, ...]]:
+    """Patients of each side of a split file.
 
     Raises:
         DataError: it holds something else.
     """
     sides: _Sides = _validated(TypeAdapter(_SplitFile), read_json(path), path).patients
-    return {"train": sides.train, "test": sides.test}
+    return {"train": sides.train, "validation": sides.validation, "test": sides.test}

@@ -158,4 +158,4 @@ def _validated(found: Found, study: StudyRecord) -> set[str]:
     """Patients on whom epochs, temperatures and thresholds were chosen."""
     folder = StudyFolder(found.path)
     places = {folder.split(record.repeat, record.fold) for _, record in records_of(found, study)}
-    return {name for place in sorted(places) if place.is_file() for name in patients_of_sides(place).get("validation", [])}
+    return {name for place in sorted(places) if place.is_file() for name in patients_of_sides(place)["validation"]}
