@@ -12,6 +12,7 @@ _HOMES = {
     **{kind: ("raredistill.plugins", kind) for kind in ("distiller", "loss", "network", "source", "augmentation")},
     "study": ("raredistill.api", "study"),
     "distil": ("raredistill.api", "distil"),
+    "teacher_from": ("raredistill.api", "teacher_from"),
     "forecast": ("raredistill.api", "forecast"),
     "report": ("raredistill.api", "report"),
     "compare": ("raredistill.api", "compare"),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from raredistill.evaluation.looks import Looks
     from raredistill.reports.results import Results
     from raredistill.reports.versus import Versus
+    from raredistill.runs.entry import External
     from raredistill.runs.record import RunRecord
     from raredistill.runs.run import Run
     from raredistill.runs.watcher import Watcher
@@ -310,57 +311,102 @@ def _prepared(config: StudyConfig, out: Path) -> Cohort:
 
 
 def distil(
-    cohort: Path | str | Cohort,
+    data: Any,
     *,
-    teacher: str,
-    student: str,
-    method: str = "kd",
+    teacher: Any,
+    student: Any,
+    method: Any = "kd",
     out: Path | str = "study",
     channels: Sequence[str] = (),
     folds: int = 5,
-    repeats: int = 3,
+    repeats: int = 1,
     seeds: Sequence[int] = (0,),
     pretrained: bool | Path = False,
+    size: int = 224,
     observer: Observer = QUIET,
     **training: Any,
 ) -> Finished:
     """Distil one student from one teacher on patient-grouped folds, beside the same student without a teacher.
 
     Args:
-        cohort: a prepared cohort, or its folder.
-        teacher: name of the teaching network.
-        student: name of the network that learns.
-        method: a distiller, as ``raredistill methods`` lists it.
+        data: a prepared cohort or its folder, a data frame with ``image``, ``label`` and ``patient``, or a PyTorch data set with a patient
+            for each item; see :func:`raredistill.cohort.frame.cohort_of`.
+        teacher: a network that is trained on each fold (a name, a module, or a function from channels to one), or an
+            :class:`~raredistill.runs.entry.External` one.
+        student: the network that learns, likewise.
+        method: a distiller: its name, class or function.
         out: folder of the study.
-        channels: of both; all of the cohort's by default.
+        channels: of all networks; all of the cohort's by default.
         folds: of the outer cross-validation.
-        repeats: of it, with other folds.
+        repeats: of it, with other folds; the verdict needs at least 2.
         seeds: one run per seed.
-        pretrained: timm's weights, or those of a file, for both.
+        pretrained: timm's weights, or those of a file, for all networks that are trained.
+        size: side in pixels that images given by path are resized to.
         observer: receives the progress.
         training: settings of training that differ from the defaults, such as ``epochs=30``.
 
     Raises:
         RareDistillError: as :func:`study`.
     """
-    from raredistill.cohort.store import Cohort
-    from raredistill.runs.entry import Entry
+    from raredistill.cohort.frame import cohort_of
+    from raredistill.runs.entry import Entry, External
     from raredistill.splits import make_splits
-    from raredistill.studies.study import Study
+    from raredistill.studies.study import Study, claim
     from raredistill.training.settings import Settings
 
-    loaded = cohort if isinstance(cohort, Cohort) else Cohort.load(Path(cohort))
+    claim(Path(out))
+    cohort = cohort_of(data, Path(out), size=size)
     shared: dict[str, Any] = {"channels": tuple(channels), "settings": Settings(**training), "pretrained": pretrained}
-    entries = [
-        Entry("teacher", teacher, **shared),
-        Entry("control", student, **shared),
-        Entry("student", student, **shared, teacher="teacher", method=method),
-    ]
-    made = Study(
-        f"{student} from {teacher}", loaded, make_splits(loaded, folds=folds, repeats=repeats), entries, tuple(seeds),
-        config={"cohort": str(loaded.root)},
-    )  # fmt: skip
+    outside = isinstance(teacher, External)
+    entries = [] if outside else [Entry("teacher", teacher, **shared)]
+    entries += [Entry("control", student, **shared)]
+    entries += [Entry("student", student, **shared, teacher=teacher if outside else "teacher", method=method)]
+    splits = make_splits(cohort, folds=folds, repeats=repeats)
+    made = Study(f"{entries[-1].model} from a teacher", cohort, splits, entries, tuple(seeds), config={"cohort": str(cohort.root)})
     return study(made, out, observer=observer)
+
+
+def teacher_from(
+    module: Any,
+    file: Path | str,
+    *,
+    classes: Sequence[str],
+    channels: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int,
+    training_patients: Sequence[str] | None = None,
+    external: bool = False,
+    prior: Sequence[float] = (),
+) -> External:
+    """A teacher from a classifier that was trained elsewhere, given as a module; nothing about it is guessed.
+
+    Args:
+        module: from normalised images ``(N, C, H, W)`` to logits ``(N, K)``.
+        file: checkpoint to write, ending in ``.safetensors``.
+        classes: in the order of its logits.
+        channels: in the order of its input.
+        mean: of its normalisation, one value per channel, for images in [0, 1].
+        std: likewise.
+        image_size: side in pixels.
+        training_patients: everyone whose images gave it gradients.
+        external: it has seen none of the cohort's patients; the report states that this is your word.
+        prior: class shares that its logits carry, where they are known.
+
+    Raises:
+        ConfigError: neither its patients nor ``external`` is given.
+        CheckpointError: the numbers of classes, channels and statistics do not fit.
+    """
+    from raredistill.runs.entry import External
+    from raredistill.runs.external import save_module
+
+    if training_patients is None and not external:
+        raise ConfigError("teacher_from: name the training_patients of this teacher, or state external=True; otherwise it might leak")
+    save_module(
+        module, Path(file), classes=tuple(classes), channels=tuple(channels), mean=tuple(mean), std=tuple(std), image_size=image_size,
+        training_patients=None if training_patients is None else tuple(training_patients), external=external, prior=tuple(prior) or None,
+    )  # fmt: skip
+    return External(Path(file), external=external)
 
 
 def report(folder: Path | str, *, sweep: Sequence[Path] = (), across: Sequence[Path] = (), observer: Observer = QUIET) -> Path:
@@ -407,8 +453,18 @@ def _cohort_of(folder: Path, named: Any) -> Cohort | None:
     return Cohort.load(there[-1]) if there else None
 
 
-def compare(control: Path | str, other: Path | str, *, metric: str | None = None, background: str | None = None) -> Versus:
+def compare(
+    control: Path | str, other: Path | str, *, metric: str | None = None, background: str | None = None,
+    groups: tuple[Path, str] | None = None,
+) -> Versus:  # fmt: skip
     """Compare two runs, two studies or two prediction files; differences are ``other`` minus ``control``.
+
+    Args:
+        control: first side.
+        other: second side.
+        metric: one metric only.
+        background: class that no patient carries, in files made elsewhere.
+        groups: a CSV file with the column ``patient``, and the column by which gains are also reported, such as sex.
 
     Raises:
         ConfigError: unknown metric or class.
@@ -416,7 +472,7 @@ def compare(control: Path | str, other: Path | str, *, metric: str | None = None
     """
     from raredistill.reports.versus import versus
 
-    return versus(Path(control), Path(other), metric=metric, background=background)
+    return versus(Path(control), Path(other), metric=metric, background=background, groups=groups)
 
 
 Layout = Literal["nifti", "hdf5", "both"]

@@ -70,9 +70,8 @@ def main() -> None:
         if stop.code == TERMINATED:
             _stop(f"terminated; {_resume()}", TERMINATED)
         raise
-    except OSError as error:
-        what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        _stop(f"{what}; what was written before is intact; check the place, its rights and the space left, then {_resume()}", 2)
+    except (OSError, ImportError, MemoryError) as error:
+        _stop(f"{_hindrance(error)}, then {_resume()}", 2)
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
@@ -81,6 +80,15 @@ def main() -> None:
 
 def _command() -> str:
     return shlex.join(["raredistill", *sys.argv[1:]])
+
+
+def _hindrance(error: OSError | ImportError | MemoryError) -> str:
+    """What the machine refused, and what to look for."""
+    if isinstance(error, OSError):
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        return f"{what}; what was written before is intact; check the place, its rights and the space left"
+    what = f"a library cannot be loaded ({error})" if isinstance(error, ImportError) else "the memory of this process is used up"
+    return f"{what}; free memory or raise its limit (ulimit -v), or install raredistill again"
 
 
 def _resume() -> str:
@@ -300,8 +308,9 @@ def study(
     if on is None and (address is not None or gpus_per_run is not None):
         raise RareDistillError("--address and --gpus-per-run belong to a cluster; add --on ray")
     if dry_run:
-        _show_forecast(api.forecast(config, out, **asked), out, again, only)
+        expected = api.forecast(config, out, **asked)
         _show_power(config, out, overrides or [])
+        _show_forecast(expected, out, again, only)
     else:
         engine = None if on is None else _on_ray(address, gpus_per_run)
         _finish(api.study(config, out, engine=engine, command=_command(), **asked), again)
@@ -437,6 +446,8 @@ def compare(
     ],
     metric: Annotated[str | None, typer.Option(help="one metric only: macro_f1, f1:LGG, recall:LGG, auprc:LGG ...")] = None,
     background: Annotated[str | None, typer.Option(help="class that no patient carries, in files made elsewhere, such as healthy")] = None,
+    groups: Annotated[Path | None, typer.Option(help="CSV with a column patient, for gains by group")] = None,
+    by: Annotated[str | None, typer.Option(help="its column of groups, such as sex, age, site or scanner")] = None,
 ) -> None:
     """Compare two sets of test predictions: differences (second minus first), intervals, and what can be said."""
     from raredistill import api
@@ -445,10 +456,15 @@ def compare(
 
     if len(sides) % 2:
         raise RareDistillError(f"{len(sides)} sides cannot be paired; name a control and another side for each comparison")
+    if (groups is None) != (by is None):
+        raise RareDistillError("--groups names a file and --by its column; give both")
+    grouped = None if groups is None or by is None else (groups, by)
     gains = []
     for first, second in zip(sides[::2], sides[1::2], strict=True):
-        found = api.compare(first, second, metric=metric, background=background)
+        found = api.compare(first, second, metric=metric, background=background, groups=grouped)
         show_table(records(found.rows), f"{second} minus {first}")
+        if len(found.groups):
+            show_table(records(found.groups), f"by {by}; p is not adjusted")
         print("\n".join(found.sentences))
         gains.append(found.gain)
     if len(gains) > 1:

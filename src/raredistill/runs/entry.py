@@ -14,6 +14,7 @@ from pydantic import BeforeValidator
 
 from raredistill.declared import Declared, Name
 from raredistill.errors import ConfigError
+from raredistill.objects import name_of
 from raredistill.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Entry(Declared):
 
     Attributes:
         name: unique in the study.
-        model: name of the network.
+        model: name of the network; from Python also a module with features ``(N, F)``, or a function from channels to one.
         channels: of its input, in order; those of the study when empty.
         settings: how it is trained; a configuration calls the differences from the study's ``training``.
         pretrained: no, timm's hub, or a local safetensors file.
@@ -92,7 +93,7 @@ class Entry(Declared):
         cross_fit: train that many copies of the teacher, each without a part of the training patients, whom it then teaches; 0 for one
             teacher trained on all of them.
         online: the teacher learns beside the student, ``one_way`` or ``mutual`` (from the student, too); ``no`` for a trained teacher.
-        method: distiller, when there is a teacher.
+        method: distiller, when there is a teacher: its name, or from Python its class or function.
         method_options: its hyper-parameters.
         ce_weight: of the supervised loss, when there is a teacher.
         kd_weight: of the distillation terms.
@@ -102,7 +103,7 @@ class Entry(Declared):
     """
 
     name: Annotated[Name, MinLen(1)]
-    model: str
+    model: Annotated[str, BeforeValidator(name_of("network"))]
     channels: Channels = ()
     settings: Settings = field(default_factory=Settings)
     pretrained: Annotated[bool | Path, BeforeValidator(_switch)] = False
@@ -113,7 +114,7 @@ class Entry(Declared):
     teacher: str | Annotated[tuple[str, ...], MinLen(2)] | External | None = None
     cross_fit: Annotated[int, Interval(ge=2, le=20)] | Literal[0] = 0
     online: Literal["no", "one_way", "mutual"] = "no"
-    method: str = "kd"
+    method: Annotated[str, BeforeValidator(name_of("distiller"))] = "kd"
     method_options: dict[str, Any] = field(default_factory=dict)
     ce_weight: Weight = 1.0
     kd_weight: Weight = 1.0

@@ -13,7 +13,7 @@ import pandas as pd
 
 from raredistill.cohort.prepare import LARGEST
 from raredistill.cohort.sources import Source
-from raredistill.cohort.sources.images import CHANNELS, SUFFIXES, Decoder, checked_window
+from raredistill.cohort.sources.images import CHANNELS, SUFFIXES, Decoder, checked_window, is_image
 from raredistill.cohort.sources.registry import KINDS, open_source
 from raredistill.cohort.sources.walk import Skips, files_below
 from raredistill.cohort.store import DESCRIPTION, Cohort, PixelReader
@@ -141,9 +141,9 @@ def _folder(path: Path, terms: Terms) -> Iterator[Block]:
         pattern = asked.get("patient") if _is_pattern(asked.get("patient")) else None
         mode = _decoder(terms.preparation).mode
         return _units(open_source("image_folder", path, patient=pattern, mode=mode, window=asked.get("window")), terms)
-    files = [file for file in files_below(path, Skips()) if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    files = [file for file in files_below(path, Skips()) if is_image(file)]
     if not files:
-        raise DataError(f"{path}: holds no PNG, JPEG or TIFF image")
+        raise DataError(f"{path}: holds no image that is read")
     return _files([_row(file.relative_to(path).as_posix(), file) for file in files], path, terms)
 
 
