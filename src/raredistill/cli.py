@@ -537,6 +537,23 @@ def export(
 
 
 @app.command()
+def init(
+    cohort: Annotated[Path, typer.Argument(help="a prepared cohort")],
+    out: Annotated[Path, typer.Option("--out", help="YAML file to write")] = Path("study.yaml"),
+) -> None:
+    """Write a commented first study with networks, folds and epochs for a cohort and this machine."""
+    from raredistill.cohort.store import Cohort
+    from raredistill.ship.start import RECALL, write_start
+
+    made = write_start(Cohort.load(cohort), out)
+    print(
+        f"{out}: the rare class is {made.rare} with {made.patients} patients: a recall of {RECALL} is then known to about "
+        f"+/- {made.precision:.2f} (95 %), so much smaller differences will not be seen"
+    )
+    _next(f"raredistill plan {shlex.quote(str(out))}")
+
+
+@app.command()
 def settings(
     key: Annotated[str, typer.Argument(help="one key, such as training.epochs or epochs; all by default")] = "", plugin: Plugins = None
 ) -> None:
