@@ -403,7 +403,7 @@ def test_batch_statistics_of_each_process_are_remarked_upon(processes, kind, mod
     made = create(model, channels=1, classes=3, image_size=16)
     remarks = _apart(made, SimpleNamespace(world_size=processes, device=torch.device(kind)))
     assert len(remarks) == said
-    assert all("each of the 2 processes took batch statistics from its own part" in remark for remark in remarks)
+    assert all("each of the 2 processes computed batch statistics on its own part" in remark for remark in remarks)
 
 
 def failing(place):

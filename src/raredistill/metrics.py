@@ -1,4 +1,4 @@
-"""Figures of merit as pure functions of labels and probabilities; a class without samples has none (NaN)."""
+"""Performance metrics as pure functions of labels and probabilities; NaN for a class without samples."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Integers = NDArray[np.int64]
 
 
 def classification_metrics(label: ArrayLike, probability: ArrayLike) -> dict[str, Any]:
-    """Everything that is reported of one set of predictions.
+    """Compute all reported metrics of one set of predictions.
 
     Args:
         label: ``(N,)`` class indices.
-        probability: ``(N, K)``, each row adding up to 1; the predicted class is the most probable.
+        probability: ``(N, K)``, each row summing to 1; the predicted class is the most probable.
 
     Returns:
-        Those of :func:`metrics_from_confusion`; ``auroc`` and ``auprc`` ``(K,)``, each class against the rest (area by ranks; average
+        The metrics of :func:`metrics_from_confusion`; ``auroc`` and ``auprc`` ``(K,)``, each class against the rest (area by ranks; average
         precision); ``ece`` in 15 bins; ``brier``, the squared error summed over the classes. NaN where a class is absent.
 
     Raises:
@@ -41,27 +41,27 @@ def classification_metrics(label: ArrayLike, probability: ArrayLike) -> dict[str
 
 
 def confusion_matrix(label: ArrayLike, predicted: ArrayLike, classes: int) -> Integers:
-    """Count ``(K, K)``: rows are true classes, columns predicted ones.
+    """Count samples by true class (rows) and predicted class (columns): ``(K, K)``.
 
     Args:
         label: ``(N,)`` true class indices.
         predicted: ``(N,)`` predicted class indices.
-        classes: K.
+        classes: number of classes, K.
 
     Raises:
         DataError: different lengths, or an index out of range.
     """
     truth, guess = _indices(label, classes, "label"), _indices(predicted, classes, "prediction")
     if len(truth) != len(guess):
-        raise DataError(f"{len(truth)} labels stand against {len(guess)} predictions; give one prediction a sample")
+        raise DataError(f"{len(truth)} labels but {len(guess)} predictions; give one prediction per sample")
     return np.bincount(truth * classes + guess, minlength=classes * classes).reshape(classes, classes).astype(np.int64)
 
 
 def metrics_from_confusion(matrix: ArrayLike) -> dict[str, Any]:
-    """Metrics that need counts only.
+    """Compute the metrics that need only counts.
 
     Args:
-        matrix: ``(..., K, K)``, rows true; leading axes (such as bootstrap resamples) are kept.
+        matrix: ``(..., K, K)``, rows are true classes; leading axes (such as bootstrap resamples) are kept.
 
     Returns:
         ``precision, recall, specificity, f1`` ``(..., K)``, NaN for a class absent from the truth (one that is present and never predicted
@@ -79,9 +79,9 @@ def metrics_from_confusion(matrix: ArrayLike) -> dict[str, Any]:
 
 
 def metrics_from_margins(right: Floats, actual: Floats, guessed: Floats) -> dict[str, Floats]:
-    """The same metrics from three counts a class ``(..., K)``: called rightly, in the truth, and predicted.
+    """The same metrics from three counts per class ``(..., K)``: correctly classified, in the truth, and predicted.
 
-    They need no more of a confusion matrix than its diagonal and its margins, which keeps a hundred classes as light as three.
+    They only need the diagonal and the margins of a confusion matrix, so a hundred classes cost little more than three.
     """
     per_class = _per_class(right, actual, guessed)
     recall = per_class["recall"]
@@ -96,7 +96,7 @@ def metrics_from_margins(right: Floats, actual: Floats, guessed: Floats) -> dict
 
 
 def auroc(positive: NDArray[np.bool_], score: Floats) -> float:
-    """Area under the ROC curve by the Mann-Whitney statistic (ties count half); NaN without both kinds.
+    """Area under the ROC curve by the Mann-Whitney statistic (ties count half); NaN unless both kinds are present.
 
     Args:
         positive: ``(N,)``.
@@ -119,7 +119,7 @@ def auprc(positive: NDArray[np.bool_], score: Floats) -> float:
     if not positive.any():
         return float("nan")
     order = np.argsort(-score, kind="stable")
-    # Equal scores are one threshold: only the last of each group counts.
+    # Equal scores form one threshold: only the last of each group counts.
     last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
     hits = np.cumsum(positive[order])[last]
     return float(np.sum(np.diff(hits, prepend=0) / hits[-1] * hits / (last + 1)))
@@ -131,7 +131,7 @@ def ece(label: ArrayLike, probability: ArrayLike, bins: int = 15) -> float:
     Args:
         label: ``(N,)`` class indices.
         probability: ``(N, K)``.
-        bins: of equal width.
+        bins: number of bins of equal width.
 
     Returns:
         Between 0 and 1; NaN without samples.
@@ -144,12 +144,12 @@ def ece(label: ArrayLike, probability: ArrayLike, bins: int = 15) -> float:
 
 
 def reliability(label: ArrayLike, probability: ArrayLike, bins: int = 15) -> tuple[Floats, Floats, Floats]:
-    """Samples by the confidence of their top class, in bins (low, high] of equal width.
+    """Group samples by the confidence of their top class, in bins (low, high] of equal width.
 
     Args:
         label: ``(N,)`` class indices.
         probability: ``(N, K)``.
-        bins: their number.
+        bins: number of bins.
 
     Returns:
         Count, mean confidence and accuracy, each ``(bins,)``; NaN in empty bins.
@@ -168,14 +168,14 @@ def reliability(label: ArrayLike, probability: ArrayLike, bins: int = 15) -> tup
 
 
 def checked(label: ArrayLike, probability: ArrayLike) -> tuple[Integers, Floats]:
-    """Bring labels ``(N,)`` and scores ``(N, K)`` into arrays that fit each other.
+    """Convert labels ``(N,)`` and scores ``(N, K)`` to arrays, and check that they match.
 
     Raises:
         DataError: shapes do not fit, a label is out of range, a score is not finite.
     """
     scores = np.asarray(probability, dtype=np.float64)
     if scores.ndim != 2 or len(scores) != np.size(label):
-        raise DataError(f"{np.size(label)} labels stand against scores of shape {scores.shape}; give (N, K), one row a label")
+        raise DataError(f"{np.size(label)} labels but scores of shape {scores.shape}; give (N, K), one row per label")
     if not np.isfinite(scores).all():
         raise DataError("a probability or logit is not finite; leave out the run that diverged")
     return _indices(label, scores.shape[1], "label"), scores

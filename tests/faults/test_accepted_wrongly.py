@@ -223,7 +223,7 @@ def test_pixels_overwritten_during_training_stop_the_study_and_cost_the_run(tmp_
     before = next((cohort.root / "pixels").iterdir()).read_bytes()
     made = study(cohort, [{"name": "a", "model": "small_cnn"}], training={"epochs": 2, "batch_size": 16, "accelerator": "cpu"})
     vandal = Vandal(cohort)
-    with pytest.raises(DataError, match=r"was changed after the cohort was made; prepare the cohort again\. The run .* is discarded"):
+    with pytest.raises(DataError, match=r"was changed after the cohort was made; prepare the cohort again\. The run .* has been discarded"):
         run_study(made, tmp_path / "s", vandal)
     assert folders(tmp_path / "s") == []  # neither finished, nor a state from which it could be gone on with
     vandal.path.write_bytes(before)
@@ -239,8 +239,8 @@ PROMISE = Promise("small_cnn", "linear", 0.0, ("a", "b"), ("x",), 16, (0.5,), (0
 @pytest.mark.parametrize(
     ("prior", "said"),
     [
-        ([float("nan"), 1.0], "nan where something else"), ([-0.5, 1.5], "something else than shares"), ([0.5, 0.6], "add up to 1.1"),
-        ([1.0], "1 values for 2 classes"), (["a", "b"], "'a' where something else is needed"), ([float("inf"), 0], "inf where something"),
+        ([float("nan"), 1.0], "nan, which is not valid"), ([-0.5, 1.5], "not class shares"), ([0.5, 0.6], "add up to 1.1"),
+        ([1.0], "1 values for 2 classes"), (["a", "b"], "'a', which is not valid"), ([float("inf"), 0], "inf, which is not valid"),
     ],
 )  # fmt: skip
 def test_a_prior_that_is_none_is_refused_on_its_way_in_and_out(tmp_path, prior, said):
