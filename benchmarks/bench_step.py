@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch.nn import functional as F
 
+from machine import described
 from raredistill.augment import PRESETS
 from raredistill.batches import Batch, Batches
 from raredistill.checkpoint import Promise
@@ -150,6 +151,7 @@ def seconds(step: Callable[[], None]) -> float:
 
 def main() -> None:
     """Print a table of medians and ratios."""
+    print(described())
     with tempfile.TemporaryDirectory() as folder:
         cohort = make_cohort(Path(folder))
         steps = {

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from machine import described
 from raredistill.augment import PRESETS
 from raredistill.batches import Batches
 from raredistill.checkpoint import Promise
@@ -298,6 +299,7 @@ def seconds(epoch: Epoch) -> float:
 
 def main() -> None:
     """Print a table of medians and ratios."""
+    print(described())
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--images", type=int, default=2048)

@@ -214,7 +214,7 @@ def test_sides_that_do_not_fit_are_refused():
     shared = pd.concat([control.table, control.table.assign(fold=(control.table["fold"] + 1) % 4)])
     with pytest.raises(DataError, match="share test patients"):
         tally(Predictions(shared, CLASSES, "healthy"))
-    with pytest.raises(ConfigError, match="did you mean 'f1:LGG'"):
+    with pytest.raises(ConfigError, match="did you mean f1:LGG"):
         contrasts(tally(control), tally(control), ["f1:LG"], "LGG")
 
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    **{kind: ("raredistill.plugins", kind) for kind in ("distiller", "loss", "network", "source", "augmentation")},
     "study": ("raredistill.api", "study"),
     "distil": ("raredistill.api", "distil"),
     "forecast": ("raredistill.api", "forecast"),

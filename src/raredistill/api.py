@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
     from raredistill.cohort.store import Cohort
     from raredistill.config import StudyConfig
+    from raredistill.evaluation.looks import Looks
     from raredistill.reports.results import Results
     from raredistill.reports.versus import Versus
     from raredistill.runs.record import RunRecord
     from raredistill.runs.run import Run
     from raredistill.runs.watcher import Watcher
     from raredistill.studies.estimate import Forecast
+    from raredistill.studies.power import Plan
     from raredistill.studies.study import Engine, Study
 
 Steps = Callable[..., None]
@@ -126,18 +128,47 @@ def study(
         DataError: the cohort cannot be read, or ``out`` contains something else.
         SplitError: the patients cannot be divided as requested.
     """
-    from raredistill.studies.study import HERE, elsewhere, left, run_study
-
     out = Path(out)
     made = open_study(config, out, overrides=overrides, command=command, observer=observer)
+    if made.looks is not None and only is not None:
+        raise ConfigError("--only divides a plan that is known, and looks decide which runs follow; start the same command several times")
+    from raredistill.studies.study import HERE, elsewhere, left, run_study  # torch, only once the configuration is known to be right
+
     chosen = share(made, only)
     observer.planned(made, chosen, elsewhere(made, out))
     connected: AbstractContextManager[Any] = engine if isinstance(engine, AbstractContextManager) else nullcontext(engine or HERE)
-    with connected as opened, observer.training(chosen) as watcher:
-        runs = run_study(made, out, watcher, chosen=chosen, engine=opened)
+    with connected as opened:
+        if made.looks is not None:
+            return _study_by_looks(made, made.looks, out, opened, observer)
+        with observer.training(chosen) as watcher:
+            runs = run_study(made, out, watcher, chosen=chosen, engine=opened)
     if waiting := left(out):
         return Finished(out, runs, waiting)
     return Finished(out, runs, page=report(out, observer=observer))
+
+
+def _study_by_looks(made: Study, rule: Looks, out: Path, engine: Engine, observer: Observer) -> Finished:
+    """Add repeats until every pair is settled; no run is trained for a pair that is."""
+    from raredistill.reports.looks import needed_by, take_look
+    from raredistill.runs.layout import StudyFolder
+    from raredistill.studies.looks import hold_rule, runs_of_look, write_states
+    from raredistill.studies.study import claim, run_study
+
+    claim(out)
+    folder = StudyFolder(out)
+    states, plan = hold_rule(folder, rule), made.plan()
+    runs: dict[str, RunRecord] = {}
+    pairs: dict[str, list[str]] = {}
+    for place in range(len(rule.looks)):
+        chosen = runs_of_look(plan, place, rule, states, pairs)
+        with observer.training(chosen) as watcher:
+            runs |= {record.id: record for record in run_study(made, out, watcher, chosen=chosen, engine=engine)}
+        pairs = needed_by(out)
+        states = take_look(out, rule, place, states)
+        write_states(folder, rule, states)
+        if all(name in states and states[name].outcome != "open" for name in pairs):
+            break
+    return Finished(out, list(runs.values()), page=report(out, observer=observer))
 
 
 def open_study(
@@ -153,12 +184,11 @@ def open_study(
     Raises:
         RareDistillError: as :func:`study`.
     """
-    from raredistill.config import make_study
-    from raredistill.studies.study import Study
-
-    if isinstance(config, Study):
+    if not isinstance(config, Path | str | Mapping):
         return config
-    checked = _config(config, overrides)
+    checked = _config(config, overrides)  # before torch is imported: mistakes are reported at once
+    from raredistill.config import make_study
+
     return make_study(checked, _cohort(checked, out, observer), command)
 
 
@@ -210,16 +240,55 @@ def forecast(
     Raises:
         ConfigError: the study's cohort is not prepared yet, or as :func:`study`.
     """
+    checked, out = _config(config, overrides), Path(out)  # before torch is imported: mistakes are reported at once
     from raredistill.config import make_study
     from raredistill.runs.layout import StudyFolder
     from raredistill.studies.estimate import forecast as measure_all
 
-    checked, out = _config(config, overrides), Path(out)
     made = make_study(checked, _prepared(checked, out), "")
     chosen = share(made, only)
     ordered = [run for run in made.plan() if run in chosen]  # a share lists its own runs before their teachers
     with observer.steps("kinds of runs measured") as progress:
         return measure_all(ordered, made.cohort, StudyFolder(out), progress) if ordered else []
+
+
+def plan(
+    config: Path | str | Mapping[str, Any],
+    out: Path | str = "study",
+    *,
+    overrides: Sequence[str] = (),
+    gain: float | None = None,
+    runs: int | None = None,
+    hours: float | None = None,
+    observer: Observer = QUIET,
+) -> Plan:
+    """What a study could show: the gain that its repeats find, the repeats that a gain needs, or what a time pays for.
+
+    Args:
+        config: a YAML file, or its content.
+        out: folder of the study; two finished repeats in it are its pilot, otherwise assumptions are stated.
+        overrides: ``key=value`` settings to change.
+        gain: a true gain in the rare class's F1 that should be found with 80 % power.
+        runs: networks to train in all, in place of the configuration's repeats.
+        hours: on this machine, in place of the configuration's repeats; a few steps are measured.
+        observer: receives the progress.
+
+    Raises:
+        ConfigError: the cohort is not prepared yet, the protocol has no outer folds, or as :func:`study`.
+    """
+    from raredistill.config import make_study
+    from raredistill.reports.pilot import design_of
+    from raredistill.studies.power import repeats_within
+
+    checked, out = _config(config, overrides), Path(out)
+    made = make_study(checked, _prepared(checked, out), "")
+    repeats = len({split.repeat for split in made.splits})
+    if runs is not None:
+        repeats = max(runs // max(len(made.plan()) // (repeats * len(made.seeds)), 1), 1)
+    if hours is not None:
+        measured = forecast(config, out, overrides=overrides, observer=observer)
+        repeats = repeats_within(sum(each.seconds for each in measured if each.run.split.repeat == 0), hours)
+    return design_of(made, out, repeats, gain)
 
 
 def _prepared(config: StudyConfig, out: Path) -> Cohort:
@@ -246,7 +315,7 @@ def distil(
     out: Path | str = "study",
     channels: Sequence[str] = (),
     folds: int = 5,
-    repeats: int = 1,
+    repeats: int = 3,
     seeds: Sequence[int] = (0,),
     pretrained: bool | Path = False,
     observer: Observer = QUIET,

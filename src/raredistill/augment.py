@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,38 +12,54 @@ from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional as F
 
+from raredistill.plugins import Plugin, Registry
+from raredistill.views import PRESETS, Augmentation
+
+__all__ = ["PRESETS", "Augmentation"]
+
 CACHED_PIXELS = 4 * 224 * 224
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """Strengths of the random transformations.
+class Step:
+    """An augmentation of a plug-in, applied after the built-in one.
 
     Attributes:
-        rotation: largest angle to either side, in degrees.
-        hflip: probability of a left-right flip.
-        vflip: probability of an up-down flip.
-        scale: smallest and largest zoom.
-        brightness: largest change of the brightness factor (0.2: 0.8 to 1.2).
-        contrast: the same around the mean of each channel of each image, so that a view does not depend on which channels are loaded.
-        crop: largest shift up, down, left and right, in whole pixels; new pixels are 0, as in a random crop after padding.
+        function: from images ``(N, C, H, W)`` in [0, 1] and ``(N, D)`` random numbers in [0, 1) to the changed images.
+        draws: D.
     """
 
-    rotation: float = 0.0
-    hflip: float = 0.0
-    vflip: float = 0.0
-    scale: tuple[float, float] = (1.0, 1.0)
-    brightness: float = 0.0
-    contrast: float = 0.0
-    crop: int = 0
+    function: Callable[[Tensor, Tensor], Tensor]
+    draws: int
 
 
-PRESETS: dict[str, Augmentation | None] = {
-    "none": None,
-    "default": Augmentation(rotation=15, hflip=0.5, scale=(0.9, 1.1), brightness=0.2, contrast=0.2),
-    "thesis": Augmentation(rotation=30, hflip=0.5, vflip=0.5, scale=(0.9, 1.1), brightness=0.2, contrast=0.2),
-    "cifar": Augmentation(hflip=0.5, crop=4),
-}
+def _adopt(plugin: Plugin) -> Step:
+    return Step(plugin.thing, int(plugin.facts.get("draws", 1)))
+
+
+STEPS: Registry[Step] = Registry("augmentation", {}, _adopt)
+"""Augmentations that ``training.augmentation.steps`` may name."""
+FIRST_STREAM = 1000
+"""Streams of random numbers of the steps; those below belong to what is built in."""
+
+
+def step_draws(steps: tuple[str, ...], *, seed: int, epoch: int, samples: np.ndarray, device: torch.device | None = None) -> list[Tensor]:
+    """Random numbers ``(N, D)`` of each step, as a function of (seed, epoch, sample).
+
+    Args:
+        steps: their names.
+        seed: of the run.
+        epoch: epoch, or number of the view.
+        samples: ``(N,)`` rows of the cohort.
+        device: device on which the views will be computed; the CPU when not given.
+    """
+    made = []
+    for place, name in enumerate(steps):
+        streams = FIRST_STREAM * (place + 1) + np.arange(STEPS[name].draws)[:, None]
+        made.append(
+            torch.from_numpy(uniform(seed, epoch, samples, streams).astype(np.float32).T.copy()).to(device or "cpu", non_blocking=True)
+        )
+    return made
 
 
 class Params(NamedTuple):

@@ -10,13 +10,14 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from raredistill import memory
-from raredistill.augment import Augmentation, Mixing, Params, apply, make_params, mix_params
+from raredistill.augment import STEPS, Augmentation, Mixing, Params, apply, make_params, mix_params, step_draws
 from raredistill.cohort.store import Cohort, PixelReader
 from raredistill.errors import ConfigError
 from raredistill.sampling import epoch_order
@@ -94,14 +95,16 @@ class _Served:
 
     Attributes:
         parts: positions of each batch, on the CPU.
-        positions: of all batches, concatenated, on the device.
-        params: of their views; None if nothing is random.
-        strength: share of the own image in each mixed sample.
+        positions: of all batches, one after the other, on the device.
+        params: of their views; None where nothing is random.
+        draws: random numbers of each step that plug-ins add to the views.
+        strength: share of the own image, of each sample that is mixed.
     """
 
     parts: list[np.ndarray]
     positions: Tensor
     params: Params | None
+    draws: list[Tensor]
     strength: Tensor | None
 
     @functools.cached_property
@@ -223,11 +226,11 @@ class Batches:
             cuts = np.split(partners, np.cumsum([len(part) for part in parts])[:-1])
             parts = [np.concatenate(pair) for pair in zip(parts, cuts, strict=True)]
         positions = np.concatenate(parts) if parts else np.empty(0, np.int64)
-        params = None
+        params, draws = None, []
         if self.augmentation is not None:
-            view, rows = self._view(epoch), self.rows[positions]
-            params = make_params(self.augmentation, seed=self.seed, epoch=view, samples=rows, device=self.device)
-        return _Served(parts, torch.from_numpy(positions).to(self.device), params, strength)
+            drawn: dict[str, Any] = {"seed": self.seed, "epoch": self._view(epoch), "samples": self.rows[positions], "device": self.device}
+            params, draws = make_params(self.augmentation, **drawn), step_draws(self.augmentation.steps, **drawn)
+        return _Served(parts, torch.from_numpy(positions).to(self.device), params, draws, strength)
 
     def _pixels_of(self, served: _Served) -> Iterator[Tensor]:
         if self._resident is None:
@@ -303,6 +306,8 @@ class Batches:
     def _batch(self, served: _Served, number: int, pixels: Tensor, epoch: int) -> Batch:
         own, rows = served.place(number), torch.from_numpy(self.rows[served.parts[number]])
         images = pixels.to(torch.float32).mul_(1 / 255) if served.params is None else apply(pixels, served.params.part(own))
+        for name, draws in zip(self.augmentation.steps if self.augmentation is not None else (), served.draws, strict=True):
+            images = STEPS[name].function(images, draws[own])
         labels = self._labels_there[served.positions[own]]
         if self.mixing is None or served.strength is None:
             return Batch(rows, images, labels, self.channels, epoch, view=self._view(epoch))

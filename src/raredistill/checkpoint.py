@@ -115,7 +115,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], Promise]:
         CheckpointError: missing, truncated, altered, or not a network's checkpoint.
     """
     tensors, record = _read(path, _NETWORK)
-    return tensors, _promise(record, path)
+    return tensors, _promise(path, record)
 
 
 def read_promise(path: Path) -> Promise:
@@ -126,10 +126,10 @@ def read_promise(path: Path) -> Promise:
     """
     metadata = read_header(path)
     _refuse_other(path, _NETWORK, metadata)
-    return _promise(_parsed(path, metadata.get("record", "")), path)
+    return _promise(path, _parsed(path, metadata.get("record", "null")))
 
 
-def _promise(record: Any, path: Path) -> Promise:
+def _promise(path: Path, record: Any) -> Promise:
     try:
         return Promise(**record)
     except (TypeError, CheckpointError) as error:

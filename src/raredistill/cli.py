@@ -34,6 +34,23 @@ Options = Annotated[
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; all cores by default")]
 
 
+def _load(plugins: list[str] | None) -> list[str] | None:
+    from raredistill.plugins import load
+
+    for plugin in plugins or []:
+        load(plugin)
+    return plugins
+
+
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        help="a file or module that registers distillers, losses, networks, sources or augmentations; repeatable",
+        metavar="FILE_OR_MODULE",
+        callback=_load,
+    ),
+]
 PATIENTS_SHOWN = 12
 
 
@@ -116,7 +133,7 @@ def phantom(
 
 
 @app.command()
-def verify(kind: Kind, path: RawPath, options: Options = None, workers: Workers = None) -> None:
+def verify(kind: Kind, path: RawPath, options: Options = None, workers: Workers = None, plugin: Plugins = None) -> None:
     """Read a source once and list every problem with its remedy; the exit code is 2 if there is an error."""
     from dataclasses import asdict
 
@@ -157,6 +174,7 @@ def prepare(
     size: Annotated[int, typer.Option(help="side of the square slices, in pixels")] = 224,
     workers: Workers = None,
     leave_out_bad: Annotated[bool, typer.Option("--leave-out-bad", help="leave out patients that cannot be read, and record them")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Prepare raw data as a cohort on disk: decoded, checked, normalised and resized once."""
     from raredistill.cohort.prepare import prepare as make_cohort
@@ -195,17 +213,41 @@ def inspect(
 
 
 @app.command()
-def methods() -> None:
+def methods(plugin: Plugins = None) -> None:
     """List distillers and losses: name, family, source, requirements, and the number of classes they are valid for."""
     from raredistill.console import show_table
     from raredistill.distill.registry import methods_table
     from raredistill.losses import losses_table
+    from raredistill.plugins import plugins_table
     from raredistill.training.settings import choices_table
 
     show_table(methods_table(), "distillers (method:)")
     show_table(losses_table(), "losses (training.loss:)")
     show_table(choices_table(), "settings that can be combined with any of them")
+    show_table(plugins_table(), "plug-ins")
     _next("raredistill study CONFIG runs.1.method=NAME")
+
+
+@app.command()
+def check(
+    plugin: Annotated[str, typer.Argument(help="the file or module of a plug-in", metavar="FILE_OR_MODULE")],
+    data: Annotated[Path | None, typer.Option(help="raw data on which its sources are tried")] = None,
+) -> None:
+    """Run a plug-in's distillers, losses, networks, sources and augmentations through the conformance suite."""
+    from raredistill import plugins
+    from raredistill.testing import check_plugin
+
+    plugins.load(plugin)
+    registered = plugins.registered()
+    failures = [failure for each in registered for failure in check_plugin(each, data)]
+    for failure in failures:
+        print(f"{failure.subject}: {failure.check}\n  not so: {failure.problem}")
+    if failures:
+        _stop(f"{len(failures)} promises are not kept; mend them, then run the same command again", 2)
+    names = ", ".join(f"{each.kind} {each.name}" for each in registered)
+    untried = " (a source is tried on data: add --data DIR)" if data is None and any(each.kind == "source" for each in registered) else ""
+    print(f"{names}: keeps every promise{untried}")
+    _next(f"raredistill study CONFIG --plugin {shlex.quote(plugin)}")
 
 
 @app.command()
@@ -222,6 +264,7 @@ def study(
     address: Annotated[str | None, typer.Option(help="HOST:PORT of its head node; by default, Ray is started on this machine")] = None,
     gpus_per_run: Annotated[float | None, typer.Option(min=0.01, max=1, help="share of a GPU for each run on Ray; 1 by default")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="train nothing: measure a few steps, forecast time, memory and disk")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Train every run of a study that is not finished yet, and write its report."""
     from raredistill import api
@@ -235,9 +278,30 @@ def study(
         raise RareDistillError("--address and --gpus-per-run are for a cluster; add --on ray")
     if dry_run:
         _show_forecast(api.forecast(config, out, **asked), out, again, only)
+        _show_power(config, out, overrides or [])
     else:
         engine = None if on is None else _on_ray(address, gpus_per_run)
         _finish(api.study(config, out, engine=engine, command=_command(), **asked), again)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of the study")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings to change, such as splits.repeats=5", metavar="[KEY=VALUE]...")
+    ] = None,
+    out: Out = Path("study"),
+    gain: Annotated[float | None, typer.Option(min=0.001, max=1, help="a true gain in the rare class's F1 that should be found")] = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="networks to train in all")] = None,
+    hours: Annotated[float | None, typer.Option(min=0.01, help="time on this machine; a few steps are measured")] = None,
+) -> None:
+    """Report what a study could show before it is run: detectable gains, the floor, the repeats that a gain needs."""
+    from raredistill import api
+    from raredistill.terminal import Terminal, show_plan
+
+    if sum(each is not None for each in (gain, runs, hours)) > 1:
+        raise RareDistillError("--gain, --runs and --hours are three questions; ask one at a time")
+    show_plan(api.plan(config, out, overrides=overrides or [], gain=gain, runs=runs, hours=hours, observer=Terminal()))
 
 
 def _on_ray(address: str | None, gpus_per_run: float | None) -> Any:
@@ -256,6 +320,16 @@ def _show_forecast(expected: list[Forecast], out: Path, again: str, only: str | 
     if problems := {each.problem: each.run.id for each in expected if each.problem}:
         _stop("; ".join(f"{run} does not fit on this machine: {problem}" for problem, run in problems.items()), 2)
     _next(again + (f" --only {only}" if only else ""))
+
+
+def _show_power(config: Path, out: Path, overrides: list[str]) -> None:
+    from raredistill import api
+    from raredistill.errors import ConfigError
+
+    try:
+        print("\n".join(api.plan(config, out, overrides=overrides).sentences))
+    except ConfigError as error:
+        print(f"What it could detect is not known: {error}")
 
 
 def _finish(found: Finished, again: str) -> None:
@@ -287,6 +361,7 @@ def predict(
     cohort: Annotated[Path, typer.Argument(help="a prepared cohort with the same classes and channels")],
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write")] = Path("predictions.parquet"),
     checkpoint: Annotated[str, typer.Option(help="best or last")] = "best",
+    plugin: Plugins = None,
 ) -> None:
     """Apply a trained run to any cohort and write the table of logits."""
     from raredistill import api

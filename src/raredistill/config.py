@@ -9,21 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Interval, MinLen
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from annotated_types import Ge, Gt, Interval, MinLen
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from raredistill.declared import LARGEST_SEED, MOST_REPEATS, field_mistakes, mistakes, read
+from raredistill.declared import Name, field_mistakes, mistakes, read
 from raredistill.errors import ConfigError
 from raredistill.files import fingerprint, parse_yaml
-from raredistill.names import checked
+from raredistill.limits import LARGEST_SEED, MOST_REPEATS
 from raredistill.runs.entry import Channels, Entry
 from raredistill.training.settings import Settings
 
 if TYPE_CHECKING:
     from raredistill.cohort.store import Cohort
+    from raredistill.evaluation.looks import Looks
     from raredistill.studies.study import Study
 
-Name = Annotated[str, AfterValidator(checked)]
 Seed = Annotated[int, Interval(ge=0, le=LARGEST_SEED)]
 
 
@@ -46,12 +46,21 @@ class SplitConfig(_Strict):
 
     protocol: Literal["outer", "holdout", "given"] = "outer"
     folds: Annotated[int, Ge(2)] = 5
-    repeats: Annotated[int, Interval(ge=1, le=MOST_REPEATS)] = 1
+    repeats: Annotated[int, Interval(ge=1, le=MOST_REPEATS)] = 3
     validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.2
     test_share: Annotated[float, Interval(gt=0, lt=1)] = 0.3
     seed: Seed = 0
     rarefy: dict[str, Annotated[float, Interval(gt=0, le=1)]] = {}
     truncate_validation: bool = False
+
+
+class EvidenceConfig(_Strict):
+    """What decides a pair, fixed before the first run; see ``raredistill.evaluation.looks.Looks``. Without looks all repeats are run."""
+
+    margin: Annotated[float, Gt(0)] | None = None
+    wanted: Annotated[float, Gt(0)] | None = None
+    looks: tuple[int, ...] = ()
+    alpha: tuple[float, ...] = ()
 
 
 class StudyConfig(_Strict):
@@ -66,6 +75,7 @@ class StudyConfig(_Strict):
     channels: Channels = ()
     splits: SplitConfig = SplitConfig()
     seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (0,)
+    evidence: EvidenceConfig = EvidenceConfig()
     training: dict[str, Any] = {}
     runs: Annotated[tuple[dict[str, Any], ...], MinLen(1)]
 
@@ -168,10 +178,32 @@ def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
     from raredistill.splits import make_splits
     from raredistill.studies.study import Study
 
-    entries = entries_of(config)
-    splits = make_splits(cohort, **config.splits.model_dump())
+    entries, looks = entries_of(config), looks_of(config)
+    divided = config.splits.model_dump() | ({"repeats": looks.looks[-1]} if looks else {})
+    splits = make_splits(cohort, **divided)
     plain = config.model_dump(mode="json")
-    return Study(config.name, cohort, splits, entries, config.seeds, config.splits.protocol, plain, command)
+    return Study(config.name, cohort, splits, entries, config.seeds, config.splits.protocol, plain, command, looks)
+
+
+def looks_of(config: StudyConfig) -> Looks | None:
+    """When the study may stop; None where it runs all its repeats.
+
+    Raises:
+        ConfigError: the looks do not hold their level, or contradict the splits.
+    """
+    from raredistill.evaluation.looks import Looks
+
+    given = config.evidence
+    if not given.looks:
+        if given.alpha:
+            raise ConfigError("evidence.alpha are levels of looks, but there are none; add evidence.looks, such as [2, 4, 10]")
+        return None
+    looks = Looks(given.looks, given.alpha, given.margin, given.wanted)
+    if config.splits.protocol != "outer":
+        raise ConfigError(f"evidence.looks add repeats of outer folds, but splits.protocol is {config.splits.protocol}; leave looks out")
+    if "repeats" in config.splits.model_fields_set and config.splits.repeats != looks.looks[-1]:
+        raise ConfigError(f"evidence.looks end at {looks.looks[-1]} repeats, but splits.repeats is {config.splits.repeats}; leave it out")
+    return looks
 
 
 def cohort_folder(config: StudyConfig, out: Path) -> Path:

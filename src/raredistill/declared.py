@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from raredistill.errors import ConfigError
+from raredistill.names import checked
 from raredistill.options import did_you_mean
 
-LARGEST_SEED = 2**31 - 1
-"""A run's own seed, with its fold and repeat added, still fits where a generator takes 32 bits."""
-MOST_REPEATS = 1000
-
 Kind = TypeVar("Kind")
+Name = Annotated[str, AfterValidator(checked)]
+"""A text that keeps the one rule of names."""
 
 
 class Declared:
@@ -32,11 +31,11 @@ class Declared:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # subclasses are dataclasses
         given = {field.name: getattr(self, field.name) for field in fields}
         try:
-            checked = schema(cast(Any, type(self))).model_validate(given)
+            valid = schema(cast(Any, type(self))).model_validate(given)
         except ValidationError as error:
             raise ConfigError("; ".join(mistakes(error, type(self)))) from None
         for name in given:
-            object.__setattr__(self, name, getattr(checked, name))
+            object.__setattr__(self, name, getattr(valid, name))
         if found := self.conflicts():
             raise ConfigError(f"{self.called}{'; '.join(found)}")
 

@@ -37,18 +37,33 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, which replaces it only if the block succeeds.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; an existing file at ``path`` is intact.
+        DataError: ``path`` is a folder.
+        OSError: the disk is full or the folder cannot be written, with the file's name; what stood at ``path`` is intact.
     """
+    if path.is_dir():
+        raise DataError(f"{shown(path)} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     # Two nodes that share a folder may use the same process id.
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the name of a file to what goes wrong while it is written: of a full disk the system says only that it is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or str(error.filename).endswith(".tmp")):
+            error.filename = str(path)
+        raise
 
 
 def _sweep(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from raredistill.errors import ConfigError
 from raredistill.options import NotNegative, Option, Share, check_options, did_you_mean, options_of, show_defaults
+from raredistill.plugins import HINT, Plugin, Registry
 from raredistill.sampling import POWERS
 
 Reduction = Literal["mean", "none"]
@@ -354,7 +356,7 @@ def _options(loss: Callable[..., Any]) -> dict[str, Option]:
     return {name: option for name, option in options_of(loss).items() if name != "reduction"}
 
 
-LOSSES: dict[str, NamedLoss] = {
+BUILT_IN: dict[str, NamedLoss] = {
     "cross_entropy": _of_logits(cross_entropy, "maximum likelihood", _even),
     "weighted_cross_entropy": NamedLoss(_weighted, _options(_weighted), "King & Zeng 2001; Cui et al. 2019", _weights, weighs=True),
     "label_aware_smoothing": _of_counts(label_aware_smoothing, "Zhong et al. 2021"),
@@ -364,6 +366,35 @@ LOSSES: dict[str, NamedLoss] = {
     "ldam": NamedLoss(_scaled_ldam, _options(_scaled_ldam), "Cao et al. 2019", None, head="cosine"),
     "vector_scaling": _of_counts(vector_scaling, "Kini et al. 2021"),
 }
+
+
+def _adopt(plugin: Plugin) -> NamedLoss:
+    """A plug-in's loss: a function of ``(logits, target)``, of ``counts`` where it names them, and of its options."""
+    loss = plugin.thing
+    parameters = inspect.signature(loss).parameters
+    if list(parameters)[:2] != ["logits", "target"]:
+        raise ConfigError(f"the loss {plugin.name} takes {list(parameters)[:2]}; its first parameters are logits and target")
+    wrapped = loss if "reduction" in parameters else _reducible(loss)
+    facts = {"source": plugin.place, **plugin.facts}
+    carries = facts.pop("carries", None)
+
+    def build(counts: Tensor, **options: Any) -> Loss:
+        return partial(wrapped, **({"counts": _positive(counts)} if "counts" in parameters else {}), **options)
+
+    return NamedLoss(build, _options(loss), carries=carries, counted="counts" in parameters, **facts)
+
+
+def _reducible(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss that gives ``(N,)``, with the usual ``reduction``."""
+
+    def reduced(logits: Tensor, target: Tensor, *, reduction: Reduction = "mean", **options: Any) -> Tensor:
+        return _reduced(loss(logits, target, **options), reduction)
+
+    return reduced
+
+
+LOSSES: Registry[NamedLoss] = Registry("loss", BUILT_IN, _adopt)
+"""Every loss that a configuration may name."""
 
 
 def make_loss(name: str, *, counts: Tensor, **options: Any) -> Loss:
@@ -433,6 +464,6 @@ def named_loss(name: str, options: Mapping[str, Any]) -> NamedLoss:
         ConfigError: the name or an option is unknown, or a value is out of range.
     """
     if name not in LOSSES:
-        raise ConfigError(f"unknown loss {name}{did_you_mean(name, LOSSES)}; raredistill methods lists them")
+        raise ConfigError(f"unknown loss {name}{did_you_mean(name, LOSSES)}; raredistill methods lists them, {HINT}")
     check_options(f"loss {name}", options, LOSSES[name].options)
     return LOSSES[name]

@@ -13,9 +13,9 @@ import pandas as pd
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from raredistill.cohort.store import Cohort
-from raredistill.declared import LARGEST_SEED, MOST_REPEATS
 from raredistill.errors import SplitError
 from raredistill.files import fingerprint, read_json, write_json
+from raredistill.limits import LARGEST_SEED, MOST_REPEATS
 
 SIDES = ("train", "validation", "test")
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from raredistill.runs.record import RunRecord
     from raredistill.runs.run import Run
     from raredistill.studies.estimate import Forecast
+    from raredistill.studies.power import Plan
     from raredistill.studies.study import Study
 
 
@@ -107,6 +108,19 @@ def show_forecast(expected: list[Forecast], out: Path) -> None:
         print(f"any number of devices: at least {duration(seconds)}, for {' then '.join(chain)}")
     print(f"memory: {size(max(each.memory for each in expected))} for the largest run")
     print(f"disk: {size(disk_needed(expected))}, and {size(disk_free(out))} are free")
+
+
+def show_plan(plan: Plan) -> None:
+    """Print what a design could show, power against repeats, and the designs that show a wanted gain."""
+    from raredistill.studies.power import chart
+
+    print("\n".join(plan.sentences))
+    print(f"{plan.trainings} networks in all: {plan.folds} folds x {plan.repeats} repeats")
+    for gain in plan.table.columns:
+        print(f"\npower for a true gain of {gain}")
+        print("\n".join(chart(plan.table, gain)))
+    if len(plan.designs):
+        show_table(records(plan.designs), "designs that find the gain, cheapest first; cost counts training sides")
 
 
 def show_finished(found: Finished) -> None:

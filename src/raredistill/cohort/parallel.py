@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from raredistill import plugins
 from raredistill.cohort.sources import Unit
 from raredistill.errors import DataError
 from raredistill.memory import keep_freed
@@ -91,11 +92,12 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that start fast (they share one import of the sources) and leave interruption to their parent."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as executor:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(plugins.loaded(),)) as executor:
         yield executor
 
 
-def _start_worker() -> None:
+def _start_worker(known: Mapping[str, str]) -> None:
+    plugins.load_again(known)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     keep_freed(LARGEST_KEPT)

@@ -195,13 +195,15 @@ def write_part(unit: Unit, source: Source, folder: Path, size: tuple[int, int]) 
 def _write_description(path: Path, part: dict[str, Any]) -> None:
     """Whole or not at all, but without waiting for the disk: after a crash of the machine a part is made anew, or fails its checks."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(files.seal(part)), encoding="utf-8")
-    temporary.replace(path)
+    with files.naming(path):
+        temporary.write_text(json.dumps(files.seal(part)), encoding="utf-8")
+        temporary.replace(path)
 
 
 def _write_pixels(path: Path, pixels: np.ndarray) -> int:
     raw = np.ascontiguousarray(pixels).reshape(-1).data
-    path.write_bytes(raw)
+    with files.naming(path):
+        path.write_bytes(raw)
     return isal_zlib.crc32(raw)
 
 

@@ -254,7 +254,8 @@ class Writer:
         for block in blocks:
             raw = _bytes(block, path)
             self._digests[channel].update(raw)
-            handle.write(raw)
+            with files.naming(path):
+                handle.write(raw)
         files.start_writing(handle, start)
 
     def finish(self, table: pd.DataFrame, *, classes: tuple[str, ...], size: tuple[int, int], provenance: Mapping[str, Any]) -> Cohort:

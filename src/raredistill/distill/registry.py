@@ -2,26 +2,72 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from raredistill.distill.consistent import PCKD
-from raredistill.distill.contract import Facts, Method
+from raredistill.distill.contract import Facts, Labelled, Method
 from raredistill.distill.features import CBD, CRD, RKD, AttentionTransfer, FitNet
 from raredistill.distill.imbalance import LTKD, SSD, XERM, ReliableKD
 from raredistill.distill.logits import BKD, DIST, DKD, KD, DiVE, StandardisedKD
 from raredistill.errors import ConfigError
-from raredistill.options import check_options, did_you_mean, show_defaults
+from raredistill.options import check_options, defaults_of, did_you_mean, options_of, show_defaults
+from raredistill.outputs import Outputs
+from raredistill.plugins import HINT, Plugin, Registry
 
-METHODS: dict[str, type[Method]] = {
+BUILT_IN: dict[str, type[Method]] = {
     method.name: method
     for method in (
         KD, StandardisedKD, DKD, DIST, FitNet, AttentionTransfer, RKD, CRD, BKD, DiVE, LTKD, XERM, CBD, SSD, ReliableKD, PCKD,
     )
 }  # fmt: skip
+
+
+def _adopt(plugin: Plugin) -> type[Method]:
+    """The class of a plug-in's distiller; a plain function becomes the one term of a class.
+
+    Raises:
+        ConfigError: a class that is not a :class:`Method`, or lacks what a method needs.
+    """
+    thing = plugin.thing
+    if not isinstance(thing, type):
+        return _from_function(plugin)
+    if not issubclass(thing, Method) or inspect.isabstract(thing) or not dataclasses.is_dataclass(thing):
+        raise ConfigError(f"the distiller {plugin.name} must be a frozen dataclass on raredistill.distill.Method that has terms()")
+    thing.name = plugin.name
+    thing.options()  # its annotations are read now, not in the first run
+    return thing
+
+
+def _from_function(plugin: Plugin) -> type[Method]:
+    function, options = plugin.thing, options_of(plugin.thing)
+    given = list(inspect.signature(function).parameters)
+    hints = get_type_hints(function, include_extras=True)
+    labelled = "labels" in given
+    if given[:2] != ["student", "teacher"]:
+        raise ConfigError(
+            f"the distiller {plugin.name} takes {given[:3]}; a function takes student, teacher, labels where needed, and options"
+        )
+
+    def terms(self: Any, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        chosen = {name: getattr(self, name) for name in options}
+        return {plugin.name: function(student, teacher, **({"labels": batch.labels} if labelled else {}), **chosen)}
+
+    facts = {"name": plugin.name, "family": "plug-in", "source": plugin.place, **plugin.facts}
+    if "needs" not in facts:
+        facts["needs"] = ("logits", "labels") if labelled else ("logits",)
+    fields = [(name, hints[name], dataclasses.field(default=value)) for name, value in defaults_of(function).items()]
+    made: type[Method] = dataclasses.make_dataclass(plugin.name, fields, bases=(Method,), frozen=True, namespace={**facts, "terms": terms})
+    return made
+
+
+METHODS: Registry[type[Method]] = Registry("distiller", BUILT_IN, _adopt)
+"""Every distiller that a configuration may name."""
 
 
 def make_method(name: str, facts: Facts, **options: Any) -> Method:
@@ -53,7 +99,7 @@ def method_class(name: str, options: Mapping[str, Any]) -> type[Method]:
         ConfigError: the name or an option is unknown, or a value is out of range.
     """
     if name not in METHODS:
-        raise ConfigError(f"unknown method {name}{did_you_mean(name, METHODS)}; raredistill methods lists them")
+        raise ConfigError(f"unknown method {name}{did_you_mean(name, METHODS)}; raredistill methods lists them, {HINT}")
     check_options(f"method {name}", options, METHODS[name].options())
     return METHODS[name]
 

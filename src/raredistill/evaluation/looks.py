@@ -91,8 +91,7 @@ def settle(
     """
     states = dict(before or {})
     settled = {name: state for name, state in states.items() if state.outcome != "open"}
-    gains = {name: settled[name].gain if name in settled else each for name, each in found.items()}
-    known = {name: each for name, each in gains.items() if each is not None}
+    known = {name: settled[name].gain or each if name in settled else each for name, each in found.items()}
     alpha, look = rule.alpha[place], rule.looks[place]
     p = dict(zip(known, map(float, holm([each.p for each in known.values()])), strict=True))
     same = _equivalence(known, rule.margin)

@@ -11,6 +11,7 @@ import numpy as np
 from raredistill.evaluation.compare import holm
 from raredistill.evaluation.contrasts import Tally
 from raredistill.evaluation.gains import Gain
+from raredistill.evaluation.looks import State
 from raredistill.evaluation.planning import Pilot, forecast
 
 LEVEL = 0.05
@@ -52,7 +53,7 @@ class Ruling:
 
 def rule(
     gains: Mapping[str, Gain], *, controls: Mapping[str, str], what: str, described: Mapping[str, str] | None = None,
-    margin: float | None = None, level: float = LEVEL, kept: float = 1.0, rare_patients: int | None = None,
+    margin: float | None = None, kept: float = 1.0, rare_patients: int | None = None, states: Mapping[str, State] | None = None,
 ) -> dict[str, Ruling]:  # fmt: skip
     """Decide a family of comparisons.
 
@@ -62,12 +63,12 @@ def rule(
         what: the metric in words, such as ``LGG F1``.
         described: why others (or tested ones, such as networks that did not learn) may only be described.
         margin: largest difference without practical meaning, fixed before the study; None leaves equivalence out.
-        level: family-wise level of helps and harms together, and again of equivalence.
         kept: share of the rare class's patients that training keeps.
         rare_patients: number of tested rare patients, for the sentence on the floor.
+        states: where the looks of a study that stops by looks have left each comparison: they decide then, at their levels.
 
     Returns:
-        A ruling by name; Holm's adjustment covers every comparison that is tested.
+        A ruling by name; Holm's adjustment covers every comparison that is tested, at 5 %, and again for equivalence.
     """
     barred = dict(described or {})
     tested = [name for name in gains if name not in barred]
@@ -75,15 +76,22 @@ def rule(
     same = dict(zip(tested, holm([max(gains[name].beyond(margin)) for name in tested]), strict=True)) if margin else {}
     rulings = {}
     for name in tested:
-        verdict = verdict_of(gains[name].gain, float(p[name]), float(same[name]) if margin else None, level)
-        sentence = _sentence(name, controls[name], what, gains[name], verdict, float(p[name]), len(tested), margin)
+        state, p_same = None if states is None else states.get(name, State()), float(same[name]) if margin else None
+        adjusted = float(p[name]) if state is None or state.p_holm is None else state.p_holm
+        verdict = verdict_of(gains[name].gain, adjusted, p_same) if state is None else _of_look(state)
+        level = state.level if state is not None and state.level else LEVEL
+        sentence = _sentence(name, controls[name], what, gains[name], verdict, adjusted, len(tested), margin, level)
         notes = _notes(gains[name], verdict, what, level / len(tested), kept, rare_patients)
-        rulings[name] = Ruling(verdict, sentence, notes, gains[name], float(p[name]), float(same[name]) if margin else None, len(tested))
+        rulings[name] = Ruling(verdict, sentence, notes, gains[name], adjusted, p_same, len(tested))
     for name, reason in barred.items():
         seen = f"{what} {signed(gains[name].gain)}, " if name in gains else ""
         said = f"{name} against {controls.get(name) or 'no control'}: {seen}described, not tested: {reason.rstrip('.')}."
         rulings[name] = Ruling(Verdict.DESCRIBED, said, gain=gains.get(name))
     return rulings
+
+
+def _of_look(state: State) -> Verdict:
+    return Verdict(state.outcome) if state.outcome in ("helps", "harms", "makes no practical difference") else Verdict.UNDECIDED
 
 
 def verdict_of(gain: float, p: float, p_same: float | None = None, level: float = LEVEL) -> Verdict:
@@ -98,8 +106,11 @@ def verdict_of(gain: float, p: float, p_same: float | None = None, level: float 
     return Verdict.UNDECIDED
 
 
-def _sentence(name: str, control: str, what: str, found: Gain, verdict: Verdict, p: float, family: int, margin: float | None) -> str:
-    numbers = f"{signed(found.gain)} [{signed(found.low)}, {signed(found.high)}]"
+def _sentence(
+    name: str, control: str, what: str, found: Gain, verdict: Verdict, p: float, family: int, margin: float | None, level: float
+) -> str:
+    low, high = found.interval(level)
+    numbers = f"{signed(found.gain)} [{signed(low)}, {signed(high)}]"
     over = f"{p_text(p)}, Holm over {family}" if family > 1 else p_text(p)
     recipe = "for new patients and new trainings on a cohort of this size"
     if verdict is Verdict.SAME:
@@ -107,16 +118,15 @@ def _sentence(name: str, control: str, what: str, found: Gain, verdict: Verdict,
             f"{name} makes no practical difference to {what} against {control}: {numbers}; gains and losses above {margin:g} are excluded."
         )
     if verdict is Verdict.UNDECIDED:
-        return f"{name} against {control}: {what} {numbers} ({over}): not decided. {_excluded(found)}"
+        return f"{name} against {control}: {what} {numbers} ({over}): not decided. {_excluded(found, low, high, level)}"
     word = "gains" if verdict is Verdict.HELPS else "loses"
     return f"{name} {verdict.value}: in {what} it {word} {numbers} against {control} {recipe} ({over})."
 
 
-def _excluded(found: Gain) -> str:
+def _excluded(found: Gain, low: float, high: float, level: float) -> str:
     if not np.isfinite(found.se):
         return "The two sides treat every patient alike, so nothing is excluded."
-    sides = [f"gains above {max(found.high, 0.0):.3f}", f"losses above {max(-found.low, 0.0):.3f}"]
-    return f"{sides[0].capitalize()} and {sides[1]} are excluded at 95 %."
+    return f"Gains above {max(high, 0.0):.3f} and losses above {max(-low, 0.0):.3f} are excluded at {1 - level:.0%}.".replace("%", " %")
 
 
 def _notes(found: Gain, verdict: Verdict, what: str, level: float, kept: float, rare_patients: int | None) -> tuple[str, ...]:
@@ -140,8 +150,9 @@ def not_learned(side: Tally, rare: str) -> str:
     place, classes = side.classes.index(rare), len(side.classes)
     right, actual, guessed = (side.sums[..., start * classes + place] for start in range(3))
     for run, fold in zip(side.runs, side.fold, strict=True):
-        calls = np.bincount(fold, weights=guessed[side.runs.index(run)])
-        for which in np.unique(fold[calls[fold] == 0]):
+        tested = fold >= 0  # an unfinished run tests some patients only
+        calls = np.bincount(fold[tested], weights=guessed[side.runs.index(run)][tested])
+        for which in np.unique(fold[tested][calls[fold[tested]] == 0]):
             return f"a network never predicts {rare} (repeat {run[0]}, fold {which}, seed {run[1]})"
     share = actual.sum() / side.sums[..., -1].sum()
     score, constant = 2 * right.sum() / (actual.sum() + guessed.sum()), 2 * share / (1 + share)

@@ -13,6 +13,7 @@ from raredistill.errors import ConfigError
 from raredistill.models.cifar_resnet import CifarResNet
 from raredistill.models.small_cnn import SmallCNN
 from raredistill.options import did_you_mean
+from raredistill.plugins import HINT, Plugin, Registry
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,20 @@ ALIASES: dict[str, Alias] = {
     "maxvit_t": Alias("maxvit_tiny_tf_224.in1k", "MaxVit_T_Weights.IMAGENET1K_V1", False),
 }
 
-# Networks that timm lacks: called with channels, they give (N, F) features.
-OWN: dict[str, Callable[[int], nn.Module]] = {
+BUILT_IN: dict[str, Callable[[int], nn.Module]] = {
     "small_cnn": SmallCNN,
     **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
 }
+
+
+def _adopt(plugin: Plugin) -> Callable[[int], nn.Module]:
+    if plugin.name in ALIASES or plugin.name in timm.list_models():
+        raise ConfigError(f"the network {plugin.name} of {plugin.place} has the name of one of timm's; give it another name")
+    return plugin.thing
+
+
+OWN: Registry[Callable[[int], nn.Module]] = Registry("network", BUILT_IN, _adopt)
+"""Networks that timm lacks: called with a number of channels, they map images ``(N, C, H, W)`` to features ``(N, F)``."""
 
 
 def list_models() -> list[str]:
@@ -63,7 +73,7 @@ def resolve(name: str) -> str:
     # is_model alone would also accept "hf-hub:...", which downloads a model and runs its code.
     if architecture not in timm.list_models():
         raise ConfigError(
-            f"unknown model {name!r}{did_you_mean(name, list_models(), most=3)}; `raredistill.models.list_models()` names them all"
+            f"unknown model {name!r}{did_you_mean(name, list_models(), most=3)}; `raredistill.models.list_models()` names them all, {HINT}"
         )
     tags = timm.list_pretrained(f"{architecture}.*")
     if tag and name not in tags:

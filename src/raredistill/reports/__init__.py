@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from raredistill.evaluation.looks import State
 from raredistill.files import write_text
 from raredistill.reports import analyses, datasets, figures, tables
 from raredistill.reports.controls import controls, missing
 from raredistill.reports.costs import costs
 from raredistill.reports.decision import rare_kept
 from raredistill.reports.html import Page, render
+from raredistill.reports.looks import rows_of_looks, spared, states_of
 from raredistill.reports.maps import map_figures, map_rows
 from raredistill.reports.pairs import Pair, comparisons, fold_differences, make_pairs
 from raredistill.reports.results import Results, read_results
@@ -56,9 +58,10 @@ def write_report(
     folder, results = StudyFolder(study), results or read_results(study)
     tell(1, STEPS)
     pairs = make_pairs(results)
-    answer = _answer(results, pairs)
+    states = states_of(study, results)
+    answer = _answer(results, pairs, states)
     tell(2, STEPS)
-    made = _tables(results, pairs, answer)
+    made = {**_tables(results, pairs, answer), "looks": rows_of_looks(states, results)}
     if sweep:
         made["imbalance"] = analyses.sweep([(results, pairs), *((other, make_pairs(other)) for other in map(read_results, sweep))])
     if across:
@@ -87,15 +90,16 @@ def summary_table(study: Path) -> pd.DataFrame:
 def verdict_sentences(study: Path) -> list[str]:
     """What the evidence of a study allows to say, one sentence per distilled entry."""
     results = read_results(study)
-    return [record["sentence"] for record in verdicts(make_pairs(results), results.study.rare)]
+    return [record["sentence"] for record in _answer(results, make_pairs(results), states_of(study, results))["verdicts"]]
 
 
-def _answer(results: Results, pairs: list[Pair]) -> dict[str, Any]:
+def _answer(results: Results, pairs: list[Pair], states: Mapping[str, State] | None) -> dict[str, Any]:
     rare, config = results.study.rare, results.study.config
     margin = (config.get("evidence") or {}).get("margin")
     return {
-        "verdicts": verdicts(pairs, rare, margin, rare_kept(config, rare)), "family": family(pairs, rare), "size": size_verdict(results, pairs),
-        "power": rare_power(results, pairs), "cautions": cautions(results), "tests": notes_on_tests(results),
+        "verdicts": verdicts(pairs, rare, margin, rare_kept(config, rare), states), "family": family(pairs, rare),
+        "size": size_verdict(results, pairs), "power": rare_power(results, pairs), "cautions": cautions(results, spared(states, results)),
+        "tests": notes_on_tests(results),
     }  # fmt: skip
 
 

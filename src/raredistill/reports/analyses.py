@@ -18,7 +18,7 @@ from raredistill.evaluation.levels import RULES, by_patient, has_patients, patie
 from raredistill.evaluation.thresholds import at_threshold, decision_curve, operating_point
 from raredistill.metrics import classification_metrics
 from raredistill.predictions import Predictions
-from raredistill.reports.pairs import Pair
+from raredistill.reports.pairs import Pair, seen_gain
 from raredistill.reports.results import Results
 from raredistill.runs.record import RunRecord
 
@@ -121,7 +121,8 @@ def deployment_prior(results: Results, test: Predictions) -> NDArray[np.float64]
     whole = {row["class"]: row["slices"] for row in results.study.cohort.counts}
     counts = np.array([whole[name] for name in test.classes], dtype=np.float64)
     rest = counts - np.bincount(test.labels(), minlength=len(test.classes))
-    return np.asarray((rest if (rest > 0).all() else counts) / (rest if (rest > 0).all() else counts).sum())
+    known = rest if (rest > 0).all() else counts
+    return np.asarray(known / known.sum())
 
 
 def temperatures(results: Results) -> pd.DataFrame:
@@ -316,11 +317,11 @@ def gains(pairs: list[Pair], rare: str) -> pd.DataFrame:
     """The rare class's gain of every pair against the size of its teacher."""
     rows = []
     for pair in pairs:
-        if found := pair.differences.get(f"f1:{rare}"):
-            tested = pair.evidence.get(f"f1:{rare}")
+        if (gain := seen_gain(pair, rare)) is not None:
+            tested = pair.decision.gain or pair.evidence.get(f"f1:{rare}")
             limits = {key: getattr(tested, key, float("nan")) for key in ("low", "high")}
             where = {"entry": pair.entry, "teacher": pair.teacher, "relation": pair.relation, "size_ratio": pair.ratio}
-            rows.append({**where, "gain": found.estimate, **limits})
+            rows.append({**where, "gain": gain, **limits})
     return pd.DataFrame(rows, columns=["entry", "teacher", "relation", "size_ratio", "gain", "low", "high"])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,7 +30,8 @@ class Decision:
         beside: gains of the other views, by name (``argmax``, ``best checkpoint``).
         closed: share of the teacher's advantage that the student reaches, with its interval; None where no advantage is shown.
         rare_patients: tested patients who carry the rare class.
-        seen: the gain where nothing was tested but the sides can be compared.
+        seen: the gain, also where nothing was tested but the sides can be compared.
+        gains: of every metric that could be tested, by name; only the rare class's F1 decides.
     """
 
     gain: Gain | None = None
@@ -41,6 +42,7 @@ class Decision:
     closed: tuple[float, float, float] | None = None
     rare_patients: int = 0
     seen: float | None = None
+    gains: dict[str, Gain] = field(default_factory=dict)
 
 
 def last_matched(whole: Predictions, rare: str) -> Predictions:
@@ -81,8 +83,9 @@ VIEWS: dict[str, View] = {DECIDING: last_matched, **BESIDE}
 class Sides:
     """Predictions of entries by name, added up once for all pairs."""
 
-    def __init__(self, whole: Callable[[str], Predictions | None], rare: str) -> None:
+    def __init__(self, whole: Callable[[str], Predictions | None], rare: str, metrics: Sequence[str] = ()) -> None:
         self._whole, self.rare = whole, rare
+        self.metrics = list(dict.fromkeys([f"f1:{rare}", *metrics]))
         self._known: dict[tuple[str, str], Tally] = {}
 
     def tally(self, name: str, view: str) -> Tally | None:
@@ -91,7 +94,7 @@ class Sides:
             whole = self._whole(name)
             if whole is None or not (whole.table["split"] == "test").any():
                 return None
-            self._known[name, view] = tally(VIEWS[view](whole, self.rare))
+            self._known[name, view] = tally(VIEWS[view](whole, self.rare), self.metrics if view == DECIDING else ())
         return self._known[name, view]
 
 
@@ -111,7 +114,7 @@ def decide(
     metric = f"f1:{sides.rare}"
     try:
         tallies = _both(sides, control, other, DECIDING)
-        made = contrasts(*tallies, [metric], sides.rare, expected=expected)
+        made = contrasts(*tallies, sides.metrics, sides.rare, expected=expected)
     except RareDistillError as error:
         return Decision(reason=str(error).rstrip("."))
     if metric not in made.found:
@@ -119,13 +122,13 @@ def decide(
     contrast = made.found[metric]
     rare = int(contrast.layout.rare.sum())
     try:
-        gain = assess([contrast], kept=kept)[0]
+        gains = dict(zip(made.found, assess(list(made.found.values()), kept=kept), strict=True))
     except RareDistillError as error:
         return Decision(None, contrast, str(error).rstrip("."), made.missing, rare_patients=rare, seen=contrast.gain)
     reason = made.problems.get(metric, "") or _not_learned(sides, {"control": control, "entry": other, "teacher": teacher})
     beside = {view: found for view in BESIDE if (found := _beside(sides, control, other, view, expected, kept)) is not None}
     closed = _closed(sides, control, teacher, contrast, expected, kept) if teacher else None
-    return Decision(gain, contrast, reason.rstrip("."), made.missing, beside, closed, rare, contrast.gain)
+    return Decision(gains[metric], contrast, reason.rstrip("."), made.missing, beside, closed, rare, contrast.gain, gains)
 
 
 def _both(sides: Sides, control: str, other: str, view: str) -> tuple[Tally, Tally]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from annotated_types import MinLen
+from pydantic import TypeAdapter, ValidationError
 
 from raredistill import predictions
 from raredistill.errors import DataError
-from raredistill.files import read_json
+from raredistill.files import inside, read_json
+from raredistill.names import fault_of_part, shown
 from raredistill.predictions import Predictions
 from raredistill.runs.drafts import checked_record
-from raredistill.runs.layout import RunFolder
-from raredistill.runs.record import RunRecord
+from raredistill.runs.layout import RunFolder, StudyFolder
+from raredistill.runs.record import Count, RunRecord, StudyRecord
 
 READ = ("predictions.parquet", "epochs.jsonl", "best.safetensors")
 """Results that a report reads; the last epoch's weights are not among them."""
@@ -22,31 +26,62 @@ SAME = ("id", "kind", "model", "teacher", "repeat", "fold", "seed")
 """Fields of a run's record that ``study.json`` repeats."""
 
 
-class _Checked(BaseModel):
-    model_config = ConfigDict(extra="allow")  # a later version may say more
+@dataclass(frozen=True)
+class _Counted:
+    slices: Count
+    patients: Count
 
 
-class _Part(_Checked):
+@dataclass(frozen=True)
+class _Part:
     loss: float | None
     macro_f1: float | None
     f1: dict[str, float | None]
 
 
-class _Epoch(_Checked):
+@dataclass(frozen=True)
+class _Epoch:
     train: _Part
     validation: _Part | None = None
 
 
-def _validated(adapter: TypeAdapter[Any], value: Any, path: Path) -> None:
+@dataclass(frozen=True)
+class _Sides:
+    train: Annotated[tuple[str, ...], MinLen(1)]
+    test: Annotated[tuple[str, ...], MinLen(1)]
+    validation: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _SplitFile:
+    patients: _Sides
+
+
+def check_places(folder: StudyFolder, study: StudyRecord) -> None:
+    """Refuse a description whose runs lead out of the study's folder, or whose classes do not fit together.
+
+    Raises:
+        DataError: it is such a one.
+    """
+    path, classes = folder.description, study.cohort.classes
+    _validated(TypeAdapter(list[_Counted]), [*study.cohort.counts, *study.split_table], path)
+    if study.rare not in classes or study.cohort.background not in (None, *classes):
+        raise DataError(f"{path}: its rare class or its background is none of the classes {list(classes)}; run raredistill study again")
+    for run in study.runs:
+        if (said := fault_of_part(run.id)) or not inside(folder.run(run.id).path, folder.path):
+            raise DataError(f"{path}: the run {shown(run.id)!r:.80} {said or 'leads out of the study'}; run raredistill study again")
+
+
+def _validated(adapter: TypeAdapter[Any], value: Any, path: Path) -> Any:
     try:
-        adapter.validate_python(value)
+        return adapter.validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
         raise DataError(f"{path}: {where}: {first['msg'].lower()} (it is {first['input']!r:.60}); run raredistill study again") from None
 
 
-def read_results_of(folder: RunFolder, run: RunRecord, classes: tuple[str, ...]) -> tuple[Predictions, list[dict[str, Any]]]:
+def read_results_of(folder: RunFolder, run: RunRecord, classes: Sequence[str]) -> tuple[Predictions, list[dict[str, Any]]]:
     """Predictions and epochs of a finished run, after its record, its files' hashes and its name were compared.
 
     Args:
@@ -62,9 +97,9 @@ def read_results_of(folder: RunFolder, run: RunRecord, classes: tuple[str, ...])
         raise DataError(f"{folder.record}: its {', '.join(differing)} is not what study.json says; run raredistill study again")
     table = predictions.read(folder.predictions)
     refuse_foreign(table, record, folder.predictions)
-    if tuple(table.classes) != tuple(classes):
+    if table.classes != tuple(classes):
         raise DataError(f"{folder.predictions}: its classes are {list(table.classes)}, those of the study {list(classes)}")
-    return table, _epochs(folder.epochs)
+    return table, _epochs(folder.epochs, set(classes))
 
 
 def refuse_foreign(table: Predictions, record: RunRecord, path: Path) -> None:
@@ -73,31 +108,27 @@ def refuse_foreign(table: Predictions, record: RunRecord, path: Path) -> None:
     Raises:
         DataError: they do.
     """
-    for column, key in (("run", "id"), ("repeat", "repeat"), ("fold", "fold"), ("seed", "seed")):
-        if others := sorted(set(table.table[column]) - {getattr(record, key)}):
-            raise DataError(
-                f"{path}: holds predictions of the {column} {others[0]!r:.80}, but its record is that of {getattr(record, key)!r:.80}"
-            )
+    for column, own in (("run", record.id), ("repeat", record.repeat), ("fold", record.fold), ("seed", record.seed)):
+        if others := sorted(set(table.table[column]) - {own}):
+            raise DataError(f"{path}: holds predictions of the {column} {others[0]!r:.80}, but its record is that of {own!r:.80}")
 
 
-def _epochs(path: Path) -> list[dict[str, Any]]:
+def _epochs(path: Path, classes: set[str]) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: its lines are not JSON ({error}); delete the run's folder and run raredistill study again") from None
     _validated(TypeAdapter(list[_Epoch]), lines, path)
+    if any(set(line[part]["f1"]) != classes for line in lines for part in ("train", "validation") if line.get(part)):
+        raise DataError(f"{path}: its classes are not those of the study; delete the run's folder and run raredistill study again")
     return lines
 
 
-def patients_of_sides(path: Path) -> dict[str, list[str]]:
-    """Side -> patients of a split file.
+def patients_of_sides(path: Path) -> dict[Literal["train", "test"], tuple[str, ...]]:
+    """Patients of the training and the test side of a split file.
 
     Raises:
         DataError: it holds something else.
     """
-    found = read_json(path)
-    _validated(TypeAdapter(dict[str, Any]), found, path)
-    _validated(TypeAdapter(dict[Literal["train", "validation", "test"], list[str]]), found.get("patients"), path)
-    if missing := {"train", "test"} - set(found["patients"]):
-        raise DataError(f"{path}: lacks the patients of {', '.join(sorted(missing))}; run raredistill study again")
-    return dict(found["patients"])
+    sides: _Sides = _validated(TypeAdapter(_SplitFile), read_json(path), path).patients
+    return {"train": sides.train, "test": sides.test}

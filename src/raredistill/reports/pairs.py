@@ -13,6 +13,7 @@ import pandas as pd
 from raredistill.errors import RareDistillError
 from raredistill.evaluation.bootstrap import check_same, tested_once
 from raredistill.evaluation.differences import Differences, Evidence, differences_of, in_folds, weigh
+from raredistill.evaluation.gains import Gain
 from raredistill.predictions import Predictions
 from raredistill.reports.decision import Decision, Sides, decide, rare_kept
 from raredistill.reports.results import Results
@@ -66,7 +67,7 @@ class Pair:
 
 def make_pairs(results: Results) -> list[Pair]:
     """Compare every distilled entry with its control, in the order of the study."""
-    sides = Sides(results.whole, results.study.rare)
+    sides = Sides(results.whole, results.study.rare, metrics_of(results.study.rare, results.study.cohort.classes))
     return [_pair(results, name, sides) for name in results.entries if results.first(name).kind == "distilled"]
 
 
@@ -105,7 +106,7 @@ def _pair(results: Results, name: str, tallies: Sides) -> Pair:
     rare = results.study.rare
     teacher = run.teacher_name if run.teacher_name in results.entries and results.of(run.teacher_name) else ""
     kept = rare_kept(results.study.config, rare)
-    decision = decide(tallies, control, name, teacher, expected=results.planned(name), kept=kept)
+    decision = decide(tallies, control, name, teacher, expected=results.expected(name, control), kept=kept)
     pair = Pair(**fixed, decision=decision, shared=not tested_once(sides[0]) or not in_folds(sides[0]))
     return compared(pair, (sides[0], sides[1]), metrics_of(rare, results.study.cohort.classes), results.sizes)
 
@@ -115,8 +116,8 @@ def compared(pair: Pair, sides: tuple[Predictions, Predictions], metrics: list[s
     try:
         check_same(*sides)
     except RareDistillError as error:
-        # An unfinished study, whose seeds differ by fold: its difference is described by the runs that are complete.
-        return replace(pair, problem=str(error), decision=replace(pair.decision, reason=pair.decision.reason or str(error)))
+        # An unfinished study, whose seeds differ by fold: the gain test takes the runs that are complete, the references do not.
+        return replace(pair, problem=str(error))
     found, problems = differences_of(*sides, metrics, sizes=sizes, resamples=RESAMPLES)
     evidence: dict[str, Evidence] = {}
     for metric, each in found.items():
@@ -133,15 +134,26 @@ def _ratio(results: Results, run: RunRecord) -> float:
 
 
 def comparisons(pairs: list[Pair]) -> pd.DataFrame:
-    """Every pair and metric with its test: the source of the forest plot and of the verdicts."""
+    """Every pair and metric with its test, the gain test where it applies: the source of the forest plot and of the verdicts."""
     columns = ["entry", "control", "metric", "difference", "low", "high", "p", "detectable", "worse", "equal", "better", "basis", "values"]
     rows = []
     for pair in pairs:
         for metric, found in pair.differences.items():
-            tested = pair.evidence.get(metric)
-            numbers = [getattr(tested, key, np.nan) for key in ("low", "high", "p", "detectable", "worse", "equal", "better")]
-            rows.append((pair.entry, pair.control, metric, found.estimate, *numbers, found.basis, len(found.values)))
+            reference, gain = pair.evidence.get(metric), pair.decision.gains.get(metric)
+            tested: Gain | Evidence | None = gain or reference
+            numbers = [getattr(tested, key, np.nan) for key in ("low", "high", "p", "detectable")]
+            numbers += [getattr(reference, key, np.nan) for key in ("worse", "equal", "better")]
+            seen, basis, values = (gain.gain, "gain test", gain.runs) if gain else (found.estimate, found.basis, len(found.values))
+            rows.append((pair.entry, pair.control, metric, seen, *numbers, basis, values))
     return pd.DataFrame(rows, columns=columns)
+
+
+def seen_gain(pair: Pair, rare: str) -> float | None:
+    """The rare class's F1 gain by which a pair is judged; on a shared test set and without a complete run, of what is there."""
+    if pair.decision.seen is not None and not pair.shared:
+        return pair.decision.seen
+    found = pair.differences.get(f"f1:{rare}")
+    return found.estimate if found else None
 
 
 def fold_differences(pairs: list[Pair]) -> pd.DataFrame:

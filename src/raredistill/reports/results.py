@@ -12,7 +12,7 @@ from raredistill import predictions
 from raredistill.checkpoint import read_promise
 from raredistill.evaluation.levels import by_patient, has_patients
 from raredistill.predictions import Predictions
-from raredistill.reports.folder import patients_of_sides, read_results_of
+from raredistill.reports.folder import check_places, patients_of_sides, read_results_of
 from raredistill.runs.layout import StudyFolder
 from raredistill.runs.record import Cell, RunRecord, StudyRecord, read_study
 
@@ -68,9 +68,10 @@ class Results:
         tables = [self.tables[run.id] for run in self.of(entry)]
         return predictions.concatenate(tables) if tables else None
 
-    def planned(self, entry: str) -> set[Cell]:
-        """The (repeat, fold, seed) of an entry's runs, finished or not."""
-        return {run.cell for run in self.study.runs if run.name == entry}
+    def expected(self, entry: str, control: str) -> set[Cell]:
+        """The (repeat, fold, seed) that two entries should have finished: all folds of each repeat and seed that either has begun."""
+        begun = {(run.repeat, run.seed) for name in (entry, control) for run in self.of(name)}
+        return {run.cell for run in self.study.runs if run.name == entry and (run.repeat, run.seed) in begun}
 
     @cached_property
     def levels(self) -> list[tuple[str, str, Predictions]]:
@@ -96,6 +97,7 @@ def read_results(study: Path) -> Results:
     """
     folder = StudyFolder(study)
     description = read_study(folder.description)
+    check_places(folder, description)
     # Their test sides are training patients of the study's folds: teachers are means, not results.
     described = replace(description, runs=[run for run in description.runs if run.kind != "cross-fitted teacher"])
     tables, epochs, priors = {}, {}, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,20 @@ from scipy import stats
 from raredistill.errors import RareDistillError
 from raredistill.evaluation.differences import FEW_PATIENTS, Evidence
 from raredistill.evaluation.gains import assess, slope
+from raredistill.evaluation.looks import State
 from raredistill.evaluation.planning import error_range
 from raredistill.evaluation.verdicts import LEVEL, Ruling, Verdict, p_text, rule, signed
 from raredistill.reports.decision import DECIDING, rare_kept
-from raredistill.reports.pairs import Pair
+from raredistill.reports.pairs import Pair, seen_gain
 from raredistill.reports.results import Results
 
 NETWORKS = "paired bootstrap over the patients of one test set: a claim about these networks only"
 BASIS = "gain test over {runs} runs of {folds} folds; {view}"
 
 
-def verdicts(pairs: list[Pair], rare: str, margin: float | None = None, kept: float = 1.0) -> list[dict[str, Any]]:
+def verdicts(
+    pairs: list[Pair], rare: str, margin: float | None = None, kept: float = 1.0, states: Mapping[str, State] | None = None
+) -> list[dict[str, Any]]:
     """A record for each pair on the rare class's F1, decided by the gain test, with Holm's adjustment over all tested pairs.
 
     Args:
@@ -28,6 +32,7 @@ def verdicts(pairs: list[Pair], rare: str, margin: float | None = None, kept: fl
         rare: the rare class.
         margin: largest difference without practical meaning, fixed before the study; None leaves equivalence out.
         kept: share of the rare class's patients that training keeps.
+        states: what the looks of a study that stops by looks have decided.
 
     Returns:
         ``entry, control, teacher, relation, difference, low, high, p, p_holm, p_same, detectable, training_share, basis, sentence, notes``,
@@ -38,7 +43,7 @@ def verdicts(pairs: list[Pair], rare: str, margin: float | None = None, kept: fl
     barred = {pair.entry: _reason(pair) for pair in pairs if pair.entry not in gains or pair.decision.reason}
     patients = {pair.decision.rare_patients for pair in pairs if pair.entry in gains}
     ruled = rule(gains, controls={pair.entry: pair.control for pair in pairs}, what=f"{rare} F1", described=barred, margin=margin,
-                 kept=kept, rare_patients=min(patients) if patients else None)  # fmt: skip
+                 kept=kept, rare_patients=min(patients) if patients else None, states=states)  # fmt: skip
     return [_record(pair, rare, ruled[pair.entry]) for pair in pairs]
 
 
@@ -77,22 +82,15 @@ def _record(pair: Pair, rare: str, ruling: Ruling) -> dict[str, Any]:
     basis = NETWORKS if described else BASIS.format(runs=gain.runs, folds=gain.folds, view=DECIDING) if gain else ""
     return {
         "entry": pair.entry, "control": pair.control, "teacher": pair.teacher, "relation": pair.relation,
-        "difference": _seen(pair, rare), **numbers, "p_holm": ruling.p_holm, "p_same": ruling.p_same, **references,
+        "difference": seen_gain(pair, rare), **numbers, "p_holm": ruling.p_holm, "p_same": ruling.p_same, **references,
         **dict.fromkeys(("argmax", "best_checkpoint")), **beside, "basis": basis, "verdict": str(ruling.verdict),
         "sentence": _networks(pair, rare) if described else _described(pair, rare, ruling),
         "notes": [*ruling.notes, *_notes(pair, rare, ruling)],
     }  # fmt: skip
 
 
-def _seen(pair: Pair, rare: str) -> float | None:
-    if pair.decision.seen is not None and not pair.shared:
-        return pair.decision.seen
-    found = pair.differences.get(f"f1:{rare}")
-    return found.estimate if found else None
-
-
 def _described(pair: Pair, rare: str, ruling: Ruling) -> str:
-    seen = _seen(pair, rare)
+    seen = seen_gain(pair, rare)
     if ruling.verdict is not Verdict.DESCRIBED or ruling.gain is not None or seen is None:
         return ruling.sentence
     reason = _reason(pair).rstrip(".")
@@ -103,8 +101,8 @@ def _networks(pair: Pair, rare: str) -> str:
     found = pair.evidence[f"f1:{rare}"]
     numbers = told(vars(found) | {"difference": found.estimate})
     return (
-        f"{pair.entry} against {pair.control}: {rare} F1 {numbers} on this test set ({p_text(found.p)}). This is about these networks only: "
-        "all runs share one test set, so whether the recipe helps is not tested."
+        f"{pair.entry} against {pair.control}: {rare} F1 {numbers} on this test set ({p_text(found.p)}). This is about these networks "
+        "only: all runs share one test set, so whether the recipe helps is not tested."
     )
 
 
@@ -190,16 +188,18 @@ def size_verdict(results: Results, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def _by_relation(pairs: list[Pair], relation: str, rare: str) -> str:
-    seen = [(pair, _seen(pair, rare)) for pair in pairs if pair.relation == relation]
+    seen = [(pair, seen_gain(pair, rare)) for pair in pairs if pair.relation == relation]
     gains = [f"{pair.teacher} → {pair.entry} {signed(gain)}" for pair, gain in seen if gain is not None]
     name = {"larger": "Teacher larger than the student", "equal": "Equal in size", "smaller": "Teacher smaller than the student"}[relation]
     return f"{name}: {'; '.join(gains) if gains else 'no pair in this study'}."
 
 
-def cautions(results: Results) -> list[str]:
-    """What a reader must know before believing a verdict."""
+def cautions(results: Results, spared: int = 0) -> list[str]:
+    """What a reader must know before believing a verdict; ``spared`` runs were not needed, since their pairs were settled."""
     study, said = results.study, []
-    unfinished = len(study.runs) - len(results.runs)
+    unfinished = len(study.runs) - len(results.runs) - spared
+    if spared:
+        said.append(f"By its looks the study was settled early: {spared} of {len(study.runs)} runs were not needed.")
     if unfinished:
         said.append(f"This study is unfinished: {unfinished} of {len(study.runs)} runs are missing or failed.")
     said += [f"{run.id}: {each}." for run in results.runs for each in run.remarks]
@@ -222,8 +222,9 @@ def notes_on_tests(results: Results) -> list[str]:
     folds = len(results.study.splits)
     if results.study.protocol == "outer":
         said = [
-            "Each patient is tested once per repeat, so the gain test applies: it covers new patients, new trainings and a new cohort of "
-            "this size. That training patients' luck adds as much variance as tested patients' is an assumption, which simulations bear out.",
+            "Each patient is tested once per repeat, so the gain test applies: it covers new patients, new trainings and a new cohort "
+            "of this size. That training patients' luck adds as much variance as tested patients' is an assumption that simulations bear "
+            "out.",
             "The corrected t-test over folds and the Bayesian one ask the same with less power and stand beside it. Training sizes leave "
             "validation and rarefied patients out, which widens them by 1.07 to 1.16.",
             "Intervals of single scores resample the patients of all test parts; what another training set would change they do not cover.",
@@ -254,6 +255,6 @@ def rare_power(results: Results, pairs: list[Pair]) -> str:
     low, high = error_range(best.df)
     return (
         f"The most precise comparison, {name}, could have shown gains in {results.study.rare} F1 of about {smallest:.3f} with 80 % "
-        f"power at the level that Holm leaves for {len(known)} comparisons; estimated from so few networks, the true figure may be {smallest / high:.3f} to "
-        f"{smallest / low:.3f}. Smaller gains it cannot exclude."
+        f"power at the level that Holm leaves for {len(known)} comparisons; estimated from so few networks, the true figure may be "
+        f"{smallest / high:.3f} to {smallest / low:.3f}. Smaller gains it cannot exclude."
     )

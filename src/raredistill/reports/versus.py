@@ -18,14 +18,12 @@ from raredistill.evaluation.sums import parse_metric
 from raredistill.evaluation.verdicts import signed
 from raredistill.predictions import Predictions, concatenate, read
 from raredistill.reports.decision import Decision, Sides, decide
-from raredistill.reports.folder import READ, refuse_foreign
+from raredistill.reports.folder import refuse_foreign
 from raredistill.reports.pairs import Pair, compared, comparisons, metrics_of
 from raredistill.reports.results import Results, read_results
 from raredistill.reports.verdicts import verdicts
 from raredistill.runs.drafts import checked_record
 from raredistill.runs.layout import RunFolder
-
-PREDICTIONS = READ[0]
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def _is_study(path: Path) -> bool:
 
 
 def _files(first: Path, second: Path, background: str | None) -> tuple[tuple[str, str], Predictions, Predictions]:
-    paths = [path / PREDICTIONS if path.is_dir() else path for path in (first, second)]
+    paths = [RunFolder(path).predictions if path.is_dir() else path for path in (first, second)]
     tables = [_own(read(path, background=background), path) for path in paths]
     if tables[0].classes != tables[1].classes:
         # Files made elsewhere may order their columns differently, and hard labels show only the classes that occur.
@@ -98,8 +96,8 @@ def _files(first: Path, second: Path, background: str | None) -> tuple[tuple[str
 def _own(table: Predictions, path: Path) -> Predictions:
     """The table, where it lies beside a run's record only after both were compared."""
     folder = RunFolder(path.parent)
-    if path == folder.predictions and folder.record.is_file():
-        refuse_foreign(table, checked_record(folder, [PREDICTIONS]), path)
+    if path.name == folder.predictions.name and folder.record.is_file():
+        refuse_foreign(table, checked_record(folder, [path.name]), path)
     return table
 
 
@@ -126,7 +124,7 @@ def _pair(names: tuple[str, str], first: Predictions, second: Predictions, metri
     check_same(*sides)
     folds = in_folds(sides[0])
     sizes = side_sizes(first.checkpoint("best")) if folds else None
-    decision = decide(Sides(dict(zip(names, (first, second), strict=True)).get, rarest(sides[1])), *names) if folds else Decision()
+    decision = decide(Sides(dict(zip(names, (first, second), strict=True)).get, rarest(sides[1]), metrics), *names) if folds else Decision()
     pair = Pair(names[1], names[0], "", float("nan"), decision=decision, shared=not folds)
     return compared(pair, sides, metrics, sizes)
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
-from raredistill.augment import MIXINGS, PRESETS
+from raredistill.augment import MIXINGS
 from raredistill.batches import Batches, free_memory
 from raredistill.checkpoint import Promise
 from raredistill.cohort.store import Cohort
@@ -50,7 +50,7 @@ def make_batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, .
     wanted = (*channels, *(name for name in teachers if name not in channels))
     train = Batches(
         cohort, run.split.train, channels=wanted, batch_size=settings.batch_size, device=fabric.device, sampler=settings.sampler,
-        epochs=settings.epochs, augmentation=PRESETS[settings.augmentation], mixing=MIXINGS[settings.mixing], views=settings.views,
+        epochs=settings.epochs, augmentation=settings.strengths, mixing=MIXINGS[settings.mixing], views=settings.views,
         seed=run.fold_seed, residence=settings.residence,
         drop_last=len(run.split.train) > settings.batch_size, share=(fabric.global_rank, fabric.world_size),
     )  # fmt: skip

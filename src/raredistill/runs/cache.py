@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from raredistill import checkpoint
-from raredistill.augment import PRESETS
 from raredistill.batches import Batches
 from raredistill.cohort.store import Cohort
 from raredistill.errors import CheckpointError
@@ -96,7 +95,7 @@ class Cache:
         settings = self._run.entry.settings
         return Batches(
             self._cohort, self._run.split.train, channels=teacher_channels(self._run), batch_size=settings.batch_size,
-            device=self._fabric.device, shuffle=False, augmentation=PRESETS[settings.augmentation], seed=self._run.fold_seed,
+            device=self._fabric.device, shuffle=False, augmentation=settings.strengths, seed=self._run.fold_seed,
             # The student's pixels are already resident: the teacher's use the remaining memory, or are streamed.
             residence="auto" if settings.residence == "resident" else settings.residence,
         )  # fmt: skip
@@ -108,7 +107,7 @@ class Cache:
     def _determines(self) -> dict[str, Any]:
         """All inputs of the cached outputs: equal inputs give equal outputs."""
         entry, split, device = self._run.entry, self._run.split, self._fabric.device
-        augmentation = PRESETS[entry.settings.augmentation]
+        augmentation = entry.settings.strengths
         return {
             "teachers": {name: checkpoint.content_hash(file) for name, file in teacher_files(self._run, self._study).items()},
             "external": external_facts(entry.teacher),
@@ -123,5 +122,5 @@ class Cache:
             "threads": torch.get_num_threads() if device.type == "cpu" else 0,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "versions": versions(),
-            "code": code(),
+            "code": {**code(), **self._run.plugins},
         }

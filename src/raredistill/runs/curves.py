@@ -16,6 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from raredistill.files import naming
 from raredistill.runs.layout import RunFolder
 
 
@@ -44,9 +45,11 @@ class Curves:
             self.close()
             self._open()
         self._started = True
-        self._log.write(json.dumps(record) + "\n")
-        self._log.flush()
-        self._board.add(record["epoch"], _scalars(record))
+        with naming(self._folder.epochs):
+            self._log.write(json.dumps(record) + "\n")
+            self._log.flush()
+        with naming(self._folder.board):
+            self._board.add(record["epoch"], _scalars(record))
 
     def close(self) -> None:
         """Close both files."""

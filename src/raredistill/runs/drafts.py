@@ -21,7 +21,7 @@ from raredistill.runs.layout import RESULTS, RunFolder
 from raredistill.runs.record import RunRecord, read_run
 from raredistill.training.resume import clear_state, has_state
 
-LIBRARIES = ("torch", "timm", "lightning", "numpy")
+LIBRARIES = ("torch", "timm", "lightning-fabric", "numpy")
 """Libraries that a run's numbers depend on."""
 ASIDE = (
     "api.py",
@@ -31,6 +31,7 @@ ASIDE = (
     "demo.yaml",
     "phantom.py",
     "terminal.py",
+    "testing.py",
     "cohort",
     "evaluation",
     "reports",
@@ -39,12 +40,12 @@ ASIDE = (
 """Parts of the package that no run's numbers depend on; the cohort has its own hash."""
 
 
-def origin(device: str, teachers: Mapping[str, Path]) -> dict[str, dict[str, str]]:
-    """Everything a run's numbers depend on besides its name: versions, device, threads, source files, and its teachers' weights."""
+def origin(device: str, teachers: Mapping[str, Path], plugins: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Everything a run's numbers depend on apart from its name: versions, device, threads, code, plug-ins, and its teachers' weights."""
     files = {f"teacher {name}": content_hash(file) for name, file in teachers.items() if file.is_file()}
     # The number of threads changes the rounding of sums, but only on the CPU.
     threads = {"threads": str(torch.get_num_threads())} if device == "cpu" else {}
-    return {"versions": {**versions(), "device": device, **threads}, "code": code(), "files": files}
+    return {"versions": {**versions(), "device": device, **threads}, "code": {**code(), **plugins}, "files": files}
 
 
 @cache
@@ -126,7 +127,7 @@ def abandon(folder: RunFolder) -> None:
 
 
 def discard(folder: RunFolder) -> None:
-    """Remove the draft of a run with its saved state: it must not be resumed."""
+    """Remove the draft of a run with everything kept of it: it must not be resumed."""
     shutil.rmtree(folder.draft.path, ignore_errors=True)
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Interval, MinLen
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import BeforeValidator
 
-from raredistill.declared import Declared
+from raredistill.declared import Declared, Name
 from raredistill.errors import ConfigError
-from raredistill.names import checked
 from raredistill.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ class Entry(Declared):
         ConfigError: a field has a wrong value, or two of them contradict each other.
     """
 
-    name: Annotated[str, MinLen(1), AfterValidator(checked)]
+    name: Annotated[Name, MinLen(1)]
     model: str
     channels: Channels = ()
     settings: Settings = field(default_factory=Settings)

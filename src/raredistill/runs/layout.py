@@ -92,6 +92,11 @@ class StudyFolder:
         return self.path / ".lock"
 
     @property
+    def looks(self) -> Path:
+        """The rule of stopping, and what each look has found."""
+        return self.path / "looks.json"
+
+    @property
     def splits(self) -> Path:
         """One JSON file per split."""
         return self.path / "splits"

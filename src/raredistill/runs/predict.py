@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from raredistill import predictions
 from raredistill.batches import Batches

@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval, MinLen
-from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from raredistill.cohort.store import Cohort
+from raredistill.declared import Name
 from raredistill.errors import DataError
-from raredistill.files import inside, read_json
+from raredistill.files import read_json
 from raredistill.models import facts
-from raredistill.names import checked, fault_of_part, shown
 from raredistill.runs.entry import Entry, External
-from raredistill.runs.layout import StudyFolder
 from raredistill.runs.run import Run
 
 Cell = tuple[int, int, int]
 Status = Literal["waiting", "done", "failed"]
-Name = Annotated[str, AfterValidator(checked)]
 Count = Annotated[int, Interval(ge=0, le=2**62)]
+Spent = Annotated[float, Interval(ge=0, lt=float("inf"))]
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,13 @@ class RunRecord:
     network: str = ""
     status: Status = "waiting"
     error: str = ""
-    seconds: float | None = None
+    seconds: Spent | None = None
     best_epoch: int = -1
-    epochs: int = 0
-    micro_batch: int = 0
+    epochs: Count = 0
+    micro_batch: Count = 0
     remarks: tuple[str, ...] = ()
     teacher_cache: dict[str, float] = field(default_factory=dict)
-    latency_ms: float | None = None
+    latency_ms: Spent | None = None
     latency_on: str = ""
     stage: str = ""
     stage_tau: dict[str, float | None] = field(default_factory=dict)
@@ -181,7 +180,7 @@ class StudyRecord:
     splits: list[dict[str, Any]]
     versions: dict[str, str]
     machine: dict[str, Any]
-    runs: list[RunRecord]
+    runs: Annotated[list[RunRecord], MinLen(1)]
 
     def as_json(self) -> dict[str, Any]:
         """Convert to plain values for JSON."""
@@ -212,12 +211,6 @@ def read_study(path: Path) -> StudyRecord:
     if not path.is_file():
         raise DataError(f"{path.parent}: no {path.name} there; name the folder given to raredistill study --out")
     found: StudyRecord = _read(StudyRecord, read_json(path), path)
-    classes = found.cohort.classes
-    if found.rare not in classes or found.cohort.background not in (None, *classes):
-        raise DataError(f"{path}: its rare class or its background is not among the classes {list(classes)}; run raredistill study again")
-    for run in found.runs:
-        if (fault := fault_of_part(run.id)) or not inside(StudyFolder(path.parent).run(run.id).path, path.parent):
-            raise DataError(f"{path}: the run {shown(run.id)!r:.80} {fault or 'leads out of the study'}; run raredistill study again")
     return found
 
 

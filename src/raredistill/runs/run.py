@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from raredistill import plugins
 from raredistill.errors import ConfigError
 from raredistill.files import fingerprint, sha256
 from raredistill.runs.entry import Entry, External
@@ -41,6 +42,11 @@ class Run:
         return self.teachers[0] if self.teachers else None
 
     @property
+    def plugins(self) -> dict[str, str]:
+        """Hash of the source of each plug-in that it uses, its peers' included."""
+        return plugins_of(self.entry, self.peers)
+
+    @property
     def fold_seed(self) -> int:
         """Seed of everything random: the same for every entry of a fold, repeat and seed, so that comparisons are paired."""
         return self.seed + 1000 * self.split.fold + 100_000 * self.split.repeat
@@ -60,8 +66,18 @@ def run_name(entry: Entry, split: Split, seed: int, *, teachers: Sequence[Run], 
         "cohort": cohort_hash,
         "split": split.hash,
         "seed": seed,
+        **({"plugins": used} if (used := plugins_of(entry, peers)) else {}),  # so that runs without any keep their names
     }
     return f"{entry.name}-r{split.repeat}f{split.fold}s{seed}-{fingerprint(_plain(determines))[:10]}"
+
+
+def plugins_of(entry: Entry, peers: Sequence[Entry] = ()) -> dict[str, str]:
+    """Hash of the source of each plug-in that an entry and its peers use, by kind and name; nothing for what is built in."""
+    used: list[tuple[plugins.Kind, str]] = [] if entry.teacher is None else [("distiller", entry.method)]
+    for each in (entry, *peers):
+        steps = () if each.settings.strengths is None else each.settings.strengths.steps
+        used += [("loss", each.settings.loss), ("network", each.model), *(("augmentation", step) for step in steps)]
+    return plugins.sources_of(used)
 
 
 def _settings_of(entry: Entry) -> dict[str, Any]:

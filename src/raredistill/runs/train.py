@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import nn
 
 from raredistill import checkpoint, predictions
@@ -102,7 +102,7 @@ def _changed_pixels(cohort: Cohort) -> str:
 def _train(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, remarks: list[str]) -> RunRecord:
     settings, own = run.entry.settings, folder.run(run.id)
     fabric = make_fabric(settings.accelerator, settings.precision, settings.devices)
-    now = origin(fabric.device.type, teacher_files(run, folder))
+    now = origin(fabric.device.type, teacher_files(run, folder), run.plugins)
     draft = open_draft(own, now)
     patients_before(run.entry, cohort, run.split)  # refused here if they leak
     with closing(Curves(draft)) as curves:

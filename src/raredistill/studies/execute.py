@@ -61,7 +61,7 @@ def refuse_changed(plan: Sequence[Run], folder: StudyFolder) -> None:
     """
     for run in plan:
         settings = run.entry.settings
-        now = origin(make_fabric(settings.accelerator, settings.precision, settings.devices).device.type, {})
+        now = origin(make_fabric(settings.accelerator, settings.precision, settings.devices).device.type, {}, run.plugins)
         # Teachers' weights are compared when the run starts: until then they may be trained again.
         check_origin(folder.run(run.id), {part: now[part] for part in ("versions", "code")})
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from raredistill import checkpoint, predictions
 from raredistill.batches import Batch, Batches

@@ -7,15 +7,17 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from raredistill import plugins
 from raredistill.cohort.store import Cohort
 from raredistill.errors import ConfigError, DataError, RareDistillError
 from raredistill.files import lock_if_free, locked
@@ -31,8 +33,8 @@ from raredistill.training.resume import whole
 
 ANSWER = 30.0
 """Seconds within which a cluster must respond."""
-LOOK = 180.0
-"""Seconds within which a node must have checked the shared folder: its first import of torch may be from a slow disk."""
+LOOK = 900.0
+"""Seconds in which a node must have looked at the shared folder: its first import of torch may come from a slow disk, on a busy machine."""
 RETRIES = 5
 """How often a run is restarted, from its saved state, after its worker or its node died."""
 STOP = 90.0
@@ -43,6 +45,10 @@ STORE = 100 * 2**20
 """Bytes of Ray's object store on this machine: plans and records are small, and pixels are never sent."""
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """No telemetry, and no logs of Ray on the terminal."""
+LOOPBACK = "127.0.0.1"
+OWN = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+"""For a Ray of its own: Ray then takes the loopback address for its node, as it does by default where it expects no cluster, and every call
+needs the token that only this process and its children know (Ray 2.52 and later)."""
 POLL = 0.5
 """Seconds between two checks of progress."""
 
@@ -61,6 +67,7 @@ class Job:
         token: file in ``out`` written by the driver, which holds its lock while nodes check it.
         word: content of that file.
         made_with: versions and code of the driver.
+        plugins: that it has loaded, with the hash of each.
     """
 
     here: Path
@@ -70,6 +77,7 @@ class Job:
     token: Path
     word: str
     made_with: dict[str, dict[str, str]]
+    plugins: dict[str, str]
 
 
 class OnRay:
@@ -88,20 +96,21 @@ class OnRay:
         self.threads = torch.get_num_threads()
 
     def __enter__(self) -> OnRay:
-        self.ray = _import_ray()
         before = signal.getsignal(signal.SIGTERM)
-        if self.address is None:
-            self.ray.init(
-                address="local", include_dashboard=False, log_to_driver=False, logging_level="CRITICAL", object_store_memory=STORE
-            )
-        else:
-            _refuse_silent(self.ray, self.address)
-            self.ray.init(address=self.address, log_to_driver=False, logging_level="CRITICAL")
+        with ExitStack() as opened:
+            if self.address is None:
+                self.ray = _start_own(opened)
+            else:
+                self.ray = _import_ray()
+                _refuse_silent(self.ray, self.address)
+                opened.callback(self.ray.shutdown)
+                self.ray.init(address=self.address, log_to_driver=False, logging_level="CRITICAL")
+            self._opened = opened.pop_all()
         signal.signal(signal.SIGTERM, before)  # Ray has replaced our handler
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.ray.shutdown()
+        self._opened.close()
 
     def check(self, plan: Sequence[Run], cohort: Cohort, folder: StudyFolder) -> None:
         """Refuse runs that fit on no node, and nodes that do not share this process's study folder and cohort."""
@@ -274,6 +283,7 @@ def work(job: Job, run: Run, records: dict[str, RunRecord], threads: int) -> Out
     try:
         os.chdir(job.here)
         torch.set_num_threads(threads)
+        plugins.load_again(job.plugins)
         refuse_changed([run], StudyFolder(job.out))
         found = attempt(run, Cohort.load(job.cohort), StudyFolder(job.out), Unwatched(), records)
     except (RareDistillError, OSError) as error:
@@ -314,7 +324,7 @@ def _made_with() -> dict[str, dict[str, str]]:
 def _job(cohort: Cohort, folder: StudyFolder) -> Job:
     here = Path.cwd()
     token = here / folder.path / f".token-{secrets.token_hex(4)}"
-    return Job(here, here / folder.path, here / cohort.root, cohort.hash, token, secrets.token_hex(16), _made_with())
+    return Job(here, here / folder.path, here / cohort.root, cohort.hash, token, secrets.token_hex(16), _made_with(), plugins.loaded())
 
 
 @contextmanager
@@ -336,6 +346,35 @@ def _import_ray() -> Any:
     except ImportError:
         raise ConfigError("--on ray needs Ray, which is not installed; install it with: pip install 'raredistill[ray]'") from None
     return ray
+
+
+def _start_own(opened: ExitStack) -> Any:
+    """A Ray on this machine for this process alone: loopback only, with a secret token, its files in a folder that only its user can enter.
+
+    Raises:
+        ConfigError: Ray listens to other machines all the same.
+    """
+    opened.callback(_restore, {name: os.environ.get(name) for name in (*OWN, "RAY_AUTH_TOKEN")})
+    os.environ.update({**OWN, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    ray = _import_ray()
+    # Ray opens its own folder to everyone; nobody else can enter the one around it. Its sockets allow only short names.
+    private = opened.enter_context(TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True))
+    opened.callback(ray.shutdown)
+    ray.init(
+        address="local", include_dashboard=False, log_to_driver=False, logging_level="CRITICAL", object_store_memory=STORE,
+        _temp_dir=f"{private}/r",
+    )  # fmt: skip
+    if (listens := ray.util.get_node_ip_address()) != LOOPBACK:
+        raise ConfigError(f"Ray was imported before and listens on {listens}, for other machines too; start the study in a new process")
+    return ray
+
+
+def _restore(environment: Mapping[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _refuse_silent(ray: Any, address: str) -> None:

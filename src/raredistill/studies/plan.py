@@ -29,7 +29,7 @@ def make_plan(
     Args:
         entries: lines of the study.
         splits: folds.
-        seeds: repetitions.
+        seeds: repetitions within a repeat of the splits; later repeats count on from them.
         cohort_hash: hash of their cohort.
         divide: divides the training part of a split for cross-fitted teachers; see :func:`raredistill.splits.cross_fit`.
 
@@ -37,11 +37,20 @@ def make_plan(
         ConfigError: two entries share a name, a teacher is unknown, or entries depend on each other in a circle.
     """
     order = in_order(entries)
+    # Each repeat has seeds of its own: a repeat is new in all that luck decides.
+    apart = max(seeds) - min(seeds) + 1
     runs: list[Run] = []
     for split in splits:
         for seed in seeds:
-            runs.extend(_Cell(split, seed, cohort_hash, divide).runs(order))
+            runs.extend(_Cell(split, seed + split.repeat * apart, cohort_hash, divide).runs(order))
     return runs
+
+
+def needed(plan: Sequence[Run], names: set[str], repeats: int) -> list[Run]:
+    """The runs of some entries in the first repeats, with their teachers, in the order of the plan."""
+    own = [run for run in plan if run.entry.name in names and run.split.repeat < repeats]
+    ids = {run.id for run in own} | {teacher.id for run in own for teacher in _before(run)}
+    return [run for run in plan if run.id in ids]
 
 
 def share_of(plan: Sequence[Run], number: int, shares: int) -> list[Run]:

@@ -15,6 +15,7 @@ import torch
 
 from raredistill.cohort.store import MASK, Cohort
 from raredistill.errors import ConfigError, DataError
+from raredistill.evaluation.looks import Looks
 from raredistill.files import claim_folder, lock_if_free, locked, tidy, write_json
 from raredistill.runs.entry import Entry
 from raredistill.runs.layout import StudyFolder
@@ -28,7 +29,7 @@ from raredistill.studies.rules import check_entries
 
 MARKER = ".study"
 """Marks a folder as a study's from the start."""
-LIBRARIES = ("raredistill", "torch", "timm", "lightning", "numpy", "pandas", "scikit-learn", "nibabel")
+LIBRARIES = ("raredistill", "torch", "timm", "lightning-fabric", "numpy", "pandas", "scikit-learn", "nibabel")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Study:
         protocol: protocol of the splits, for the report.
         config: stored for the reader only; nothing is computed from it.
         command: likewise.
+        looks: when it may stop; None where all its splits are run.
 
     Raises:
         ConfigError: a name, network, method, loss or channel is unknown, or two of them cannot be combined.
@@ -58,6 +60,7 @@ class Study:
     protocol: str = "outer"
     config: dict[str, Any] = field(default_factory=dict)
     command: str = ""
+    looks: Looks | None = None
 
     def __post_init__(self) -> None:
         if not self.seeds:

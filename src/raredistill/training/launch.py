@@ -7,16 +7,17 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import distributed
 
+from raredistill import plugins
 from raredistill.errors import RareDistillError
 from raredistill.processes import end_with_parent
 from raredistill.training.devices import MemoryEndedError, Precision, join, make_fabric
@@ -107,7 +108,7 @@ def _together(work: Work, arguments: tuple[Any, ...], crew: _Crew, hear: Work) -
     try:
         for rank in range(crew.size):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(crew, rank, store.port, threads, theirs, stop, work, arguments))
+            process = context.Process(target=_work, args=(crew, rank, store.port, threads, theirs, stop, plugins.loaded(), work, arguments))
             with _held_signals():
                 process.start()
             processes.append(process)
@@ -190,13 +191,24 @@ def _held_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(crew: _Crew, rank: int, port: int, threads: int, line: Connection, stop: Any, work: Work, arguments: tuple[Any, ...]) -> None:
+def _work(
+    crew: _Crew,
+    rank: int,
+    port: int,
+    threads: int,
+    line: Connection,
+    stop: Any,
+    known: Mapping[str, str],
+    work: Work,
+    arguments: tuple[Any, ...],
+) -> None:
     """Body of one process; it is notified of interruptions by the process that started it, so that all end after the same step."""
     end_with_parent()
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     torch.set_num_threads(threads)
+    plugins.load_again(known)
 
     def tell(*event: Any) -> None:
         if rank == 0:

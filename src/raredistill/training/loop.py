@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from raredistill.batches import Batch, Batches
@@ -147,7 +147,7 @@ class Trainer:
         self.model.mark_forward_method("see")
         if fabric.device.type == "cpu":
             keep_freed(LARGEST_KEPT)
-        self.average = _moving_average(network, settings.ema_decay)
+        self.average = _average(network, settings)
         network.compile_body(settings.compile, training=True)
         self.plateau = Plateau(settings) if settings.schedule == "plateau" else None
         self.fitted = Fitted()
@@ -203,6 +203,9 @@ class Trainer:
             raise DivergedError(epoch, step, train.rows_of(epoch, step), self.fitted)
 
     def _end_epoch(self, epoch: int, validation: Batches | None, start: float) -> dict[str, Any]:
+        ending = self.settings.average_epochs
+        if self.average is not None and ending is not None and epoch >= self.settings.epochs - ending:
+            self.average.update_parameters(self.network)
         self.team.follow_first(*dict.fromkeys((self.network, self._evaluated())))
         train = self.tally.over(self.team).summary()
         record: dict[str, Any] = {"epoch": epoch, "train": train, "learning_rate": self.optimizer.param_groups[0]["lr"]}
@@ -235,7 +238,7 @@ class Trainer:
                 # Non-finite values show up in the loss, which is checked without synchronising the device at every step.
                 nn.utils.clip_grad_norm_(learner, self.settings.clip_norm, error_if_nonfinite=False)
         self.optimizer.step()
-        if self.average is not None:
+        if self.average is not None and self.settings.ema_decay is not None:
             self.average.update_parameters(self.network)
         return terms, logits
 
@@ -346,22 +349,22 @@ class Trainer:
         return summary
 
     def _evaluated(self) -> nn.Module:
-        return self.network if self.average is None else self.average.module
+        begun = self.average is not None and (self.settings.ema_decay is not None or int(self.average.n_averaged) > 0)
+        return self.average.module if self.average is not None and begun else self.network
 
     def weights(self) -> Weights:
         """The weights that are evaluated (the moving average if there is one), copied to the CPU."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self._evaluated().state_dict().items()}
 
 
-def _moving_average(network: Network, decay: float | None) -> torch.optim.swa_utils.AveragedModel | None:
-    if decay is None:
+def _average(network: Network, settings: Settings) -> torch.optim.swa_utils.AveragedModel | None:
+    """What the weights are averaged in: exponentially over steps, or evenly over the ends of the last epochs."""
+    if settings.ema_decay is None and settings.average_epochs is None:
         return None
-    average = torch.optim.swa_utils.AveragedModel(
-        copy.deepcopy(network),
-        multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay),  # type: ignore[no-untyped-call]
-    )
+    decay = settings.ema_decay
+    weigh = None if decay is None else torch.optim.swa_utils.get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
     # Batch statistics are copied, not averaged: they already are running means.
-    return average
+    return torch.optim.swa_utils.AveragedModel(copy.deepcopy(network), multi_avg_fn=weigh)
 
 
 class Tally:

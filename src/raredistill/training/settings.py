@@ -10,10 +10,12 @@ from pydantic import BeforeValidator
 
 from raredistill.declared import Declared
 from raredistill.errors import ConfigError
+from raredistill.views import PRESETS, Augmentation, from_preset
 
 Share = Annotated[float, Interval(ge=0, lt=1)]
 Positive = Annotated[float, Gt(0)]
 Count = Annotated[int, Ge(1)]
+Preset = Literal["none", "default", "thesis", "cifar"]
 Metric = Literal["macro_f1", "balanced_accuracy", "accuracy", "loss", "last"]
 
 
@@ -46,10 +48,12 @@ class Settings(Declared):
         warmup_epochs: epochs over which the rate rises linearly from 0.
         clip_norm: largest gradient norm of each network in training; none when not given.
         ema_decay: decay of an exponential moving average of the weights, which is then evaluated; none when not given.
+        average_epochs: evaluate the mean of the weights at the ends of the last so many epochs; the weights as they are when not given.
         select: the validation metric that chooses the best checkpoint; ``last`` takes the last epoch, as does a split without validation.
         patience: stop after this many epochs without improvement; never when not given.
         sampler: order of samples: ``natural``, ``sqrt``, ``balanced`` or ``progressive``.
-        augmentation: preset: ``none``, ``default``, ``thesis`` or ``cifar`` (crops after padding by 4, and flips).
+        augmentation: a preset, ``none``, ``default``, ``thesis`` or ``cifar`` (crops after padding by 4, and flips), or strengths by
+            name, ``{preset: default, rotation: 10, steps: [...]}``; see :class:`raredistill.views.Augmentation`.
         mixing: mixing of each sample with a partner: ``none``, ``mixup`` or ``remix``.
         loss: name of the supervised loss; ``loss_options`` are its hyper-parameters.
         deferred: class weights on any loss from ``deferred_epoch`` on: ``none``, ``inverse``, ``sqrt`` or ``effective``.
@@ -86,10 +90,11 @@ class Settings(Declared):
     warmup_epochs: Annotated[float, Ge(0)] = 0.0
     clip_norm: Positive | None = None
     ema_decay: Annotated[float, Gt(0), Interval(lt=1)] | None = None
+    average_epochs: Count | None = None
     select: Metric = "macro_f1"
     patience: Count | None = None
     sampler: Literal["natural", "sqrt", "balanced", "progressive"] = "natural"
-    augmentation: Literal["none", "default", "thesis", "cifar"] = "default"
+    augmentation: Preset | Annotated[Augmentation, BeforeValidator(from_preset)] = "default"
     mixing: Literal["none", "mixup", "remix"] = "none"
     loss: str = "cross_entropy"
     loss_options: dict[str, Any] = field(default_factory=dict)
@@ -111,11 +116,16 @@ class Settings(Declared):
         return [message for message, wrong in held.items() if wrong]
 
     @property
+    def strengths(self) -> Augmentation | None:
+        """How strongly views differ; None where nothing is random."""
+        return self.augmentation if isinstance(self.augmentation, Augmentation) else PRESETS[self.augmentation]
+
+    @property
     def views(self) -> int | None:
         """Number of views that training cycles through: one if nothing is random, None for a new view each epoch."""
         if self.teacher_cache is None:
             return None
-        return 1 if self.augmentation == "none" else min(self.teacher_cache.views, self.epochs)
+        return 1 if self.strengths is None else min(self.teacher_cache.views, self.epochs)
 
     @property
     def recipe(self) -> str:
@@ -149,9 +159,12 @@ def _loss_conflicts(settings: Settings) -> dict[str, bool]:
 
 
 def _speed_conflicts(settings: Settings) -> dict[str, bool]:
-    """Possible conflicts of teacher cache, compiling and several devices: each message, and whether it applies."""
+    """What averages, a teacher cache, compiling and several devices cannot do; each message with whether it holds."""
     several = settings.devices > 1
     return {
+        "ema_decay and average_epochs are two averages of the weights; set one of them": (
+            settings.ema_decay is not None and settings.average_epochs is not None
+        ),
         f"teacher_cache keeps a teacher's outputs for each sample's views, but mixing: {settings.mixing} combines two samples into one": (
             settings.teacher_cache is not None and settings.mixing != "none"
         ),
@@ -168,5 +181,6 @@ def _speed_conflicts(settings: Settings) -> dict[str, bool]:
 def choices_table() -> list[dict[str, str]]:
     """Rows that ``raredistill methods`` prints besides losses and distillers: every setting with named choices."""
     hints = get_type_hints(Settings)
-    chosen = ("sampler", "mixing", "deferred", "stage", "optimizer", "augmentation")
-    return [{"setting": f"training.{name}", "one of": ", ".join(get_args(hints[name]))} for name in chosen]
+    chosen = ("sampler", "mixing", "deferred", "stage", "optimizer")
+    rows = [{"setting": f"training.{name}", "one of": ", ".join(get_args(hints[name]))} for name in chosen]
+    return [*rows, {"setting": "training.augmentation", "one of": f"{', '.join(PRESETS)}, or strengths by name"}]

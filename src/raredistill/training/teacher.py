@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,18 +14,43 @@ from pydantic import TypeAdapter, ValidationError
 from raredistill.cohort.sources import Source
 from raredistill.errors import ConfigError, DataError
 from raredistill.options import did_you_mean
+from raredistill.plugins import HINT, Plugin, Registry
 
-KINDS = {
+BUILT_IN = {
     "brats_nifti": ("raredistill.cohort.sources.brats_nifti", "BratsNifti"),
     "brats_hdf5": ("raredistill.cohort.sources.brats_hdf5", "BratsHdf5"),
     "image_folder": ("raredistill.cohort.sources.image_folder", "ImageFolder"),
     "table": ("raredistill.cohort.sources.table", "Table"),
     "arrays": ("raredistill.cohort.sources.arrays", "Arrays"),
 }
-"""Kind -> module and class; modules load when asked for."""
+"""Kind -> module and class; modules are imported when they are opened."""
 
 
-def open_source(kind: str, path: Path, **options: Any) -> Source:
+def _built_in(module: str, name: str) -> type[Source]:
+    found: type[Source] = getattr(import_module(module), name)
+    return found
+
+
+def _adopt(plugin: Plugin) -> Callable[[], type[Source]]:
+    source: Any = plugin.thing
+    members = ("units", "classes", "problems", "read", "settings", "channels", "counted")
+    lacking = [name for name in members if not hasattr(source, name)]
+    if not isinstance(source, type) or lacking:
+        raise ConfigError(f"the source {plugin.name} must be a class with {', '.join(lacking or members)}")
+
+    def found() -> Any:
+        return source
+
+    return found
+
+
+KINDS: Registry[Callable[[], type[Source]]] = Registry(
+    "source", {kind: partial(_built_in, *place) for kind, place in BUILT_IN.items()}, _adopt
+)
+"""Kind -> a function that gives its class."""
+
+
+def open_source(kind: str, path: Path, /, **options: Any) -> Source:
     """Open raw data as a source.
 
     Args:
@@ -36,9 +63,8 @@ def open_source(kind: str, path: Path, **options: Any) -> Source:
         DataError: the path does not exist.
     """
     if kind not in KINDS:
-        raise ConfigError(f"unknown source '{kind}'{did_you_mean(kind, KINDS)}; the sources are {', '.join(KINDS)}")
-    module, name = KINDS[kind]
-    source = getattr(import_module(module), name)
+        raise ConfigError(f"unknown source '{kind}'{did_you_mean(kind, KINDS)}; the sources are {', '.join(KINDS)}, {HINT}")
+    source: Any = KINDS[kind]()
     known = {name: hint for name, hint in get_type_hints(source.__init__).items() if name not in ("path", "return")}
     for option in options:
         if option not in known:
