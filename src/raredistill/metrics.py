@@ -27,6 +27,11 @@ def classification_metrics(label: ArrayLike, probability: ArrayLike) -> dict[str
 
     Raises:
         DataError: shapes do not fit, a label is out of range, a probability is not finite.
+
+    Examples:
+        >>> metrics = classification_metrics([0, 1, 1], [[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
+        >>> round(metrics["accuracy"], 3), metrics["recall"].tolist(), metrics["auroc"].tolist()
+        (0.667, [1.0, 0.5], [1.0, 1.0])
     """
     truth, scores = checked(label, probability)
     classes = scores.shape[1]
@@ -50,6 +55,11 @@ def confusion_matrix(label: ArrayLike, predicted: ArrayLike, classes: int) -> In
 
     Raises:
         DataError: different lengths, or an index out of range.
+
+    Examples:
+        >>> confusion_matrix([0, 0, 1, 1], [0, 1, 1, 1], classes=2)
+        array([[1, 1],
+               [0, 2]])
     """
     truth, guess = _indices(label, classes, "label"), _indices(predicted, classes, "prediction")
     if len(truth) != len(guess):
@@ -70,6 +80,11 @@ def metrics_from_confusion(matrix: ArrayLike) -> dict[str, Any]:
 
     Raises:
         DataError: not square.
+
+    Examples:
+        >>> metrics = metrics_from_confusion([[8, 2], [1, 4]])
+        >>> metrics["f1"].round(3).tolist(), round(metrics["macro_f1"], 3), round(metrics["balanced_accuracy"], 3)
+        ([0.842, 0.727], 0.785, 0.8)
     """
     counts = np.asarray(matrix, dtype=np.float64)
     if counts.ndim < 2 or counts.shape[-1] != counts.shape[-2]:
@@ -101,6 +116,10 @@ def auroc(positive: NDArray[np.bool_], score: Floats) -> float:
     Args:
         positive: ``(N,)``.
         score: ``(N,)``, higher for positives.
+
+    Examples:
+        >>> round(auroc(np.array([True, False, True]), np.array([0.9, 0.5, 0.4])), 3)
+        0.5
     """
     positives = int(positive.sum())
     negatives = len(positive) - positives
@@ -115,6 +134,10 @@ def auprc(positive: NDArray[np.bool_], score: Floats) -> float:
     Args:
         positive: ``(N,)``.
         score: ``(N,)``, higher for positives.
+
+    Examples:
+        >>> round(auprc(np.array([True, False, True]), np.array([0.9, 0.5, 0.4])), 3)
+        0.833
     """
     if not positive.any():
         return float("nan")
@@ -135,6 +158,10 @@ def ece(label: ArrayLike, probability: ArrayLike, bins: int = 15) -> float:
 
     Returns:
         Between 0 and 1; NaN without samples.
+
+    Examples:
+        >>> round(ece([0, 1], [[0.9, 0.1], [0.8, 0.2]]), 3)
+        0.45
     """
     count, confidence, accuracy = reliability(label, probability, bins)
     filled = count > 0
@@ -156,6 +183,11 @@ def reliability(label: ArrayLike, probability: ArrayLike, bins: int = 15) -> tup
 
     Raises:
         DataError: as :func:`classification_metrics`, or fewer than one bin.
+
+    Examples:
+        >>> count, confidence, accuracy = reliability([0, 1], [[0.9, 0.1], [0.8, 0.2]], bins=2)
+        >>> count.tolist(), confidence.round(2).tolist(), accuracy.tolist()
+        ([0.0, 2.0], [nan, 0.85], [nan, 0.5])
     """
     if bins < 1:
         raise DataError(f"calibration needs at least one bin, not {bins}")
