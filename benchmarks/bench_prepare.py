@@ -1,8 +1,9 @@
 """Prepare real cases against reading their files with nibabel, each on two warm processes.
 
-Two cohorts: the two segmented cases of ``../shared/data/real-glioma-nifti``, and ``--patients`` made of copies of them under other
-names, in which what a preparation costs once weighs less. The two sides alternate; medians are shown. nibabel has plain processes of
-its own, as a script that uses it has; ours are those that ``prepare`` starts, which keep the memory that they free.
+Cohorts: the two segmented cases of ``../shared/data/real-glioma-nifti``, ``--patients`` made of copies of them under other names, in
+which what a preparation costs once weighs less, and the two cases stored in other orientations. The two sides alternate; medians are
+shown. nibabel has plain processes of its own, as a script that uses it has; ours are those that ``prepare`` starts, which keep the
+memory that they free.
 
 Command: ``python benchmarks/bench_prepare.py [--rounds 9] [--patients 12]``. Imports and the start of workers are apart.
 """
@@ -25,12 +26,14 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pandas as pd
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from raredistill.cohort import labels, parallel, store, volumes
 from raredistill.cohort.labels import LabelRule
 from raredistill.cohort.prepare import _write_pixels, prepare
 from raredistill.cohort.sources import Source, Unit
-from raredistill.cohort.sources.brats_nifti import BratsNifti, decode
+from raredistill.cohort.sources.brats_nifti import BratsNifti
+from raredistill.cohort.sources.nifti import decode
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "real-glioma-nifti"
 CASES = ("TCGA-DU-7294", "TCGA-FG-6692")
@@ -48,15 +51,21 @@ def peak_memory(_: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def copy_cases(folder: Path, patients: int) -> BratsNifti:
-    """The real cases again and again, each time under another name."""
+def copy_cases(folder: Path, patients: int, code: str = "LPS") -> BratsNifti:
+    """The real cases again and again, each time under another name; stored in another orientation if one is given."""
     names = []
     for number in range(patients):
         case = CASES[number % len(CASES)]
-        names.append(f"{case}-copy{number}")
+        names.append(f"Copy_{number:03d}")
         (folder / names[-1]).mkdir(parents=True)
         for file in (DATA / case).glob("*.nii.gz"):
-            shutil.copyfile(file, folder / names[-1] / file.name.replace(case, names[-1]))
+            copy = folder / names[-1] / file.name.replace(case, names[-1])
+            if code == "LPS":
+                shutil.copyfile(file, copy)
+            else:
+                image = nibabel.load(file)
+                turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(code))
+                nibabel.save(image.as_reoriented(turn), copy)
     (folder / "name_mapping.csv").write_text("patient,grade\n" + "".join(f"{name},LGG\n" for name in names))
     return BratsNifti(folder)
 
@@ -163,6 +172,8 @@ def main() -> None:
         print("|" + "---|" * 5)
         two = measure("2", few, folder, options.rounds)
         all_of_them = measure(str(options.patients), many, folder, options.rounds)
+        for code in ("RAS", "PIR"):
+            measure(f"2, stored as {code}", copy_cases(folder / code, len(CASES), code), folder, options.rounds)
         parallel._start_worker()
         spent = [stages(few, folder) for _ in range(3)][-1]
     each = (all_of_them - two) / (options.patients - len(CASES))

@@ -12,7 +12,7 @@ from raredistill import phantom
 from raredistill.cohort import labels, volumes
 from raredistill.cohort.labels import LabelRule, compare_rules, label_slices
 from raredistill.cohort.sources import brats
-from raredistill.cohort.sources.brats_nifti import decode
+from raredistill.cohort.sources.nifti import decode
 from raredistill.cohort.sources.registry import open_source
 from raredistill.errors import ConfigError, DataError
 
@@ -20,6 +20,8 @@ REAL = Path(__file__).parents[2] / "shared" / "data"
 CHANNELS = ("flair", "t1", "t1ce", "t2")
 SHAPE = (26, 22, 14)
 """First, second and third axis of the made cases."""
+AS_BRATS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""Axes to the left, the back and the head."""
 
 
 def make_case(seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -39,11 +41,14 @@ def write_nifti(root: Path, name: str, seed: int, *, newer: bool = False, ending
     folder.mkdir(parents=True)
     newer_names = dict(zip(CHANNELS, ("-t2f", "-t1n", "-t1c", "-t2w"), strict=True))
     for channel, volume in images.items():
-        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), folder / f"{name}{newer_names[channel] if newer else '_' + channel}{ending}")
+        nibabel.save(
+            nibabel.Nifti1Image(volume, AS_BRATS),
+            folder / f"{name}{newer_names[channel] if newer else '_' + channel}{ending}",
+        )
     if segmentation is not None:
         mask = np.where(mask == 4, 3, mask).astype(np.uint8) if newer else mask
         path = folder / (segmentation or f"{name}{'-' if newer else '_'}seg{ending}")
-        nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), path)
+        nibabel.save(nibabel.Nifti1Image(mask, AS_BRATS), path)
     return folder
 
 
@@ -111,9 +116,10 @@ def test_labels_4_and_3_mean_the_same_and_others_are_refused():
     mask = make_case(0)[1].T
     brain, present = np.full(len(mask), 100), np.full(len(mask), True)
     for rule in (LabelRule("thesis"), LabelRule()):
-        old, new = (label_slices(m, brain, present, rule=rule) for m in (mask, np.where(mask == 4, 3, mask)))
+        old = label_slices(mask, brain, present, rule=rule)
+        new = label_slices(np.where(mask == 4, 3, mask), brain, present, rule=rule, convention=labels.CONVENTIONS["brats2023"])
         assert old.tolist() == new.tolist()
-    with pytest.raises(DataError, match=r"label\(s\) \[7\]"):
+    with pytest.raises(DataError, match=r"label\(s\) \[1, 4, 7\]"):
         label_slices(np.where(mask == 2, 7, mask), brain, present, rule=LabelRule())
 
 
@@ -321,13 +327,13 @@ def test_grades_come_from_any_years_column(tmp_path, header):
 
 @pytest.mark.skipif(not (REAL / "brats-tables").is_dir(), reason="../shared/data/brats-tables is absent")
 def test_the_real_table_of_2019_names_259_high_and_76_low_grades(tmp_path):
-    from raredistill.cohort.sources.brats import read_grades
+    from raredistill.cohort.sources.grades import read_grades
 
     grades = read_grades(tmp_path, REAL / "brats-tables" / "BraTS2019_name_mapping.csv")
-    listed = {name: grade for name, grade in grades.values.items() if name.startswith("BraTS19")}
+    listed = {name: next(iter(grade)) for name, grade in grades.values.items() if name.startswith("BraTS19")}
     assert sorted(listed.values()).count("HGG") == 259
     assert sorted(listed.values()).count("LGG") == 76
-    assert not grades.conflicts
+    assert all(len(found) == 1 for found in grades.values.values())
 
 
 def test_the_misnamed_segmentation_of_case_355_is_found_and_told(tmp_path):
@@ -342,7 +348,7 @@ def test_every_problem_of_a_nifti_folder_is_told_at_once(tmp_path):
     for name in ("good", "bare", "gradeless", "odd", "twice", "holed"):
         write_nifti(tmp_path, name, 0, segmentation=None if name == "bare" else "")
     (tmp_path / "holed" / "holed_t2.nii.gz").unlink()
-    write_grades(tmp_path, {"good": "HGG", "odd": "IV", "holed": "LGG", "twice": "HGG"})
+    write_grades(tmp_path, {"good": "HGG", "odd": "X", "holed": "LGG", "twice": "HGG"})
     with (tmp_path / "name_mapping.csv").open("a") as handle:
         handle.write("LGG,twice\n")
     source = open_source("brats_nifti", tmp_path)
@@ -350,8 +356,8 @@ def test_every_problem_of_a_nifti_folder_is_told_at_once(tmp_path):
     assert told == {
         ("note", "bare", "no segmentation"),
         ("error", "gradeless", "the table has no row for the patient"),
-        ("error", "odd", "unknown grade 'IV'"),
-        ("error", "twice", "the table gives two grades"),
+        ("error", "odd", "unknown grade 'X'"),
+        ("error", "twice", "the table gives two grades (HGG and LGG)"),
         ("error", "holed", "no t2 file"),
     }
     assert [unit.patient for unit in source.units()] == ["good"]
@@ -359,20 +365,22 @@ def test_every_problem_of_a_nifti_folder_is_told_at_once(tmp_path):
 
 def test_modalities_that_disagree_in_shape_are_named(tmp_path):
     folder = write_nifti(tmp_path, "case", 0)
-    nibabel.save(nibabel.Nifti1Image(np.ones((5, 6, 7), np.int16), np.eye(4)), folder / "case_t1.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.ones((5, 6, 7), np.int16), AS_BRATS), folder / "case_t1.nii.gz")
     write_grades(tmp_path, {"case": "HGG"})
     source = open_source("brats_nifti", tmp_path)
     with pytest.raises(DataError, match=r"case: modalities disagree in shape .*case_t1\.nii\.gz \(5, 6, 7\)"):
         source.read(source.units()[0], (8, 8))
 
 
-def test_a_gap_in_the_slices_and_an_empty_folder_are_errors(tmp_path):
+def test_a_gap_in_the_slices_is_a_warning_and_an_empty_folder_an_error(tmp_path):
     write_hdf5(tmp_path / "a", 4, 0)
     write_grades(tmp_path / "a", {"BraTS20_Training_004": "HGG"})
     (tmp_path / "a" / "volume_4_slice_6.h5").unlink()
     source = open_source("brats_hdf5", tmp_path / "a")
-    assert [(problem.level, problem.what) for problem in source.problems()] == [("error", "slice(s) 6 are missing")]
-    assert source.units() == []
+    assert [(problem.level, problem.what) for problem in source.problems()] == [("warning", "1 of 14 slices are missing (6)")]
+    rows = source.read(source.units()[0], (8, 8)).rows
+    expected = independent_labels(*make_case(0), "default")
+    assert [row["slice"] for row in rows] == [z for z, name in enumerate(expected) if name in ("tumour", "healthy") and z != 6]
     (tmp_path / "b").mkdir()
     for kind in ("brats_hdf5", "brats_nifti"):
         assert [problem.level for problem in open_source(kind, tmp_path / "b").problems()] == ["error"]

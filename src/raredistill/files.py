@@ -201,7 +201,7 @@ def files_below(folder: Path) -> list[Path]:
         DataError: a folder cannot be read, so its content is unknown.
     """
     found: list[Path] = []
-    for place, _, names in os.walk(folder, onerror=_refuse_unread) if folder.is_dir() else ():
+    for place, _, names in os.walk(folder, onerror=refuse_unread) if folder.is_dir() else ():
         found += [Path(place, name) for name in names]
     return sorted(found)
 
@@ -215,11 +215,16 @@ def folders_in(folder: Path) -> list[Path]:
     try:
         return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
     except OSError as error:
-        _refuse_unread(error)
+        refuse_unread(error)
         raise  # never reached: the line before has raised
 
 
-def _refuse_unread(error: OSError) -> None:
+def refuse_unread(error: OSError) -> None:
+    """For ``os.walk``: a folder that cannot be read is an error, not an empty one.
+
+    Raises:
+        DataError: always.
+    """
     raise DataError(
         f"{shown(error.filename)}: cannot be read ({error.strerror}), so its content is unknown; "
         "give yourself read permission (chmod u+rX), or move it out of the source"

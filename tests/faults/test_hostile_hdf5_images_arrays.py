@@ -145,7 +145,6 @@ FILE_CHANGES = {
     "garbage behind the signature": (garbage_inside, "cannot be decoded as HDF5|has no dataset"),
     "link out of the source": (linked, "outside the source"),
     "a slice twice": (doubled, "is the same slice as"),
-    "a slice missing": (lambda file: file.unlink(), r"slice\(s\) 1 are missing"),
     "web page": (lambda file: file.write_text("<!DOCTYPE html><title>Sign in</title>"), "web page"),
 }
 

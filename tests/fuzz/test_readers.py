@@ -17,16 +17,17 @@ from pathlib import Path
 import h5py
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import yaml
 from PIL import Image
 
 from raredistill.cohort.sources import brats_hdf5
-from raredistill.cohort.sources.brats import read_grades
+from raredistill.cohort.sources.grades import read_grades
 from raredistill.cohort.sources.images import Decoder
 from raredistill.cohort.sources.registry import open_source
 from raredistill.config import load_config
-from raredistill.errors import RareDistillError
+from raredistill.errors import DataError, RareDistillError
 
 FAST = 250
 MANY = int(os.environ.get("FUZZ_INPUTS", "20000"))
@@ -160,8 +161,11 @@ def nifti_reader(folder):
     case.mkdir()
     (folder / "name_mapping.csv").write_text("patient,grade\ncase,HGG\n")
     plain = nifti_seeds(None)
-    for role in ROLES:
-        (case / f"case_{role}.nii").write_bytes(plain[2 if role == "seg" else 0])
+    for number, role in enumerate(ROLES):
+        volume = np.random.default_rng(number).integers(10, 900, (12, 10, 5)).astype(np.int16)
+        volume[:2], volume[:, 8:] = 0, 0
+        image = nibabel.Nifti1Image(volume, np.eye(4)).to_bytes()
+        (case / f"case_{role}.nii").write_bytes(plain[2] if role == "seg" else image)
     source = open_source("brats_nifti", folder, min_tumour_voxels=2)
     [unit] = source.units()
 
@@ -173,6 +177,35 @@ def nifti_reader(folder):
             source.read(unit, (8, 8))
         finally:
             file.write_bytes(kept)
+
+    return read
+
+
+def dicom_seeds(real):
+    handle = io.BytesIO()
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = pydicom.uid.ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.4"
+    meta.MediaStorageSOPInstanceUID = "1.2.3.4"
+    head = pydicom.dataset.FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    head.SOPClassUID, head.SOPInstanceUID, head.PatientID = meta.MediaStorageSOPClassUID, "1.2.3.4", "p"
+    head.StudyInstanceUID, head.SeriesInstanceUID, head.SeriesDescription = "1.2", "1.2.3", "flair"
+    head.Rows, head.Columns, head.SamplesPerPixel, head.PhotometricInterpretation = 8, 6, 1, "MONOCHROME2"
+    head.BitsAllocated, head.BitsStored, head.HighBit, head.PixelRepresentation = 16, 12, 11, 0
+    head.ImagePositionPatient, head.ImageOrientationPatient, head.PixelSpacing = [0, 0, 0], [1, 0, 0, 0, 1, 0], [1, 1]
+    head.RescaleSlope, head.RescaleIntercept, head.WindowCenter, head.WindowWidth = 2, -5, 100, 50
+    head.PixelData = np.random.default_rng(0).integers(0, 900, (8, 6)).astype(np.uint16).tobytes()
+    head.save_as(handle, enforce_file_format=True)
+    return [handle.getvalue()]
+
+
+def dicom_reader(folder):
+    def read(raw, number):
+        (folder / "a.dcm").write_bytes(raw)
+        source = open_source("dicom", folder, patient=r"^[^/]+", unlabelled=True, window="dicom" if number % 2 else "robust")
+        if any(problem.level == "error" for problem in source.problems()):
+            raise DataError("refused")
+        for unit in source.units():
+            source.read(unit, (8, 8))
 
     return read
 
@@ -326,6 +359,7 @@ def yaml_reader(folder):
 
 READERS = {
     "nifti": (nifti_seeds, nifti_inputs, nifti_reader),
+    "dicom": (dicom_seeds, mutate, dicom_reader),
     "hdf5": (hdf5_seeds, mutate, hdf5_reader),
     "image": (image_seeds, image_inputs, image_reader),
     "npz": (npz_seeds, npz_inputs, npz_reader),

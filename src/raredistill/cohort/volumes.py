@@ -23,6 +23,14 @@ FARTHEST = 1e30
 """Greatest value, and one over the smallest range, that single precision can scale."""
 LANES = 4
 """PyTorch's fast path for bytes resizes up to four interleaved channels at about the cost of one."""
+APART = 0.02
+"""Least depth below the background, as a share of the brain's range, at which dark brain is told from the ringing of a resampling."""
+FEWEST_BELOW = 0.05
+"""Share of the voxels unlike the background that must lie below it before the background can lie inside the brain's range."""
+FEW_LEVELS = 26
+"""A tenth of 256: with fewer grey values in all of a brain, the file keeps less than it could."""
+SAMPLE = 2**15
+"""Voxels of the brain among which grey values are counted."""
 TOGETHER = 4
 """Slices resized at a time: what one step writes is still in the processor's cache when the next reads it."""
 
@@ -34,9 +42,11 @@ class Window:
     Attributes:
         low: value that becomes 0; below ``high`` also where all of the brain has one value.
         high: value that becomes 255.
-        brain: ``(n,)`` voxels above the background, by slice.
+        brain: ``(n,)`` voxels above the background, by slice; unlike the background where that lies inside the brain's range.
         present: ``(n,)`` whether a slice differs from the background anywhere.
         box: slices, rows and columns outside of which there is no brain.
+        inside: the background's value where brain is darker than it, as after a z-score inside the brain; else None.
+        greys: different values among a sample of the brain.
     """
 
     low: float
@@ -44,6 +54,8 @@ class Window:
     brain: np.ndarray
     present: np.ndarray
     box: tuple[slice, slice, slice]
+    inside: float | None = None
+    greys: int = 256
 
 
 def commonest(volume: np.ndarray) -> float:
@@ -65,28 +77,40 @@ def window(volume: np.ndarray, background: np.ndarray | float | None = None) -> 
     if volume.dtype.kind == "f" and not np.isfinite(volume).all():
         raise DataError("holds values that are not finite (NaN or infinity)")
     levels = _levels(volume, volume[0, 0, 0] if background is None else background)
-    brain, different, touched = _scan(volume, levels)
-    if background is None and 2 * different.sum() >= volume.size:  # a majority is the mode; only else are nine million numbers sorted
+    counts = _scan(volume, levels)
+    if background is None and 2 * counts.different.sum() >= volume.size:  # else a majority is the mode, unsorted
         levels = _levels(volume, commonest(volume))
-        brain, different, touched = _scan(volume, levels)
-    if not touched.any():
+        counts = _scan(volume, levels)
+    if not counts.touched.any():
         raise DataError(f"holds nothing above its background of {levels[0]:g}: it is constant, or bright and dark are exchanged")
-    depth, rows, columns = _extent(brain > 0), _extent(touched.any(axis=1)), _extent(touched.any(axis=0))
-    low, high = _range(volume[depth, rows, columns], levels[depth])
+    inside = background is None and counts.dark > FEWEST_BELOW * counts.different.sum() and _is_dark_brain(volume, float(levels[0]))
+    if inside:
+        counts = _scan_unlike(volume, levels[0])
+    box = _extent(counts.brain > 0), _extent(counts.touched.any(axis=1)), _extent(counts.touched.any(axis=0))
+    values = _sample(volume[box], levels[box[0]], inside=inside)
+    low, high = _range(values, levels)
     if max(abs(low), abs(high)) > FARTHEST or high - low < 1 / FARTHEST:
         raise DataError(f"holds values from {low:g} to {high:g}, which no scanner gives")
-    return Window(low, high, brain, different > 0, (depth, rows, columns))
+    greys = np.unique(values[:: max(1, values.size // SAMPLE)]).size
+    return Window(low, high, counts.brain, counts.different > 0, box, float(levels[0]) if inside else None, greys)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Voxels above the background and unlike it by slice, those below it, and where any slice has brain."""
+
+    brain: np.ndarray
+    different: np.ndarray
+    dark: int
+    touched: np.ndarray
 
 
 def _levels(volume: np.ndarray, background: np.ndarray | float) -> np.ndarray:
     return np.broadcast_to(np.asarray(background).astype(volume.dtype).reshape(-1), len(volume))
 
 
-def _scan(volume: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Voxels above the background and unlike it by slice, and where any slice has brain.
-
-    Slice by slice, since a slice fits the processor's cache and a volume does not.
-    """
+def _scan(volume: np.ndarray, levels: np.ndarray) -> _Counts:
+    """Slice by slice, since a slice fits the processor's cache and a volume does not."""
     brain, different = np.zeros(len(volume), np.int64), np.zeros(len(volume), np.int64)
     touched = np.zeros(volume.shape[1:], bool)
     for index, (plane, level) in enumerate(zip(volume, levels, strict=True)):
@@ -95,15 +119,38 @@ def _scan(volume: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarra
             inside = plane > level
             brain[index] = np.count_nonzero(inside)
             touched |= inside
-    return brain, different, touched
+    return _Counts(brain, different, int(different.sum() - brain.sum()), touched)
 
 
-def _range(middle: np.ndarray, levels: np.ndarray) -> tuple[float, float]:
-    """Robust least and greatest value of the brain, the background's levels given by slice."""
+def _scan_unlike(volume: np.ndarray, level: Any) -> _Counts:
+    """As ``_scan``, where everything unlike the background is brain."""
+    unlike = volume != level
+    brain = np.count_nonzero(unlike, axis=(1, 2))
+    return _Counts(brain, brain, 0, unlike.any(axis=0))
+
+
+def _is_dark_brain(volume: np.ndarray, level: float) -> bool:
+    """Whether what lies below the background is brain, and neither the ringing of a resampling nor padding of one value."""
+    below, above = volume[volume < level].astype(np.float64), volume[volume > level].astype(np.float64)
+    deep = level - np.median(below) >= APART * (np.quantile(above, HIGH) - np.quantile(below, LOW))
+    _, counts = np.unique(below, return_counts=True)
+    return bool(deep and 2 * counts.max() <= below.size)
+
+
+def _sample(middle: np.ndarray, levels: np.ndarray, *, inside: bool) -> np.ndarray:
+    """Values of the brain, those of every second row and column where it is large; the background's levels are given by slice."""
     step = 2 if middle.size > EXACT else 1
-    sample = np.ascontiguousarray(middle[:, ::step, ::step])
-    values = sample[sample > levels.reshape(-1, 1, 1)]
-    low, high = _quantiles(values if values.size else middle[middle > levels.reshape(-1, 1, 1)])
+    for pace in (step, 1):
+        sample = np.ascontiguousarray(middle[:, ::pace, ::pace])
+        values: np.ndarray = sample[sample != levels[0]] if inside else sample[sample > levels.reshape(-1, 1, 1)]
+        if values.size:
+            break
+    return values
+
+
+def _range(values: np.ndarray, levels: np.ndarray) -> tuple[float, float]:
+    """Robust least and greatest value of the brain."""
+    low, high = _quantiles(values)
     return (low, high) if low < high else (float(levels.min()), high)  # all of the brain has one value: white on black
 
 
@@ -148,27 +195,52 @@ def to_bytes(volume: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 class Renderer:
-    """Makes bytes of the modalities of one patient, which come one after the other: only one at a time is in memory as numbers."""
+    """Makes bytes of the modalities of one scan, which come one after the other: only one at a time is in memory as numbers.
+
+    Attributes:
+        remarks: what is odd about the values of a modality, though it can be read.
+    """
 
     def __init__(self) -> None:
+        self.remarks: list[str] = []
         self._windows: dict[str, Window] = {}
         self._boxes: list[np.ndarray] = []
         self._native = (0, 0)
 
-    def add(self, channel: str, volume: np.ndarray, background: np.ndarray | float | None = None) -> None:
+    def add(
+        self,
+        channel: str,
+        volume: np.ndarray,
+        background: np.ndarray | float | None = None,
+        limits: tuple[float, float] | None = None,
+    ) -> None:
         """Normalise a modality.
 
         Args:
             channel: its name; at most four come.
             volume: ``(n, height, width)`` numbers in any unit, of one shape for all modalities.
             background: as ``window`` takes it.
+            limits: values that become 0 and 255, in place of the brain's robust range.
 
         Raises:
             DataError: as ``window`` does.
         """
-        limits = window(volume, background)
-        self._boxes.append(to_bytes(volume[limits.box], limits.low, limits.high))
-        self._windows[channel], self._native = limits, (volume.shape[1], volume.shape[2])
+        found = window(volume, background)
+        low, high = limits or (found.low, found.high)
+        middle = volume[found.box]
+        pixels = to_bytes(middle, low, high)
+        if found.inside is not None:
+            pixels[middle == found.inside] = 0
+        if found.greys < FEW_LEVELS:
+            self.remarks.append(f"{channel} has only {found.greys} grey values in the brain, under a tenth of the 256 that are kept")
+        self._boxes.append(pixels)
+        self._windows[channel], self._native = found, (volume.shape[1], volume.shape[2])
+
+    def twins(self) -> list[tuple[str, str]]:
+        """Modalities whose pixels are the same up to rounding: one of them is a copy of the other, whatever its type and scale."""
+        boxes = list(zip(self._windows.items(), self._boxes, strict=True))
+        pairs = [(one, other) for place, one in enumerate(boxes) for other in boxes[:place]]
+        return [(there[0][0], here[0][0]) for here, there in pairs if here[0][1].box == there[0][1].box and _alike(here[1], there[1])]
 
     @property
     def brain(self) -> np.ndarray:
@@ -209,6 +281,37 @@ class Renderer:
                 if depth.start <= index < depth.stop:
                     inside = image[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left, lane]
                     inside[...] = pixels[index - depth.start]
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two volumes of bytes differ by one at most; a few voxels tell most that do not."""
+    for step in (7, 1):
+        a, b = one[::step, ::step, ::step], other[::step, ::step, ::step]
+        if (np.maximum(a, b) - np.minimum(a, b) > 1).any():
+            return False
+    return True
+
+
+def air(volume: np.ndarray) -> float:
+    """Upper end of the noise around a head that is not skull-stripped: Otsu's threshold on a sample, halved towards the darkest value.
+
+    Args:
+        volume: ``(n, height, width)`` numbers.
+
+    References:
+        Otsu, A threshold selection method from gray-level histograms, IEEE Trans. Syst. Man Cybern. 9 (1979), 62-66.
+    """
+    step = max(1, round((volume.size / 2**18) ** (1 / 3)))
+    sample = volume[::step, ::step, ::step].astype(np.float64)
+    lowest, highest = sample.min(), np.quantile(sample, 0.995)
+    if not highest > lowest:
+        return float(lowest)
+    counts, edges = np.histogram(sample, bins=256, range=(lowest, highest))
+    weight = np.cumsum(counts)
+    total = np.cumsum(counts * (edges[:-1] + edges[1:]) / 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = (total[-1] * weight - total * weight[-1]) ** 2 / (weight * (weight[-1] - weight))
+    return float(lowest + (edges[int(np.nanargmax(between[:-1])) + 1] - lowest) / 2)
 
 
 def aligned(start: int, stop: int, extent: int, size: int) -> tuple[slice, slice]:

@@ -21,12 +21,35 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """Files or rows of one kind that a source does not use: taken and skipped add up to what is there.
+
+    Attributes:
+        reason: such as ``hidden folder``, ``excluded by a pattern``, ``no known modality``.
+        count: of files, or rows.
+        examples: the first few, relative to the source.
+    """
+
+    reason: str
+    count: int
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Unit:
-    """What one worker reads at a time: one patient, its files, and the patient's own label ("" when only samples have labels)."""
+    """What one worker reads at a time: one patient, with the files of all its scans and visits.
+
+    Attributes:
+        patient: the person; units are as many as persons.
+        label: the patient's own label; "" when only samples have labels, or when nothing is labelled.
+        files: of all scans.
+        labelled: False where the patient has no label: its samples belong to the unlabelled part of a cohort.
+    """
 
     patient: str
     label: str
     files: tuple[Path, ...]
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -34,8 +57,8 @@ class Slices:
     """The samples of one patient, ready for the store.
 
     Attributes:
-        rows: one dictionary a sample with keys ``sample`` (unique), ``label``, ``slice`` (its index, -1 when it has none),
-            ``source`` (file or case it came from), ``split`` ("" unless the source gives one).
+        rows: one dictionary a sample with keys ``sample`` (unique), ``label`` ("" where the unit is not labelled), ``slice`` (its
+            index, -1 when it has none), ``source`` (file or case it came from), ``split`` ("" unless the source gives one).
         pixels: channel -> ``(n, height, width)`` uint8, resized and normalised.
         tally: counts worth reporting, such as slices discarded by each label rule.
         hashes: file name -> sha256 of the bytes that were read; left empty, ``prepare`` hashes the unit's files itself.
@@ -65,6 +88,10 @@ class Source(Protocol):
 
     def problems(self) -> list[Problem]:
         """What can be told without decoding pixels."""
+
+    def skipped(self) -> list[Skipped]:
+        """Everything that lies in the source and is not used, by reason; empty where a source takes all."""
+        return []
 
     def read(self, unit: Unit, size: tuple[int, int]) -> Slices:
         """Decode one patient at ``(height, width)``; raises DataError when that cannot be done."""

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from raredistill.cohort import labels
-from raredistill.cohort.labels import LabelRule
+from raredistill.cohort.labels import BRATS2020, Convention, LabelRule
 from raredistill.cohort.sources import Problem, Slices, Unit
+from raredistill.cohort.sources.grades import GRADES, MAPPING
 from raredistill.cohort.store import MASK
 from raredistill.cohort.volumes import Renderer, nearest
 from raredistill.errors import ConfigError, DataError
-from raredistill.files import sha256
 
 CHANNELS = ("flair", "t1", "t1ce", "t2")
-GRADES = ("HGG", "LGG")
 CLASSES = ("healthy", *GRADES)
-GREYS = np.array([0, 85, 170, 255, 255], np.uint8)
-"""Of the mask's labels as a channel: background, necrosis, oedema, enhancing tumour (3 or 4)."""
-MAPPING = "name_mapping.csv"
 PHANTOM = "PHANTOM.md"
 """What ``raredistill phantom`` leaves beside its data; named here too, since to import the phantom costs every worker half a second."""
 
@@ -44,70 +39,12 @@ def choose_channels(channels: Sequence[str]) -> tuple[str, ...]:
 
 
 NO_TABLE = Problem(
-    "error", "", "", "no table of grades", f"put {MAPPING} beside the cases, or name a CSV with the columns patient,grade as grades=FILE"
+    "error",
+    "",
+    "",
+    "no table of grades, and no folder HGG or LGG above the cases",
+    f"put {MAPPING} beside the cases, or name a CSV with the columns patient,grade as grades=FILE; new patients need none: unlabelled=true",
 )
-
-
-@dataclass(frozen=True)
-class Grades:
-    """Patient -> grade as a table tells it.
-
-    Attributes:
-        file: the table; None where there is none.
-        values: patient -> what the table says.
-        conflicts: patients to whom the table gives two grades.
-    """
-
-    file: Path | None
-    values: dict[str, str]
-    conflicts: frozenset[str] = frozenset()
-
-    def table(self) -> dict[str, str] | None:
-        """The table's name and hash, for provenance."""
-        return {"file": self.file.name, "sha256": sha256(self.file)} if self.file else None
-
-    def problem(self, patient: str) -> Problem | None:
-        """Why the patient has no usable grade, or None."""
-        found = self.values.get(patient)
-        if patient in self.conflicts:
-            return Problem("error", patient, str(self.file), "the table gives two grades", "keep one row for the patient")
-        if found is None:
-            return Problem("error", patient, str(self.file), "the table has no row for the patient", "add its row")
-        if found not in GRADES:
-            return Problem("error", patient, str(self.file), f"unknown grade '{found}'", f"write {' or '.join(GRADES)}")
-        return None
-
-
-def read_grades(root: Path, grades: Path | None) -> Grades:
-    """Read ``grades`` or, without it, ``name_mapping.csv`` of the root.
-
-    Known headers: ``patient,grade``, and ``Grade`` with any columns ``BraTS_<year>_subject_ID``, of which every one is understood.
-
-    Raises:
-        DataError: the named table is missing or has other columns.
-    """
-    file = root / MAPPING if grades is None else Path(grades)
-    if grades is None and not file.is_file():
-        return Grades(None, {})
-    try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: the table of grades cannot be read ({error}); give a CSV with the columns patient,grade") from None
-    table.columns = table.columns.str.strip()
-    return _grades(file, table)
-
-
-def _grades(file: Path, table: pd.DataFrame) -> Grades:
-    names = {column.lower(): column for column in table.columns}
-    identifiers = [column for low, column in names.items() if low == "patient" or (low.startswith("brats") and low.endswith("subject_id"))]
-    if "grade" not in names or not identifiers:
-        raise DataError(f"{file} has the columns {', '.join(table.columns)}; needed are patient,grade or BraTS_2020_subject_ID and Grade")
-    pairs = pd.concat([table[[column, names["grade"]]].set_axis(["patient", "grade"], axis=1) for column in identifiers])
-    pairs = pairs.apply(lambda column: column.str.strip())
-    pairs["grade"] = pairs["grade"].str.upper()
-    pairs = pairs[~pairs["patient"].isin(["", "NA", "nan"])].drop_duplicates()
-    conflicts = frozenset(pairs["patient"][pairs["patient"].duplicated()])
-    return Grades(file, dict(zip(pairs["patient"], pairs["grade"], strict=True)), conflicts)
 
 
 def generated(root: Path) -> dict[str, Any]:
@@ -142,44 +79,78 @@ def read_bytes(file: Path) -> bytes:
 
 def to_slices(
     unit: Unit,
+    scan: str,
     rendered: Renderer,
-    mask: np.ndarray,
+    mask: np.ndarray | None,
     *,
     rule: LabelRule,
     size: tuple[int, int],
     hashes: dict[str, str],
+    convention: Convention = BRATS2020,
     with_mask: bool = False,
     problems: Any = (),
 ) -> Slices:
-    """Label, select and resize the axial slices of one patient.
+    """Label, select and resize the axial slices of one scan.
 
     Args:
         unit: the patient.
+        scan: the scan's own name.
         rendered: all its modalities.
-        mask: ``(n, height, width)`` labels.
+        mask: ``(n, height, width)`` labels; None where the patient is not labelled.
         rule: the label rule.
         size: ``(height, width)`` of the samples.
         hashes: of the files that were read.
+        convention: what the mask's numbers mean.
         with_mask: give the mask as a channel, too.
         problems: what decoding told.
 
     Raises:
-        DataError: the segmentation holds an unknown label.
+        DataError: the segmentation holds an unknown label, or one modality is a copy of another.
     """
-    try:
-        outcomes, differences = labels.compare_rules(mask, rendered.brain, rendered.present, rule=rule)
-    except DataError as error:
-        raise DataError(f"{unit.patient}: {error}") from None
-    keep = np.flatnonzero(np.isin(outcomes, [labels.TUMOUR, labels.HEALTHY]))
+    twins = [f"{one} and {other}" for one, other in rendered.twins()]
+    if twins:
+        raise DataError(f"{scan}: {', '.join(twins)} are the same volume: one file is a copy of the other; replace it by the original")
+    outcomes, differences = _called(scan, rendered, mask, rule, convention)
+    keep = np.flatnonzero(np.isin(outcomes, [labels.TUMOUR, labels.HEALTHY, ""]))
     names, counts = np.unique(outcomes, return_counts=True)
-    tally = {str(name): int(count) for name, count in zip(names, counts, strict=True)} | differences
-    rows = [_row(unit, int(index), str(outcomes[index])) for index in keep]
+    tally = {str(name) or "unlabelled": int(count) for name, count in zip(names, counts, strict=True)} | differences
+    rows = [_row(unit, scan, int(index), str(outcomes[index])) for index in keep]
     pixels = rendered.resized(keep, size)
-    if with_mask:
-        pixels[MASK] = nearest(GREYS[mask[keep]], size)
-    return Slices(rows, pixels, tally, hashes, tuple(problems))
+    if with_mask and mask is not None:
+        pixels[MASK] = nearest(convention.greys()[mask[keep]], size)
+    return Slices(rows, pixels, tally, hashes, (*problems, *_grey_remarks(unit, rendered)))
 
 
-def _row(unit: Unit, index: int, outcome: str) -> dict[str, Any]:
-    label = unit.label if outcome == labels.TUMOUR else labels.HEALTHY
-    return {"sample": f"{unit.patient}:{index}", "label": label, "slice": index, "source": unit.patient, "split": ""}
+def _called(
+    scan: str, rendered: Renderer, mask: np.ndarray | None, rule: LabelRule, convention: Convention
+) -> tuple[np.ndarray, dict[str, int]]:
+    if mask is None:
+        return labels.without_mask(rendered.brain, rendered.present, rule), {}
+    try:
+        return labels.compare_rules(mask, rendered.brain, rendered.present, rule=rule, convention=convention)
+    except DataError as error:
+        raise DataError(f"{scan}: {error}") from None
+
+
+def _grey_remarks(unit: Unit, rendered: Renderer) -> list[Problem]:
+    cure = "save the volume again with its full range (as floats, or as integers with a scale)"
+    return [Problem("warning", unit.patient, "", remark, cure) for remark in rendered.remarks]
+
+
+def _row(unit: Unit, scan: str, index: int, outcome: str) -> dict[str, Any]:
+    label = unit.label if outcome == labels.TUMOUR else outcome
+    return {"sample": f"{scan}:{index}", "label": label, "slice": index, "source": scan, "split": ""}
+
+
+def joined(scans: list[Slices]) -> Slices:
+    """The samples of all scans of a patient, one scan after the other."""
+    tally: Counter[str] = Counter()
+    for scan in scans:
+        tally.update(scan.tally)
+    return Slices(
+        [row for scan in scans for row in scan.rows],
+        {channel: np.concatenate([scan.pixels[channel] for scan in scans]) for channel in scans[0].pixels},
+        dict(tally),
+        {name: found for scan in scans for name, found in scan.hashes.items()},
+        tuple(problem for scan in scans for problem in scan.problems),
+    )

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
 
 from raredistill.cohort.labels import LabelRule
-from raredistill.cohort.sources import Problem, Slices, Unit, brats
+from raredistill.cohort.sources import Problem, Skipped, Slices, Unit, brats
+from raredistill.cohort.sources.grades import MAPPING, read_grades
+from raredistill.cohort.sources.persons import Persons, Place
+from raredistill.cohort.sources.walk import Patterns, Skips, files_below, take
 from raredistill.cohort.store import MASK
 from raredistill.cohort.volumes import Renderer
 from raredistill.errors import ConfigError, DataError
-from raredistill.files import files_below, inside
+from raredistill.files import inside
 
 NAME = re.compile(r"volume_(\d{1,6})_slice_(\d{1,4})\.(h5|hdf5)$", re.ASCII)
 PATIENT = "BraTS20_Training_{:03d}"
@@ -45,6 +49,10 @@ class BratsHdf5:
         mask: give the segmentation as one more channel, ``mask``: 0, 85, 170 and 255 for the labels 0, 1, 2 and 3 (or 4), resized to the
             nearest voxel. It is for teachers that may know more than their students: runs take it only where their ``channels`` name it.
         channel_order: what the last axis of ``image`` holds; users of the archive disagree.
+        patient: a regular expression on ``BraTS20_Training_<N>`` that names its person (its first group, or all that it matches).
+        include: glob patterns of files to use; ``exclude``: of files to leave out.
+        exclude: see ``include``.
+        grade_3: HGG or LGG: what WHO grade 3 counts as.
 
     Raises:
         ConfigError: an option does not fit.
@@ -65,35 +73,54 @@ class BratsHdf5:
         channels: Sequence[str] = brats.CHANNELS,
         mask: bool = False,
         channel_order: Sequence[str] = brats.CHANNELS,
+        patient: str | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        grade_3: Literal["HGG", "LGG"] | None = None,
     ) -> None:
         self._modalities, self._mask = brats.choose_channels(channels), mask
         self.channels = (*self._modalities, *([MASK] if mask else []))
         self._order = _choose_order(channel_order)
         self._path = Path(path)
         self._rule = LabelRule(rule, min_tumour_voxels, min_brain_share)
-        self._volumes = _find_slices(self._path)
-        self._grades = brats.read_grades(self._table_folder(), grades)
+        self._pattern, self._patterns, self._skips = patient, Patterns(tuple(include), tuple(exclude)), Skips()
+        files = files_below(self._path, self._skips, include=include, exclude=exclude)
+        wanted = take(files, self._path, self._skips, lambda file: bool(NAME.match(file.name)), "not called volume_<N>_slice_<i>.h5")
+        self._volumes = _find_slices(wanted)
+        self._grades = read_grades(self._table_folder(), grades, grade_3)
+        self._persons = Persons(self._path, [Place(volume, self._path) for volume in self._volumes], self._grades, patient)
 
     def units(self) -> list[Unit]:
         """Patients with a grade, in the order of their numbers; a unit's files are its slices in order."""
-        graded = self._volumes if self._grades.file else {}
-        usable = {patient: slices for patient, slices in graded.items() if not self._volume_problems(patient)}
-        return [
-            Unit(patient, self._grades.values[patient], tuple(slices[i][0] for i in sorted(slices))) for patient, slices in usable.items()
-        ]
+        usable: dict[str, list[str]] = {}
+        for volume in self._volumes if self._persons.has_grades() else ():
+            errors = [problem for problem in self._volume_problems(volume) if problem.level == "error"]
+            if not errors and self._persons.person(volume):
+                usable.setdefault(self._persons.person(volume), []).append(volume)
+        return [self._unit(person, volumes) for person, volumes in usable.items() if len({self._persons.grade(v) for v in volumes}) == 1]
+
+    def _unit(self, person: str, volumes: list[str]) -> Unit:
+        files = [self._volumes[volume][index][0] for volume in volumes for index in sorted(self._volumes[volume])]
+        return Unit(person, self._persons.grade(volumes[0]), tuple(files))
 
     def classes(self) -> tuple[str, ...]:
         """Healthy and the two grades."""
         return brats.CLASSES
 
     def problems(self) -> list[Problem]:
-        """Missing slices and grades."""
+        """Missing slices and grades, persons in doubt."""
         if not self._volumes:
             return [
                 Problem("error", "", str(self._path), "no file is called volume_<N>_slice_<i>.h5", "name the folder that holds the slices")
             ]
-        ungraded = [brats.NO_TABLE] if self._grades.file is None else []
-        return ungraded + [problem for patient in self._volumes for problem in self._volume_problems(patient)]
+        ungraded = [] if self._persons.has_grades() else [brats.NO_TABLE]
+        each = [problem for volume in self._volumes for problem in self._volume_problems(volume)]
+        sound = [volume for volume in self._volumes if self._persons.has_grades() and not self._persons.problem(volume)]
+        return [*ungraded, *each, *self._persons.conflicts(sound), *self._persons.remark()]
+
+    def skipped(self) -> list[Skipped]:
+        """Hidden and foreign files, and what patterns leave out."""
+        return self._skips.listed()
 
     def settings(self) -> dict[str, Any]:
         """Channels and their order, and the rule."""
@@ -102,6 +129,9 @@ class BratsHdf5:
             "channels": list(self.channels),
             "channel_order": list(self._order),
             "grades": self._grades.table(),
+            **({"patient": self._pattern} if self._pattern else {}),
+            **({"grade_3": self._grades.grade_3} if self._grades.grade_3 else {}),
+            **self._patterns.settings(),
             **brats.rule_settings(self._rule),
             **brats.generated(self._path),
         }
@@ -112,30 +142,42 @@ class BratsHdf5:
         Raises:
             DataError: files cannot be decoded or disagree in shape; every reason is told.
         """
-        stack, mask, hashes = _read_slices(unit, [self._order.index(channel) for channel in self._modalities])
+        volumes: dict[str, list[Path]] = {}
+        for file in unit.files:
+            volumes.setdefault(_volume(file), []).append(file)
+        return brats.joined([self._read_volume(unit, volume, files, size) for volume, files in volumes.items()])
+
+    def _read_volume(self, unit: Unit, volume: str, files: list[Path], size: tuple[int, int]) -> Slices:
+        stack, mask, hashes = _read_slices(files, [self._order.index(channel) for channel in self._modalities])
         rendered, scaled = Renderer(), []
-        for channel, volume in zip(self._modalities, stack, strict=True):
-            backgrounds = _backgrounds(volume)
-            _add(rendered, unit, channel, volume, backgrounds)
-            if backgrounds is not None or _flat_tops(volume):
+        for channel, pixels in zip(self._modalities, stack, strict=True):
+            backgrounds = _backgrounds(pixels)
+            _add(rendered, unit, channel, pixels, backgrounds)
+            if backgrounds is not None or _flat_tops(pixels):
                 scaled.append(channel)
         problems = _scaling(unit, scaled)
-        return brats.to_slices(unit, rendered, mask, rule=self._rule, size=size, hashes=hashes, with_mask=self._mask, problems=problems)
+        made = brats.to_slices(
+            unit, volume, rendered, mask, rule=self._rule, size=size, hashes=hashes, with_mask=self._mask, problems=problems
+        )
+        return replace(made, rows=[_numbered(row, files) for row in made.rows])
 
     def _table_folder(self) -> Path:
         beside = [next(iter(slices.values()))[0].parent for slices in self._volumes.values()][:1]
-        return next((folder for folder in (self._path, *beside) if (folder / brats.MAPPING).is_file()), self._path)
+        return next((folder for folder in (self._path, *beside) if (folder / MAPPING).is_file()), self._path)
 
     def _volume_problems(self, patient: str) -> list[Problem]:
         slices = self._volumes[patient]
-        gaps = sorted(set(range(max(slices) + 1)) - set(slices))
-        problems = [Problem("error", patient, str(self._path), f"slice(s) {_few(gaps)} are missing", "add the files")] if gaps else []
+        usual = int(np.median([max(volume) + 1 for volume in self._volumes.values()]))
+        gaps = sorted(set(range(max(*slices, usual - 1) + 1)) - set(slices))
+        what = f"{len(gaps)} of {len(slices) + len(gaps)} slices are missing ({_few(gaps)})"
+        cure = "add the files if there are any; the others are read"
+        problems = [Problem("warning", patient, str(self._path), what, cure)] if gaps else []
         twice = [files for files in slices.values() if len(files) > 1]
         problems += [Problem("error", patient, str(files[1]), f"is the same slice as {files[0]}", "keep one of them") for files in twice]
         linked = [file for files in slices.values() for file in files if not inside(file, self._path)]
         cure = "copy the file into the source"
         problems += [Problem("error", patient, str(file), "is a link to a file outside the source", cure) for file in linked]
-        grade = self._grades.problem(patient) if self._grades.file else None
+        grade = self._persons.problem(patient)
         return [*problems, grade] if grade else problems
 
 
@@ -150,25 +192,39 @@ def _few(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
 
 
-def _find_slices(path: Path) -> dict[str, dict[int, list[Path]]]:
-    found: dict[int, dict[int, list[Path]]] = {}
-    for file in files_below(path):
-        match = NAME.match(file.name)
-        if match:
-            found.setdefault(int(match[1]), {}).setdefault(int(match[2]), []).append(file)
-    return {PATIENT.format(number): found[number] for number in sorted(found)}
+def _find_slices(files: Sequence[Path]) -> dict[str, dict[int, list[Path]]]:
+    found: dict[str, dict[int, list[Path]]] = {}
+    for file in files:
+        found.setdefault(_volume(file), {}).setdefault(_index(file), []).append(file)
+    return dict(sorted(found.items()))
 
 
-def _read_slices(unit: Unit, positions: list[int]) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+def _volume(file: Path) -> str:
+    match = NAME.match(file.name)
+    return PATIENT.format(int(match[1])) if match else ""
+
+
+def _index(file: Path) -> int:
+    match = NAME.match(file.name)
+    return int(match[2]) if match else -1
+
+
+def _numbered(row: dict[str, Any], files: list[Path]) -> dict[str, Any]:
+    """The row with the number of its slice's file, from which its place differs behind a gap."""
+    number = _index(files[row["slice"]])
+    return {**row, "slice": number, "sample": f"{row['source']}:{number}"}
+
+
+def _read_slices(files: list[Path], positions: list[int]) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
     """Volumes ``(channels, n, height, width)`` float64, labels ``(n, height, width)`` uint8, and the files' hashes."""
     stack: np.ndarray | None = None
     labels, hashes, failures = np.empty(0, np.uint8), {}, []
-    for index, file in enumerate(unit.files):
+    for index, file in enumerate(files):
         try:
             raw = brats.read_bytes(file)
             image, mask = decode(raw, file)
             if stack is None:
-                stack = np.empty((len(positions), len(unit.files), *image.shape[1::-1]))
+                stack = np.empty((len(positions), len(files), *image.shape[1::-1]))
                 labels = np.empty(stack.shape[1:], np.uint8)
             if image.shape[1::-1] != labels.shape[1:]:
                 raise DataError(f"{file}: its shape {image.shape[:2]} is not that of the slices before; replace it by the original")

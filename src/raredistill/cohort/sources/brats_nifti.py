@@ -1,68 +1,67 @@
-"""BraTS as the challenge hands it out: a folder a case, a NIfTI file a modality."""
+"""Glioma MRI as NIfTI files: BraTS of every year, UCSF-PDGM, UPENN-GBM, flat folders, nnU-Net's and the Decathlon's layout."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import nibabel
 import numpy as np
-from isal import igzip_lib
 
 from raredistill.cohort.labels import LabelRule
-from raredistill.cohort.sources import Problem, Slices, Unit, brats
+from raredistill.cohort.orientation import AS_STORED, Axes, axes_of
+from raredistill.cohort.sources import Problem, Skipped, Slices, Unit, brats
+from raredistill.cohort.sources.conventions import Meanings
+from raredistill.cohort.sources.grades import MAPPING, read_grades
+from raredistill.cohort.sources.layouts import ENDING, Scan, find_scans, numbered_without_names
+from raredistill.cohort.sources.nifti import decode, extent, whole_labels
+from raredistill.cohort.sources.persons import Persons, Place
+from raredistill.cohort.sources.walk import Patterns, Skips, files_below, take
 from raredistill.cohort.store import MASK
 from raredistill.cohort.volumes import Renderer
-from raredistill.errors import DataError
-from raredistill.files import files_below, inside
+from raredistill.errors import ConfigError, DataError
+from raredistill.files import inside
 
-NAME = re.compile(r"[_-](flair|t2f|t1ce|t1c|t1n|t1|t2w|t2|segm?)\.nii(\.gz)?$", re.IGNORECASE)
-"""``segm``: in BraTS2020 the segmentation of case 355 is called W39_1998.09.19_Segm.nii."""
-ROLES = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "segm": "seg"}
-LARGEST = 2**29
-"""Voxels of the largest volume that is read: a header that promises more is damaged or hostile."""
-HEADER = 352
-FARTHEST = 1e9
-"""Millimetres; an affine with more than that is no place."""
 FAR = 0.5
 """Millimetres between the corners of two modalities from which on they are not on one grid."""
-
-
-@dataclass(frozen=True)
-class _Case:
-    patient: str
-    folder: Path
-    files: dict[str, tuple[Path, ...]]
-
-    def missing(self, channels: tuple[str, ...]) -> list[str]:
-        return [role for role in channels if role not in self.files]
-
-    def rivals(self) -> list[tuple[Path, ...]]:
-        """Files that claim to be the same modality of the case and are not one file, zipped and unzipped."""
-        return [found for found in self.files.values() if len({file.name.removesuffix(".gz") for file in found}) > 1]
+FEW = 0.75
+"""Share of the source's median number of slices under which a volume may have ended early."""
+OBLIQUE = 3.0
+"""Degrees from which on a tilt is worth a note."""
 
 
 class BratsNifti:
-    """Cases ``<case>/<case>_{flair,t1,t1ce,t2,seg}.nii[.gz]``, or the newer ``<case>-{t2f,t1n,t1c,t2w,seg}``, at any depth below ``path``.
+    """Cases such as ``<case>/<case>_{flair,t1,t1ce,t2,seg}.nii[.gz]`` or ``<case>-{t2f,t1n,t1c,t2w,seg}``, at any depth below ``path``.
 
-    A case without a segmentation is told as a note and left out. Slices are axial, rows run along the second axis of the file and columns
-    along the first, which shows BraTS in the radiological convention.
+    Also read: UCSF-PDGM, UPENN-GBM, files called ``flair.nii.gz`` in a folder per case or visit, files of many cases in one folder, a
+    folder per modality, nnU-Net's ``imagesTr`` and ``labelsTr`` and the Decathlon's 4D volumes with their ``dataset.json``. Volumes are
+    turned by their affines as BraTS is stored (to the left, the back, the head) before they are cut into axial slices. Scans of one
+    person (visits, follow-ups, several releases that a table joins) are one patient. A case without a segmentation is left out with a
+    note, or read as unlabelled.
 
     Args:
         path: the folder that holds the cases.
-        grades: a CSV ``patient,grade`` (or BraTS' own table); by default ``name_mapping.csv`` in ``path`` or beside the cases.
+        grades: a CSV ``patient,grade`` (or BraTS' own table); by default ``name_mapping.csv`` in ``path`` or beside the cases, and
+            folders called HGG and LGG.
         rule: ``default`` or ``thesis``; see ``cohort.labels.LabelRule``.
         min_tumour_voxels: tumour voxels (at native resolution) that make a slice a tumour slice under the default rule.
         min_brain_share: share of the patient's widest brain slice under which the default rule leaves a slice out.
         channels: modalities to read. Emptiness and brain are judged on these.
-        mask: give the segmentation as one more channel, ``mask``: 0, 85, 170 and 255 for the labels 0, 1, 2 and 3 (or 4), resized to the
-            nearest voxel. It is for teachers that may know more than their students: runs take it only where their ``channels`` name it.
+        mask: give the segmentation as one more channel, ``mask``: 0, 85, 170 and 255 for background, necrosis, oedema and enhancing
+            tumour, resized to the nearest voxel. It is for teachers that may know more than their students: runs take it only where
+            their ``channels`` name it.
+        labels: what the segmentations' numbers mean, a name of ``cohort.labels.CONVENTIONS``; by default by the naming of the files and,
+            where that says nothing, by the labels of the whole source.
+        patient: a regular expression on a case's path that names its person (its first group, or all that it matches).
+        include: glob patterns of files to use; ``exclude``: of files to leave out.
+        exclude: see ``include``.
+        channel_order: modalities of files ``_0000``, ``_0001`` ... or of a fourth axis, where no ``dataset.json`` names them.
+        grade_3: HGG or LGG: what WHO grade 3 counts as.
+        unlabelled: also read cases without a segmentation or grade, as unlabelled samples.
 
     Raises:
         ConfigError: an option does not fit.
@@ -82,288 +81,285 @@ class BratsNifti:
         min_brain_share: float = 0.1,
         channels: Sequence[str] = brats.CHANNELS,
         mask: bool = False,
+        labels: Literal["brats2020", "brats2023", "brats2024", "brats2024_ped", "msd"] | None = None,
+        patient: str | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        channel_order: Sequence[str] = (),
+        grade_3: Literal["HGG", "LGG"] | None = None,
+        unlabelled: bool = False,
     ) -> None:
+        if mask and unlabelled:
+            raise ConfigError("mask=true needs segmentations, which unlabelled=true does without; choose one of them")
         self._modalities, self._mask = brats.choose_channels(channels), mask
         self.channels = (*self._modalities, *([MASK] if mask else []))
-        self._path = Path(path)
+        self._path, self._unlabelled, self._pattern = Path(path), unlabelled, patient
         self._rule = LabelRule(rule, min_tumour_voxels, min_brain_share)
-        self._cases = _find_cases(self._path)
-        self._grades = brats.read_grades(_table_folder(self._path, self._cases), grades)
-        self._often = Counter(case.patient for case in self._cases)
+        self._patterns, self._order = Patterns(tuple(include), tuple(exclude)), tuple(channel_order)
+        self._skips = Skips()
+        every = files_below(self._path, self._skips, include=include, exclude=exclude)
+        volumes = take(every, self._path, self._skips, lambda file: bool(ENDING.search(file.name)), "not a NIfTI file")
+        self._unnamed = numbered_without_names(volumes, self._order)
+        self._scans = find_scans(volumes, self._path, self._order, self._skips)
+        self._often = Counter(scan.name for scan in self._scans)
+        self._grades = read_grades(_table_folder(self._path, self._scans), grades, grade_3)
+        self._persons = Persons(self._path, [Place(scan.name, scan.folder) for scan in self._scans], self._grades, patient)
+        self._meanings = Meanings(self._scans, labels)
+
+    @cached_property
+    def _usable(self) -> dict[str, list[Scan]]:
+        """Person -> the scans that are read; labelled ones alone where a person has any."""
+        sound = [scan for scan in self._scans if not self._scan_problems(scan) and self._persons.person(scan.name)]
+        labelled = [scan for scan in sound if self._labelled(scan)]
+        chosen: dict[str, list[Scan]] = {}
+        for scan in labelled:
+            chosen.setdefault(self._persons.person(scan.name), []).append(scan)
+        known = set(chosen)
+        for scan in sound if self._unlabelled else ():
+            person = self._persons.person(scan.name)
+            if not self._labelled(scan) and person not in known:
+                chosen.setdefault(person, []).append(scan)
+        return dict(sorted(chosen.items()))
+
+    def _labelled(self, scan: Scan) -> bool:
+        return "seg" in scan.files and self._persons.has_grades() and self._persons.problem(scan.name) is None and self._grade(scan) != ""
+
+    def _grade(self, scan: Scan) -> str:
+        try:
+            return self._persons.grade(scan.name)
+        except ValueError:  # no grade
+            return ""
 
     def units(self) -> list[Unit]:
-        """Cases that have every wanted modality, a segmentation and a grade, in the order of their names."""
-        graded = self._cases if self._grades.file else []
-        usable = [case for case in graded if not self._case_problems(case) and "seg" in case.files]
-        roles = (*self._modalities, "seg")
-        return [Unit(case.patient, self._grades.values[case.patient], tuple(case.files[role][0] for role in roles)) for case in usable]
+        """Persons with a scan that has every wanted modality, a segmentation and a grade, in the order of their names."""
+        return [self._unit(person, scans) for person, scans in self._usable.items() if not self._conflict(scans)]
+
+    def _conflict(self, scans: list[Scan]) -> bool:
+        return len({self._grade(scan) for scan in scans if self._labelled(scan)}) > 1
+
+    def _unit(self, person: str, scans: list[Scan]) -> Unit:
+        labelled = self._labelled(scans[0])
+        files = [scan.files[role][0] for scan in scans for role in self._roles(scan, labelled)]
+        return Unit(person, self._grade(scans[0]) if labelled else "", tuple(dict.fromkeys(files)), labelled)
+
+    def _roles(self, scan: Scan, labelled: bool) -> tuple[str, ...]:
+        return (*self._modalities, *(["seg"] if labelled else []))
 
     def classes(self) -> tuple[str, ...]:
         """Healthy and the two grades."""
         return brats.CLASSES
 
     def problems(self) -> list[Problem]:
-        """Missing modalities, segmentations and grades; misnamed and doubled files; patients that occur twice."""
-        if not self._cases:
+        """Missing modalities, segmentations and grades; misnamed and doubled files; persons, grades and labels that are in doubt."""
+        nameless = [_nameless(self._unnamed)] if self._unnamed is not None else []
+        if not self._scans:
             cure = "name the folder that holds the case folders"
-            return [Problem("error", "", str(self._path), "no file is called like a BraTS modality (*_flair.nii.gz, *-t2f.nii.gz)", cure)]
-        ungraded = [brats.NO_TABLE] if self._grades.file is None else []
-        return ungraded + [problem for case in self._cases for problem in (*self._case_problems(case), *_remarks(case))]
+            return nameless or [
+                Problem("error", "", str(self._path), "no file is called like a BraTS modality (*_flair.nii.gz, *-t2f.nii.gz)", cure)
+            ]
+        ungraded = [] if self._unlabelled or self._persons.has_grades() else [brats.NO_TABLE]
+        labelled = [scan.name for scans in self._usable.values() for scan in scans if self._labelled(scan)]
+        each = [problem for scan in self._scans for problem in (*self._scan_problems(scan), *self._remarks(scan))]
+        whole = [*self._meanings.problems(), *self._persons.conflicts(labelled), *self._persons.remark(), *self._short()]
+        return [*nameless, *ungraded, *each, *whole]
+
+    def skipped(self) -> list[Skipped]:
+        """Hidden and foreign files, and what patterns leave out."""
+        return self._skips.listed()
 
     def settings(self) -> dict[str, Any]:
-        """Channels, rule and grades."""
-        chosen = {"kind": self.kind, "channels": list(self.channels), "grades": self._grades.table()}
-        return {**chosen, **brats.rule_settings(self._rule), **brats.generated(self._path)}
+        """Channels, rule, grades, and what labels and names mean."""
+        chosen = {"kind": self.kind, "channels": list(self.channels), "grades": self._grades.table(), "labels": self._meanings.names()}
+        given: dict[str, Any] = {"patient": self._pattern, "channel_order": list(self._order), "grade_3": self._grades.grade_3}
+        given |= {"unlabelled": self._unlabelled, **self._patterns.settings()}
+        stated = {key: value for key, value in given.items() if value}
+        return {**chosen, **stated, **brats.rule_settings(self._rule), **brats.generated(self._path)}
 
     def read(self, unit: Unit, size: tuple[int, int]) -> Slices:
-        """Decode one case and make its samples.
+        """Decode all scans of one person and make its samples.
 
         Raises:
             DataError: files cannot be decoded or disagree; every reason is told.
         """
-        reading = _Reading({}, {}, {}, [], Renderer(), np.empty(0, np.uint8))
-        for role, file in zip((*self._modalities, "seg"), unit.files, strict=True):
+        slices, failures = [], []
+        for scan in self._usable[unit.patient]:
             try:
-                reading.take(role, file)
+                slices.append(self._read_scan(unit, scan, size))
+            except DataError as error:
+                failures.append(str(error))
+        if failures:
+            raise DataError("; ".join(failures))
+        return brats.joined(slices)
+
+    def _read_scan(self, unit: Unit, scan: Scan, size: tuple[int, int]) -> Slices:
+        reading = _Reading(scan)
+        for role in self._roles(scan, unit.labelled):
+            try:
+                reading.take(role, scan.files[role][0])
             except DataError as error:
                 reading.failures.append(str(error))
         if reading.failures:
             raise DataError("; ".join(reading.failures))
-        _check_shapes(unit, reading.shapes)
-        _check_places(unit, reading.places, next(iter(reading.shapes.values())))
+        reading.check()
+        problems = [Problem("note", unit.patient, "", f"{scan.name}: {remark}", "nothing to do") for remark in reading.remarks]
+        convention = self._meanings.of(scan)
         return brats.to_slices(
-            unit, reading.rendered, reading.mask, rule=self._rule, size=size, hashes=reading.hashes, with_mask=self._mask
-        )
+            unit, scan.name, reading.rendered, reading.mask if unit.labelled else None, rule=self._rule, size=size, problems=problems,
+            hashes=self._named(scan, reading.hashes), convention=convention, with_mask=self._mask,
+        )  # fmt: skip
 
-    def _case_problems(self, case: _Case) -> list[Problem]:
-        gone = case.missing(self._modalities)
-        problems = [
-            Problem("error", case.patient, str(case.folder), f"no {role} file", "add the file or choose other channels") for role in gone
-        ]
-        if self._often[case.patient] > 1:
-            what = f"one of {self._often[case.patient]} folders of this name: which is the patient's cannot be told"
-            problems.append(Problem("error", case.patient, str(case.folder), what, "keep one of them"))
-        problems += [_rivalry(case, files) for files in case.rivals()]
-        problems += [_outside(case, file) for files in case.files.values() for file in files if not inside(file, self._path)]
-        grade = self._grades.problem(case.patient) if "seg" in case.files and self._grades.file else None
+    def _named(self, scan: Scan, hashes: dict[Path, str]) -> dict[str, str]:
+        alone = len(self._usable[self._persons.person(scan.name)]) == 1
+        return {file.name if alone else f"{scan.name}/{file.name}": found for file, found in hashes.items()}
+
+    def _scan_problems(self, scan: Scan) -> list[Problem]:
+        """Errors for which a scan is left out."""
+        cure = "add the file or choose other channels"
+        problems = [Problem("error", scan.name, str(scan.folder), f"no {role} file", cure) for role in scan.missing(self._modalities)]
+        if self._often[scan.name] > 1:
+            what = f"one of {self._often[scan.name]} folders of this name: which is the patient's cannot be told"
+            problems.append(Problem("error", scan.name, str(scan.folder), what, "keep one of them"))
+        problems += [_rivalry(scan, files) for files in scan.rivals()]
+        linked = [file for files in scan.files.values() for file in files if not inside(file, self._path)]
+        cure = "copy the file into the source"
+        problems += [Problem("error", scan.name, str(file), "is a link to a file outside the source", cure) for file in linked]
+        asked = "seg" in scan.files and not self._unlabelled and self._persons.has_grades()
+        grade = self._persons.problem(scan.name) if asked else None
         return [*problems, grade] if grade else problems
 
+    def _remarks(self, scan: Scan) -> list[Problem]:
+        if "seg" not in scan.files:
+            cure = "nothing to do: the case is left out of a labelled cohort (unlabelled=true reads it)"
+            if not self._unlabelled:
+                return [Problem("note", scan.name, str(scan.folder), "no segmentation", cure)]
+            used = scan in self._usable.get(self._persons.person(scan.name), [])
+            what = "not read: unlabelled, and other scans of the person are labelled"
+            return [] if used else [Problem("note", scan.name, str(scan.folder), what, "nothing to do")]
+        person = self._persons.person(scan.name)
+        doubled = [files for files in scan.files.values() if len(files) > 1 and files not in scan.rivals()]
+        remarks = [Problem("warning", person, str(files[1]), f"{files[0].name} is read instead", "keep one of them") for files in doubled]
+        mask, flair = scan.files["seg"][0], next(iter(scan.files.values()))[0]
+        if flair.name.startswith(scan.name) and not mask.name.startswith(scan.name):
+            remarks.append(Problem("note", person, str(mask), "misnamed segmentation, taken as the case's own", "nothing to do"))
+        return remarks
 
-def _find_cases(path: Path) -> list[_Case]:
-    folders: dict[Path, dict[str, list[Path]]] = {}
-    for file in files_below(path):
-        match = NAME.search(file.name)
-        if match and file.is_file() and not file.name.startswith("."):  # macOS leaves a ._ file beside every file of an archive
-            role = match[1].lower()
-            folders.setdefault(file.parent, {}).setdefault(ROLES.get(role, role), []).append(file)
-    cases = [_Case(folder.name, folder, {role: _own(found, folder) for role, found in files.items()}) for folder, files in folders.items()]
-    return sorted(cases, key=lambda case: (case.patient, case.folder))
+    def _short(self) -> list[Problem]:
+        """Volumes with far fewer axial slices than the others: perhaps they end early."""
+        depths: dict[str, int] = {}
+        for scan in [scan for scans in self._usable.values() for scan in scans]:
+            found = extent(scan.files[self._modalities[0]][0])
+            if found is not None and len(found[0]) >= 3:
+                depths[scan.name] = _depth(*found)
+        usual = float(np.median(list(depths.values()))) if len(depths) > 2 else 0.0
+        cure = "compare it with the original: it may have been cut, or be of another protocol"
+        return [
+            Problem("warning", self._persons.person(name), "", f"{name} has {depth} axial slices; the source's median is {usual:g}", cure)
+            for name, depth in depths.items() if depth < FEW * usual
+        ]  # fmt: skip
 
 
-def _table_folder(path: Path, cases: list[_Case]) -> Path:
+def _depth(shape: tuple[int, ...], affine: np.ndarray | None) -> int:
+    try:
+        order = AS_STORED.order if affine is None else axes_of(affine).order
+    except DataError:
+        order = AS_STORED.order
+    return shape[2 - order[0]]
+
+
+def _table_folder(path: Path, scans: list[Scan]) -> Path:
     """Where the table of grades lies: archives keep it beside the cases, a folder or two below their root."""
-    places = dict.fromkeys((path, *(case.folder.parent for case in cases)))
-    return next((folder for folder in places if (folder / brats.MAPPING).is_file()), path)
+    places = dict.fromkeys((path, *(place for scan in scans for place in (scan.folder.parent, scan.folder.parent.parent))))
+    return next((folder for folder in places if folder.is_relative_to(path) and (folder / MAPPING).is_file()), path)
 
 
-def _own(files: list[Path], folder: Path) -> tuple[Path, ...]:
-    """The files that carry the case's name, where any does: a copy of case 355's segmentation under its right name wins."""
-    return tuple(file for file in files if file.name.startswith(folder.name)) or tuple(files)
+def _nameless(file: Path) -> Problem:
+    what = "holds one channel of several, or all of them, and no dataset.json names them"
+    return Problem("error", "", str(file), what, "name them in their order: channel_order=flair,t1,t1ce,t2")
 
 
-def _rivalry(case: _Case, files: tuple[Path, ...]) -> Problem:
+def _rivalry(scan: Scan, files: tuple[Path, ...]) -> Problem:
     names = ", ".join(file.name for file in files[:3])
-    cure = "keep the right one; each case needs a folder of its own"
-    return Problem("error", case.patient, str(case.folder), f"{len(files)} files claim to be the same modality ({names})", cure)
-
-
-def _outside(case: _Case, file: Path) -> Problem:
-    return Problem("error", case.patient, str(file), "is a link to a file outside the source", "copy the file into the source")
-
-
-def _remarks(case: _Case) -> list[Problem]:
-    if "seg" not in case.files:
-        cure = "nothing to do: the case is left out of a labelled cohort"
-        return [Problem("note", case.patient, str(case.folder), "no segmentation", cure)]
-    doubled = [files for files in case.files.values() if len(files) > 1 and files not in case.rivals()]
-    remarks = [Problem("warning", case.patient, str(files[1]), f"{files[0].name} is read instead", "keep one of them") for files in doubled]
-    segmentation = case.files["seg"][0]
-    if not segmentation.name.startswith(case.patient):
-        remarks.append(Problem("note", case.patient, str(segmentation), "misnamed segmentation, taken as the case's own", "nothing to do"))
-    return remarks
+    cure = "keep the right one; each case needs a folder of its own, or files that begin with its name"
+    return Problem("error", scan.name, str(scan.folder), f"{len(files)} files claim to be the same modality ({names})", cure)
 
 
 @dataclass
 class _Reading:
-    """What is known of a case while its files are read one after the other."""
+    """What is known of a scan while its files are read one after the other."""
 
-    hashes: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
-    places: dict[str, np.ndarray]
-    failures: list[str]
-    rendered: Renderer
-    mask: np.ndarray
+    scan: Scan
+    hashes: dict[Path, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    places: dict[str, np.ndarray | None] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    rendered: Renderer = field(default_factory=Renderer)
+    mask: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+    _last: tuple[Path, np.ndarray] | None = None
 
     def take(self, role: str, file: Path) -> None:
-        """Read one file of the patient: a modality is rendered, a segmentation kept; shapes and places are compared by the caller."""
-        raw = brats.read_bytes(file)
-        self.hashes[file.name] = hashlib.sha256(raw).hexdigest()
-        volume, self.places[file.name] = decode(raw, file)
+        """Read one file: a modality is rendered, a segmentation kept; shapes and places are compared by ``check``."""
+        volume = self._volume(role, file)
         self.shapes[file.name] = volume.shape[::-1]
         if len(set(self.shapes.values())) > 1:
             return  # told with all shapes once they are known
+        volume = _axes(self.places[file.name], file).turn(volume)
         if role == "seg":
-            self.mask = _labels(volume, file)
+            self.mask, rounded = whole_labels(volume, file)
+            if rounded:
+                self.remarks.append(f"{file.name} was saved as scaled numbers; they are rounded to the labels that they were")
             return
         try:
             self.rendered.add(role, volume)
         except DataError as error:
             raise DataError(f"{file}: {error}; replace it by the original or leave the patient out") from None
 
+    def _volume(self, role: str, file: Path) -> np.ndarray:
+        lanes = 0 if role == "seg" else len(self.scan.lanes)
+        if self._last is None or self._last[0] != file:
+            raw = brats.read_bytes(file)
+            self.hashes[file] = hashlib.sha256(raw).hexdigest()
+            volume, self.places[file.name] = decode(raw, file, lanes=lanes)
+            self._last = (file, volume) if lanes else None
+            if not lanes:
+                return volume
+        whole: np.ndarray = self._last[1] if self._last else volume
+        lane: np.ndarray = whole[self.scan.lanes[role]]
+        return lane
 
-def decode(raw: bytes, file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Decode a NIfTI-1 or NIfTI-2 file, gzipped or not, without a detour over float64.
+    def check(self) -> None:
+        """Compare shapes, and where the files put the corners of their volumes.
 
-    Args:
-        raw: the file's bytes; a gzip's check sum is verified.
-        file: named in messages.
-
-    Returns:
-        ``(slices, height, width)``: the file's third, second and first axis, in the file's own type unless it carries a scale; and the
-        ``(4, 4)`` affine from indices of the file's axes to millimetres.
-
-    Raises:
-        DataError: the bytes are damaged, cut short, or no three-dimensional NIfTI.
-    """
-    stream = _Stream(raw, file)
-    head = stream.take(HEADER)
-    header = _parse_header(head, stream, file)
-    shape = _shape(header)
-    voxels = int(np.prod(shape, dtype=np.float64))
-    if len(shape) != 3 or not 0 < voxels <= LARGEST:
-        raise DataError(f"{file}: its shape is {shape}; a volume has three axes and at most {LARGEST} voxels")
-    kind, offset = _voxel_type(header, file), int(np.nan_to_num(header["vox_offset"], nan=-1)) or HEADER
-    if kind.kind not in "iuf" or not stream.position <= offset <= stream.position + 2**24:
-        raise DataError(f"{file}: voxels of type {kind} at byte {offset}; convert the file to a plain NIfTI of numbers")
-    stream.take(offset - stream.position)
-    data = np.frombuffer(stream.take(voxels * kind.itemsize), kind).reshape(shape[::-1])
-    stream.finish()
-    return _scaled(data, header, file), _affine(header, file)
-
-
-def _shape(header: Any) -> tuple[int, ...]:
-    """Without the axes of one sample behind the third; empty where the header claims more axes than the format has."""
-    # NIfTI-2 has room for a number of axes with which nibabel cannot count.
-    shape = tuple(int(extent) for extent in header.get_data_shape()) if 0 < header["dim"][0] < len(header["dim"]) else ()
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
+        Raises:
+            DataError: they disagree.
+        """
+        if len(set(self.shapes.values())) > 1:
+            found = ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
+            raise DataError(f"{self.scan.name}: modalities disagree in shape ({found}); register them to one grid")
+        placed = {name: affine for name, affine in self.places.items() if affine is not None}
+        if not placed:
+            self.remarks.append("no file states its orientation (qform and sform codes are 0): taken as BraTS stores it")
+        elif len(placed) < len(self.places):
+            bare = ", ".join(name for name in self.places if name not in placed)
+            raise DataError(f"{self.scan.name}: {bare} has no place in space (qform and sform codes are 0), the other files have; set it")
+        else:
+            _check_places(self.scan.name, placed, next(iter(self.shapes.values())))
+            tilt = axes_of(next(iter(placed.values()))).tilt
+            if tilt > OBLIQUE:
+                self.remarks.append(f"is oblique by {tilt:.0f} degrees; it is cut along its own axes that are closest to the patient's")
 
 
-def _parse_header(head: bytes, stream: _Stream, file: Path) -> Any:
-    size = {b"\x5c\x01\x00\x00": 348, b"\x00\x00\x01\x5c": 348, b"\x1c\x02\x00\x00": 540, b"\x00\x00\x02\x1c": 540}.get(head[:4])
-    if size is None:
-        raise DataError(f"{file}: is no NIfTI file; replace it by the original")
-    kind: Any = nibabel.Nifti1Header if size == 348 else nibabel.Nifti2Header
-    block = head[:348] if size == 348 else head + stream.take(540 - HEADER)
+def _axes(affine: np.ndarray | None, file: Path) -> Axes:
     try:
-        return kind.from_fileobj(io.BytesIO(block), check=False)
-    except (nibabel.spatialimages.HeaderDataError, ValueError, KeyError) as error:
-        raise DataError(f"{file}: its NIfTI header cannot be understood ({error}); replace it by the original") from None
+        return AS_STORED if affine is None else axes_of(affine)
+    except DataError as error:
+        raise DataError(f"{file}: {error}; replace it by the original") from None
 
 
-class _Stream:
-    """The bytes of a file from front to back, decompressed when they are gzipped, and never more of them than asked for."""
-
-    def __init__(self, raw: bytes, file: Path) -> None:
-        self._file, self._rest, self.position = file, raw, 0
-        gzipped = raw[:2] == b"\x1f\x8b"
-        self._decompressor = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP) if gzipped else None
-
-    def take(self, count: int) -> bytes:
-        """The next ``count`` bytes."""
-        block = self._next(count)
-        if len(block) < count:
-            raise DataError(
-                f"{self._file}: ends after {self.position + len(block)} bytes, {count - len(block)} too early; replace it by the original"
-            )
-        self.position += count
-        return block
-
-    def _next(self, count: int) -> bytes:
-        if self._decompressor is None or not count:
-            block, self._rest = self._rest[:count], self._rest[count:]
-            return block
-        try:
-            block, self._rest = self._decompressor.decompress(self._rest, count), b""
-        except (igzip_lib.IsalError, EOFError) as error:  # type: ignore[misc]  # isal's own annotations call the class an instance
-            raise DataError(f"{self._file}: damaged gzip data ({error}); replace it by the original") from None
-        return block
-
-    def finish(self) -> None:
-        """Read what follows the voxels, so that the check sum is compared."""
-        if self._decompressor is None:
-            return
-        while not self._decompressor.eof:
-            if not self._next(2**16):
-                raise DataError(f"{self._file}: its gzip data are cut short; replace it by the original")
-
-
-def _voxel_type(header: Any, file: Path) -> np.dtype[Any]:
-    code = int(header["datatype"])
-    try:
-        kind: np.dtype[Any] = header.get_data_dtype()
-    except KeyError:
-        raise DataError(f"{file}: voxels of the unknown type {code}; replace it by the original") from None
-    return kind
-
-
-def _scaled(data: np.ndarray, header: Any, file: Path) -> np.ndarray:
-    values: np.ndarray = data.astype(data.dtype.newbyteorder("="), copy=False)
-    try:
-        slope, intercept = header.get_slope_inter()
-    except nibabel.spatialimages.HeaderDataError as error:
-        raise DataError(f"{file}: its scale cannot be understood ({error}); replace it by the original") from None
-    if slope is not None and (slope != 1 or intercept):
-        with np.errstate(over="ignore", invalid="ignore"):  # what does not fit becomes infinite, and that is refused
-            values = values * float(slope) + float(intercept or 0)
-    return values
-
-
-def _affine(header: Any, file: Path) -> np.ndarray:
-    with np.errstate(all="ignore"):
-        try:
-            affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-        except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
-            raise DataError(f"{file}: its place in space cannot be understood ({error}); replace it by the original") from None
-    if not (np.abs(affine) < FARTHEST).all():
-        raise DataError(f"{file}: its affine leads out of any scanner (values that are not finite, or huge); replace it by the original")
-    return affine
-
-
-def _labels(mask: np.ndarray, file: Path) -> np.ndarray:
-    if mask.dtype.kind != "f":
-        return mask
-    if not np.isfinite(mask).all() or not np.array_equal(np.rint(mask), mask):
-        raise DataError(f"{file}: the segmentation holds fractions or no numbers; resample it with nearest neighbours")
-    low, high = float(mask.min()), float(mask.max())
-    if not -(2**15) <= low <= high < 2**15:
-        raise DataError(f"{file}: the segmentation holds values from {low:g} to {high:g}; only 0 1 2 4 and 0 1 2 3 are known")
-    whole: np.ndarray = mask.astype(np.int16)
-    return whole
-
-
-def _check_shapes(unit: Unit, shapes: dict[str, tuple[int, ...]]) -> None:
-    if len(set(shapes.values())) > 1:
-        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise DataError(f"{unit.patient}: modalities disagree in shape ({found}); register them to one grid")
-
-
-def _check_places(unit: Unit, affines: dict[str, np.ndarray], shape: tuple[int, ...]) -> None:
-    """Compare where the files put the corners of their volumes."""
+def _check_places(scan: str, affines: dict[str, np.ndarray], shape: tuple[int, ...]) -> None:
     corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*(extent - 1 for extent in shape), 1]
     [(first, reference), *others] = affines.items()
     for name, affine in others:
         apart = float(np.abs(corners @ (affine - reference).T).max())
         if apart > FAR:
-            raise DataError(f"{unit.patient}: {name} lies {apart:.1f} mm away from {first} by its affine; register them to one grid")
+            raise DataError(f"{scan}: {name} lies {apart:.1f} mm away from {first} by its affine; register them to one grid")

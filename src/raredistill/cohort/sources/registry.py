@@ -19,6 +19,7 @@ from raredistill.plugins import HINT, Plugin, Registry
 BUILT_IN = {
     "brats_nifti": ("raredistill.cohort.sources.brats_nifti", "BratsNifti"),
     "brats_hdf5": ("raredistill.cohort.sources.brats_hdf5", "BratsHdf5"),
+    "dicom": ("raredistill.cohort.sources.dicom", "Dicom"),
     "image_folder": ("raredistill.cohort.sources.image_folder", "ImageFolder"),
     "table": ("raredistill.cohort.sources.table", "Table"),
     "arrays": ("raredistill.cohort.sources.arrays", "Arrays"),
