@@ -76,7 +76,7 @@ def test_an_override_without_a_place_or_a_value_is_named(tmp_path, override):
         ({"cohort": {"sourc": "table", "path": "x"}}, ["cohort.source: field required", "cohort.sourc: unknown key; did you mean source?"]),
         ({"training": 5}, ["training: input should be a valid dictionary"]),
         ({"runs": [{"name": "a", "model": "m", "modle": "n"}]}, ["runs.0.modle: unknown key; did you mean model?"]),
-        ({"runs": [{"name": "a", "model": "m", "teacher": 4}]}, ["runs.0.teacher: input should be a valid string"]),
+        ({"runs": [{"name": "a", "model": "m", "teacher": False}]}, ["runs.0.teacher: input should be a valid string"]),
         ({"runs": [{"name": "a", "model": "m", "teacher": {"weight": "x"}}]}, ["weights: field required", "did you mean weights?"]),
         ({"splits": {"zzz": 3}}, ["splits.zzz: unknown key; the keys are protocol, folds,"]),
         ({"runs": []}, ["runs: tuple should have at least 1 item"]),

@@ -205,3 +205,15 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     for name in ("gone.parquet", "gone.csv"):
         with pytest.raises(DataError, match=f"{name}: no such file"):
             read(tmp_path / name)
+
+
+def test_classes_written_otherwise_meet_or_are_refused(tmp_path):
+    frame = pd.DataFrame({"patient": ["a", "b"], "label": ["HGG ", "lgg"], " p_HGG": [0.9, 0.2], "p_LGG": [0.1, 0.8]})
+    frame.to_csv(tmp_path / "a.CSV", index=False, sep=";", encoding="utf-8-sig")
+    frame.to_csv(tmp_path / "a.csv.gz", index=False)
+    frame.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    for name in ("a.CSV", "a.csv.gz", "a.tsv"):
+        assert read(tmp_path / name).table["label"].tolist() == ["HGG", "LGG"]
+    pd.DataFrame({"patient": ["a", "b"], "label": ["HGG", "LGG"], "predicted": [1, 0]}).to_csv(tmp_path / "b.csv", index=False)
+    with pytest.raises(DataError, match="write the same classes alike"):
+        read(tmp_path / "b.csv")

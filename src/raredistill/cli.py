@@ -133,21 +133,39 @@ def phantom(
 
 
 @app.command()
-def verify(kind: Kind, path: RawPath, options: Options = None, workers: Workers = None, plugin: Plugins = None) -> None:
+def verify(
+    kind: Kind,
+    path: RawPath,
+    options: Options = None,
+    workers: Workers = None,
+    out: Annotated[Path | None, typer.Option("--out", help="write the table of problems too: a .csv or .json file")] = None,
+    sheet: Annotated[Path, typer.Option(help="picture of near-copies, written only where there are some")] = Path("near-duplicates.png"),
+    plugin: Plugins = None,
+) -> None:
     """Read a source once and list every problem with its remedy; the exit code is 2 if there is an error."""
     from dataclasses import asdict
 
     from raredistill.cohort.sources.registry import open_source
-    from raredistill.cohort.verify import verify as find_problems
+    from raredistill.cohort.verify import examine, write_table
     from raredistill.console import Progress, show_table
 
     source = open_source(kind, path, **_options(options))
     with Progress(f"verified {source.counted}") as progress:
-        problems = find_problems(source, workers=workers, progress=progress)
+        found = examine(source, workers=workers, progress=progress)
+    problems = found.problems
     show_table([{**asdict(problem), "file": _short(problem.file, path)} for problem in problems])
+    show_table([{"left out because": skip.reason, "number": skip.count, "such as": ", ".join(skip.examples)} for skip in found.skipped])
+    if out is not None:
+        print(f"problems: {write_table(found, out)}")
+    if len(found.copies.near):
+        from raredistill.cohort.inspect import pair_sheet
+
+        print(f"near-copies, side by side: {pair_sheet(found.copies, found.looks, sheet)}")
     counts = {level: sum(problem.level == level for problem in problems) for level in ("error", "warning", "note")}
     generated = "; generated data (phantom), not patients" if source.settings().get("generated") else ""
-    print(f"{len(source.units())} usable {source.counted}; {_numbers(counts)}{generated}")
+    unlabelled = f" ({found.unlabelled} without a label)" if found.unlabelled else ""
+    print(f"{found.usable} usable {source.counted}, {found.samples} samples{unlabelled}; {_numbers(counts)}{generated}")
+    print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in found.seconds.items()))
     if counts["error"]:
         leave_out = all(problem.patient for problem in problems if problem.level == "error")
         cure = "fix them, or leave those patients out with prepare --leave-out-bad" if leave_out else "fix them"
@@ -207,7 +225,10 @@ def inspect(
     show_table(records(summary(loaded)), title + (f"; {GENERATED}" if is_generated(loaded) else ""))
     patients = patient_table(loaded).reset_index()
     shown = patients.head(PATIENTS_SHOWN)
-    show_table(records(shown), f"slices of each patient ({len(shown)} of {len(patients)})")
+    if loaded.patients_known:
+        show_table(records(shown), f"slices of each patient ({len(shown)} of {len(patients)})")
+    else:
+        print("no patient is known: each image is its own unit, and images of one patient may stand on both sides of a split")
     print(f"contact sheet: {picture}")
     _next(f"raredistill study CONFIG --out study cohort={shlex.quote(str(cohort))}")
 

@@ -28,7 +28,7 @@ Seed = Annotated[int, Interval(ge=0, le=LARGEST_SEED)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)  # classes may be called 0 and 1
 
 
 class SourceConfig(_Strict):

@@ -17,6 +17,10 @@ SETTLED = 5.0
 """Seconds after which the time left is shown: earlier, most of the time is the start of the workers."""
 
 
+TOLD_FROM = 0.01
+"""Share of the steps after which the time left is told: one of thousands says nothing of the rest."""
+
+
 class Progress:
     """Shows progress towards a total and the time left; a context manager."""
 
@@ -51,7 +55,7 @@ class Progress:
             print(f"{self.what}: {done}/{total}{self._left(done, total)} {note}".rstrip(), file=sys.stderr, flush=True)
 
     def _left(self, done: int, total: int) -> str:
-        if not 0 < done < total or time.monotonic() - self.start < SETTLED:
+        if not max(1, TOLD_FROM * total) <= done < total or time.monotonic() - self.start < SETTLED:
             return ""
         return f", about {duration((time.monotonic() - self.start) / done * (total - done))} left"
 

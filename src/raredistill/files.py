@@ -163,10 +163,17 @@ def _plain_loader() -> Any:
 
 
 def _resolvers(known: Mapping[str, list[tuple[str, Any]]]) -> dict[str, list[tuple[str, Any]]]:
-    """Types of unquoted words other than strings: YAML 1.1's numbers without a colon, booleans and null."""
+    """What a word without quotes can be beside a text: YAML 1.1's numbers without a colon, ``true`` and ``false``, and nothing.
+
+    ``yes`` and ``no`` are texts, as in YAML 1.2: they are names of classes.
+    """
     kinds = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "null")}
     return {
-        letter: [(tag, re.compile(rf"(?!.*:)(?:{pattern.pattern})", pattern.flags)) for tag, pattern in pairs if tag in kinds]
+        letter: [
+            (tag, re.compile(rf"(?!.*:)(?:{pattern.pattern})", pattern.flags))
+            for tag, pattern in pairs
+            if tag in kinds and (not tag.endswith(":bool") or letter in "tTfF")
+        ]
         for letter, pairs in known.items()
     }
 
@@ -192,18 +199,6 @@ def _values(value: Any, known: dict[int, float]) -> float:
         known[id(value)] = float("inf")  # until it is counted, so that a list that contains itself is infinite
         known[id(value)] = 1 + sum(_values(item, known) for item in (value.values() if isinstance(value, dict) else value))
     return known[id(value)]
-
-
-def files_below(folder: Path) -> list[Path]:
-    """All files at any depth below a folder, sorted; empty if it is not a folder. Links to folders are not followed.
-
-    Raises:
-        DataError: a folder cannot be read, so its content is unknown.
-    """
-    found: list[Path] = []
-    for place, _, names in os.walk(folder, onerror=refuse_unread) if folder.is_dir() else ():
-        found += [Path(place, name) for name in names]
-    return sorted(found)
 
 
 def folders_in(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -157,8 +158,8 @@ def read(path: Path, *, classes: Sequence[str] | None = None, background: str | 
         DataError: unreadable or altered, a column is missing, an unknown class, a sample with two labels, a patient with two patient
             labels, a repeated row, logits that are not finite, probabilities that do not add up to 1.
     """
-    if path.suffix == ".csv":
-        return _foreign(_read_csv(path), path, classes, background)
+    if is_text_table(path):
+        return _foreign(read_text_table(path, texts=_CSV_TEXTS), path, classes, background)
     frame, record = _read_parquet(path)
     return _native(frame, record, path) if record else _foreign(frame, path, classes, background)
 
@@ -171,14 +172,43 @@ _SCHEMA = pa.schema(
 )
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+_TEXT_ENDINGS = (".csv", ".tsv", ".txt")
+_PACKED = (".gz", ".bz2", ".xz", ".zip")
+
+
+def is_text_table(path: Path) -> bool:
+    """Whether a file's name is that of a table of text, packed or not: ``.csv``, ``.tsv``, ``.CSV``, ``.csv.gz``."""
+    endings = [ending.lower() for ending in path.suffixes[-2:]]
+    return bool(endings) and (endings[-1] in _TEXT_ENDINGS or (endings[-1] in _PACKED and endings[0] in _TEXT_ENDINGS))
+
+
+def read_text_table(path: Path, *, texts: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a table of text with commas, semicolons or tabs between its columns; blanks around headers and ``texts`` go.
+
+    Args:
+        path: the file, packed or not.
+        texts: columns that are names: ``001`` and ``NA`` are no numbers or gaps.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": {}, "encoding": "utf-8-sig", "index_col": False}
+    options["compression"] = _PACKERS.get(path.suffix.lower())
     try:
-        # Names such as "001" or "NA" are names, not numbers or gaps.
-        return pd.read_csv(path, dtype=dict.fromkeys(_CSV_TEXTS, str), keep_default_na=False, na_values={})
+        head = [str(name) for name in pd.read_csv(path, header=None, nrows=1, sep="\x00", engine="python", dtype=str, **options).iloc[0]]
+        separator = max(",;\t", key=head[0].count)
+        names = [str(name) for name in pd.read_csv(path, nrows=0, sep=separator, **options).columns]
+        table = pd.read_csv(path, sep=separator, dtype={name: str for name in names if name.strip() in texts}, **options)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, IndexError) as error:
         raise DataError(f"{path}: cannot be read as CSV ({error})") from None
+    table.columns = pd.Index([str(name).strip() for name in table.columns])
+    stripped: pd.DataFrame = table.assign(**{name: table[name].str.strip() for name in texts if name in table})
+    return stripped
+
+
+_PACKERS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zip": "zip"}
 
 
 def _read_parquet(path: Path) -> tuple[pd.DataFrame, bytes | None]:
@@ -190,7 +220,9 @@ def _read_parquet(path: Path) -> tuple[pd.DataFrame, bytes | None]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, pa.ArrowException, ValueError, MemoryError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error}); delete it and write it again") from None
+        raise DataError(
+            f"{path}: cannot be read as Parquet ({error}); a table is read from .csv, .tsv or .parquet: name such a file, or write it again"
+        ) from None
 
 
 def _plain_columns(handle: pq.ParquetFile, path: Path) -> list[str]:
@@ -215,16 +247,20 @@ def _native(frame: pd.DataFrame, record: bytes, path: Path) -> Predictions:
         told = json.loads(record)
         classes, background, digest = tuple(told["classes"]), told["background"], told["sha256"]
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: its record of classes is damaged; delete it and write it again") from None
+        raise DataError(f"{path}: its record of classes is damaged; write it again with the command that made it") from None
     table = _check(frame, classes, background, str(path))
     if digest != _digest(table, classes, background):
-        raise DataError(f"{path}: its content does not match its hash, so it was damaged or edited; delete it and write it again")
+        raise DataError(
+            f"{path}: its content does not match its hash, so it was damaged or edited; write it again with the command that made it"
+        )
     return Predictions(table, classes, background)
 
 
 def _foreign(frame: pd.DataFrame, path: Path, classes: Sequence[str] | None, background: str | None) -> Predictions:
     _require(frame, ("label", "patient"), str(path))
+    frame = frame.assign(**{name: frame[name].astype(str).str.strip() for name in ("label", "predicted", "patient_label") if name in frame})
     order, hard = tuple(classes) if classes else _classes_of(frame, path), _is_hard(frame)
+    frame = frame.assign(**{name: _met(frame[name], order) for name in ("label", "predicted", "patient_label") if name in frame})
     table = frame.assign(logits=list((_hard_logits if hard else _foreign_logits)(frame, order, path).astype(np.float32)))
     defaults: dict[str, Any] = {"run": path.stem, "split": "test", **dict.fromkeys(_NUMBERS, 0), "checkpoint": "best"}
     table = table.assign(**{column: value for column, value in defaults.items() if column not in table})
@@ -233,6 +269,19 @@ def _foreign(frame: pd.DataFrame, path: Path, classes: Sequence[str] | None, bac
     if "patient_label" not in table:
         table["patient_label"] = _patient_labels(table, background, path)
     return Predictions(_check(table, order, background, str(path)), order, background, hard)
+
+
+def _met(written: pd.Series[Any], classes: tuple[str, ...]) -> pd.Series[Any]:
+    """Labels as the classes write them, where they differ in case, blanks or pandas' ``.0`` only."""
+    keys = [_spelling(name) for name in classes]
+    if len(set(keys)) < len(keys):
+        return written
+    known = dict(zip(keys, classes, strict=True))
+    return written.map(lambda name: name if name in classes else known.get(_spelling(name), name))
+
+
+def _spelling(name: str) -> str:
+    return re.sub(r"\.0+$", "", name.strip()).casefold()
 
 
 def _is_hard(frame: pd.DataFrame) -> bool:
@@ -252,7 +301,14 @@ def _classes_of(frame: pd.DataFrame, path: Path) -> tuple[str, ...]:
         if found := tuple(column.removeprefix(prefix) for column in frame.columns if column.startswith(prefix)):
             return found
     if "predicted" in frame:
-        return tuple(sorted({*frame["label"].astype(str), *frame["predicted"].astype(str)}))
+        actual, guessed = ({_spelling(name) for name in frame[column]} for column in ("label", "predicted"))
+        if not actual & guessed:
+            shown = f"label has {', '.join(sorted(actual)[:3])}, predicted has {', '.join(sorted(guessed)[:3])}"
+            raise DataError(f"{path}: {shown}; write the same classes alike in both columns")
+        spelled: dict[str, str] = {}
+        for name in [*frame["label"], *frame["predicted"]]:
+            spelled.setdefault(_spelling(name), name)
+        return tuple(sorted(spelled.values()))
     raise DataError(f"{path}: has no column p_<class> or logit_<class>; give each class one, or a column predicted")
 
 

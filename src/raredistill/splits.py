@@ -112,7 +112,7 @@ class Patients:
 
     def __init__(self, cohort: Cohort) -> None:
         self.cohort = cohort
-        samples = cohort.samples
+        samples = cohort.samples.iloc[cohort.labelled]
         order = samples["label"].value_counts().sort_values(kind="stable").index
         rank = samples["label"].map({name: position for position, name in enumerate(order)})
         rarest = rank.groupby(samples["patient"], sort=True).min()
@@ -136,8 +136,8 @@ class Patients:
                 )
 
     def rows(self, names: Sequence[str] | np.ndarray) -> np.ndarray:
-        """Rows of the samples of some patients, in the cohort's order."""
-        return np.flatnonzero(self.cohort.samples["patient"].isin(list(names)).to_numpy()).astype(np.int64)
+        """Rows of the labelled samples of some patients, in the cohort's order."""
+        return self.cohort.labelled[self.cohort.samples["patient"].iloc[self.cohort.labelled].isin(list(names)).to_numpy()]
 
 
 def _outer(people: Patients, folds: int, repeats: int, validation_share: float, seed: int) -> list[_Part]:
@@ -182,12 +182,13 @@ def _holdout(people: Patients, folds: int, test_share: float, seed: int) -> list
 
 
 def _given(cohort: Cohort) -> _Part:
-    split = cohort.samples["split"]
+    labelled = cohort.samples.iloc[cohort.labelled]
+    split = labelled["split"]
     if not {"train", "test"} <= set(split):
         raise SplitError(
             f"protocol given: {cohort.root} has no split column with train and test parts; use protocol outer or name the column"
         )
-    patients = cohort.samples["patient"]
+    patients = labelled["patient"]
     return _Part(0, 0, {side: patients[split == side].unique() for side in SIDES})
 
 
@@ -233,11 +234,17 @@ def _check_classes(cohort: Cohort, split: Split, *, needs_validation: bool) -> N
         rows = getattr(split, side)
         if side == "validation" and not len(rows) and not needs_validation:
             continue
+        _refuse_unlabelled(labels[rows], f"fold {split.fold}: the {side} part")
         counts = np.bincount(labels[rows], minlength=len(cohort.classes))
         if absent := [name for name, count in zip(cohort.classes, counts, strict=True) if not count]:
             raise SplitError(
                 f"fold {split.fold}: the {side} part has no sample of class {absent[0]}; use fewer folds, another seed or more patients"
             )
+
+
+def _refuse_unlabelled(labels: np.ndarray, where: str) -> None:
+    if (labels < 0).any():
+        raise SplitError(f"{where} holds {int((labels < 0).sum())} samples without a label; make the splits again")
 
 
 def cross_fit(cohort: Cohort, split: Split, folds: int) -> list[Split]:
@@ -311,6 +318,7 @@ def load_split(path: Path, cohort: Cohort) -> Split:
         raise SplitError(f"{path}: its repeat and fold are not whole numbers; make the splits again")
     split = Split(raw["repeat"], raw["fold"], rows["train"], rows["validation"], rows["test"], patients)
     for side in SIDES:
+        _refuse_unlabelled(cohort.labels[rows[side]], f"{path}: the {side} part")
         if not names[side] <= set(patients[side]):
             raise SplitError(f"{path}: the {side} rows hold patients that its list does not name; make the splits again")
     if split.hash != raw["hash"]:

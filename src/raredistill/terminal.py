@@ -87,9 +87,16 @@ def show_cohort(cohort: Cohort) -> None:
     """Print the counts of a prepared cohort, and the patients left out of it."""
     from raredistill.cohort.inspect import GENERATED, is_generated, rule_table
 
-    title = f"{cohort.name}: {len(cohort.samples)} samples of {cohort.samples['patient'].nunique()} patients"
+    who = f"of {cohort.samples['patient'].nunique()} patients" if cohort.patients_known else "(images: no patient is known)"
+    title = f"{cohort.name}: {len(cohort.samples)} samples {who}"
+    title += f", {len(cohort.unlabelled)} of them without a label" if len(cohort.unlabelled) else ""
     title += f", channels {', '.join(cohort.channels)}" + (f"; {GENERATED}" if is_generated(cohort) else "")
-    show_table(records(cohort.counts()), title)
+    counts = cohort.counts() if cohort.patients_known else cohort.counts().drop(columns="patients").rename(columns={"slices": "images"})
+    show_table(records(counts), title)
+    if not cohort.patients_known:
+        print("warning: no patient is known, so images of one patient may stand on both sides of a split")
+    if skipped := cohort.provenance.get("skipped"):
+        print("left out: " + "; ".join(f"{skip['count']} {skip['reason']} (such as {skip['examples'][0]})" for skip in skipped))
     show_table(records(rule_table(cohort)), f"slices of each class by both label rules (used: {cohort.provenance['settings'].get('rule')})")
     if left_out := cohort.provenance["left_out"]:
         names = sorted({problem["patient"] for problem in left_out})

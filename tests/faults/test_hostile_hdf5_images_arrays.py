@@ -212,12 +212,6 @@ def pages():
     return handle.getvalue()
 
 
-def gif():
-    handle = io.BytesIO()
-    Image.new("L", (SIDE, SIDE)).save(handle, "GIF")
-    return handle.getvalue()
-
-
 IMAGE_FAULTS = {
     "empty": lambda raw: b"",
     "cut in half": lambda raw: raw[: len(raw) // 2],
@@ -225,7 +219,7 @@ IMAGE_FAULTS = {
     "bomb of 30,000 x 30,000": lambda raw: bomb(30_000),
     "bomb of 12,000 x 12,000": lambda raw: bomb(12_000),
     "several pages": lambda raw: pages(),
-    "another format under the name": lambda raw: gif(),
+    "another format under the name": lambda raw: b"%PDF-1.4 no picture",
     "web page": lambda raw: b"<html>no</html>",
     "SVG": lambda raw: b"<svg xmlns='http://www.w3.org/2000/svg'/>",
 }

@@ -232,7 +232,8 @@ def image_seeds(real):
     for picture, kind, options in (
         (grey, "PNG", {}), (deep, "PNG", {}), (grey.convert("P"), "PNG", {}), (grey.convert("RGB"), "JPEG", {}), (grey, "JPEG", {}),
         (grey.convert("CMYK"), "TIFF", {}), (deep, "TIFF", {"compression": "tiff_lzw"}),
-        (grey.convert("RGB"), "TIFF", {"compression": "tiff_deflate"}),
+        (grey.convert("RGB"), "TIFF", {"compression": "tiff_deflate"}), (grey, "BMP", {}), (grey.convert("RGB"), "WEBP", {}),
+        (grey, "GIF", {}), (grey, "PPM", {}), (grey, "JPEG2000", {}),
     ):  # fmt: skip
         handle = io.BytesIO()
         picture.save(handle, kind, **options)
@@ -278,9 +279,17 @@ def npz_seeds(real):
         },
         {"x_train": np.asfortranarray(pixels), "y_train": np.arange(4) % 2, "classes": np.array(["a", "b"])},
         {"x_train": pixels.astype(np.uint16), "y_train": np.array(["a", "b", "a", "c"])},
+        {
+            "images": np.stack([pixels, pixels], -1),
+            "labels": np.eye(2)[np.arange(4) % 2],
+            "channels": np.array(["t1", "t2"]),
+            "patients": np.array(["p", "p", "q", "r"]),
+            "slices": np.arange(4),
+            "splits": np.array(["train", "train", "test", "val"]),
+        },
     )
     seeds = []
-    for save, members in zip((np.savez, np.savez_compressed, np.savez), layouts, strict=True):
+    for save, members in zip((np.savez, np.savez_compressed, np.savez, np.savez), layouts, strict=True):
         handle = io.BytesIO()
         save(handle, **members)
         seeds.append(handle.getvalue())

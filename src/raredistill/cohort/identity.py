@@ -5,7 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import regex
+
 from raredistill.errors import ConfigError, DataError
+from raredistill.names import shown
+
+PATIENCE = 1.0
+"""Seconds in which the patient must be found in one name; a usual pattern takes a few microseconds."""
 
 TOLD = 5
 """Groups of ids that one message lists before it only counts."""
@@ -62,21 +68,31 @@ def _without_visit(name: str) -> str:
     return shorter
 
 
-def compile_pattern(pattern: str, option: str = "patient") -> re.Pattern[str]:
+def compile_pattern(pattern: str, option: str = "patient") -> regex.Pattern[str]:
     """The regular expression that a user gave for an option.
 
     Raises:
         ConfigError: it is none.
     """
     try:
-        return re.compile(pattern)
-    except re.error as error:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError) as error:
         raise ConfigError(f"{option}={pattern!r} is not a regular expression ({error})") from None
 
 
-def apply_pattern(pattern: re.Pattern[str], name: str) -> str | None:
-    """The patient in a name: the group ``patient``, else the first group, else the whole match; None where nothing matches."""
-    match = pattern.search(name)
+def apply_pattern(pattern: regex.Pattern[str], name: str) -> str | None:
+    """The patient in a name: the group ``patient``, else the first group, else the whole match; None where nothing matches.
+
+    Raises:
+        ConfigError: the pattern can match in too many ways.
+    """
+    try:
+        match = pattern.search(name, timeout=PATIENCE)
+    except TimeoutError:
+        raise ConfigError(
+            f"patient={pattern.pattern!r} takes more than {PATIENCE:.0f} s to match {shown(name)!r:.80}: repetitions inside repetitions, "
+            "such as (a+)+, can be matched in too many ways; write it without them"
+        ) from None
     if match is None:
         return None
     group: int | str = "patient" if "patient" in pattern.groupindex else min(pattern.groups, 1)

@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from raredistill import files
+from raredistill.cohort.duplicates import Copies
 from raredistill.cohort.store import Cohort
 from raredistill.errors import DataError
 
 ALL = "all"
+PAIRS_SHOWN = 24
 _COLOUR = ("red", "green", "blue")
 GENERATED = "generated data (phantom), not patients"
 """What is said wherever generated data appear."""
@@ -28,8 +30,13 @@ def summary(cohort: Cohort) -> pd.DataFrame:
     Returns:
         Columns ``split`` (only with a given split), ``class``, ``slices``, ``share`` (of its part's slices), ``patients``,
         ``slices_per_patient`` (median) and ``sources`` (files or cases). The class ``all`` sums up a part; a patient with several
-        classes counts once there.
+        classes counts once there. Where no patient is known, ``images`` stands for ``slices`` and nothing counts patients.
     """
+    table = _summary(cohort)
+    return table if cohort.patients_known else table.drop(columns=["patients", "slices_per_patient"]).rename(columns={"slices": "images"})
+
+
+def _summary(cohort: Cohort) -> pd.DataFrame:
     if not (cohort.samples["split"] != "").any():
         return _part_summary(cohort.samples, cohort.classes)
     parts = [_part_summary(part, cohort.classes) for _, part in cohort.samples.groupby("split", sort=False)]
@@ -113,6 +120,29 @@ def contact_sheet(cohort: Cohort, path: Path, *, per_class: int = 8, channel: st
     return path
 
 
+def pair_sheet(copies: Copies, looks: np.ndarray, path: Path) -> Path:
+    """Draw near-copies side by side, the closest first, each with its sample's name; at most ``PAIRS_SHOWN`` pairs.
+
+    Args:
+        copies: what a search found.
+        looks: ``(N, side, side)`` uint8 grey, as the search compared them.
+        path: the PNG to write.
+    """
+    pairs = copies.near.head(PAIRS_SHOWN)
+    figure = Figure(figsize=(8, 1.9 * -(-len(pairs) // 2) + 0.7), layout="constrained")
+    axes = figure.subplots(-(-len(pairs) // 2), 4, squeeze=False).reshape(-1)
+    for axis in axes:
+        _bare(axis)
+    rows = pairs[["first", "second"]].to_numpy().reshape(-1)
+    for axis, row in zip(axes, rows, strict=False):
+        axis.imshow(looks[row], cmap="gray", vmin=0, vmax=255)
+        axis.set_title(str(copies.samples["sample"].iloc[row])[-28:], fontsize=7, parse_math=False)
+    figure.suptitle(f"near-copies: {len(pairs)} of {len(copies.near)} pairs, in columns 1 and 2, 3 and 4", fontsize=10)
+    with files.atomic(path) as temporary:
+        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=110, metadata={"Software": None})
+    return path
+
+
 def _is_colour(cohort: Cohort, channel: str | None) -> bool:
     return channel is None and set(_COLOUR) <= set(cohort.channels)
 
@@ -146,5 +176,5 @@ def _caption(sample: pd.Series) -> str:
 
 def _title(cohort: Cohort, channel: str | None) -> str:
     parts = [cohort.name, "colour" if _is_colour(cohort, channel) else channel or cohort.channels[0], f"{len(cohort.samples)} slices"]
-    parts += [f"{cohort.samples['patient'].nunique()} patients"]
+    parts += [f"{cohort.samples['patient'].nunique()} patients"] if cohort.patients_known else ["no patient is known"]
     return " · ".join(parts + ([GENERATED] if is_generated(cohort) else []))

@@ -8,9 +8,10 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,8 @@ from raredistill.processes import end_with_parent
 Outcome = TypeVar("Outcome")
 LARGEST_KEPT = 2**25
 """Bytes of the largest block that a worker keeps for its next patient."""
+AHEAD = 8
+"""Units per worker that are handed out before their outcomes are taken."""
 
 
 def cores() -> int:
@@ -60,7 +63,7 @@ def over_units(
         return
     packed = pickle.dumps(tuple(arguments))
     with nullcontext(executor) if executor is not None else pool(count) as processes:
-        yield from _results([processes.submit(_call, work, unit, packed) for unit in units])
+        yield from _results(processes, units, lambda unit: (work, unit, packed), ahead=AHEAD * count)
 
 
 def _call(work: Callable[..., Outcome], unit: Unit, packed: bytes) -> Outcome:
@@ -74,16 +77,21 @@ def _unpack(packed: bytes) -> tuple[Any, ...]:
     return arguments
 
 
-def _results(futures: list[Future[Outcome]]) -> Iterator[Outcome]:
+def _results(processes: Executor, units: Sequence[Unit], task: Callable[[Unit], tuple[Any, ...]], *, ahead: int) -> Iterator[Any]:
+    """Outcomes as they come; no more than ``ahead`` units wait or are done and not yet taken, so that memory stays small."""
+    left, open_tasks = iter(units), set[Future[Any]]()
     try:
-        for future in as_completed(futures):
-            yield future.result()
+        open_tasks |= {processes.submit(_call, *task(unit)) for unit in islice(left, ahead)}
+        while open_tasks:
+            done, open_tasks = wait(open_tasks, return_when=FIRST_COMPLETED)
+            open_tasks |= {processes.submit(_call, *task(unit)) for unit in islice(left, len(done))}
+            yield from (future.result() for future in done)
     except BrokenProcessPool:
         raise DataError(
             "a worker process was killed, perhaps because memory ran out; run the same command again with fewer workers"
         ) from None
     finally:
-        for future in futures:
+        for future in open_tasks:
             future.cancel()
 
 

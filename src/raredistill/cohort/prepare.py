@@ -19,13 +19,15 @@ from isal import isal_zlib
 
 from raredistill import files
 from raredistill.cohort import store
+from raredistill.cohort.duplicates import Prints, dropped, find_copies, joined, prints_of
 from raredistill.cohort.parallel import over_units
 from raredistill.cohort.sources import Problem, Source, Unit
 from raredistill.cohort.store import WORK, Cohort
-from raredistill.cohort.verify import decoding_error, problems_of
+from raredistill.cohort.verify import compared, decoding_error, gathered, listed_problems, rows_of, treatment_of
 from raredistill.errors import ConfigError, DataError
 
 JOB = "job.json"
+PAIRS = "near-duplicates.png"
 SMALLEST, LARGEST = 8, 1024
 """Pixels of a side of a sample."""
 TOLD = 20
@@ -66,30 +68,70 @@ def prepare(
     if not all(SMALLEST <= side <= LARGEST for side in size):
         raise ConfigError(f"size {size[0]} x {size[1]}: a side has from {SMALLEST} to {LARGEST} pixels")
     out, job = Path(out), _job(source, size)
+    finished = {**job, "duplicates": treatment_of(source)}  # not of an unfinished one: the cure of copies can be taken up
     if (out / store.DESCRIPTION).exists():
-        return _finished(out, job)
-    problems = problems_of(source)
+        return _finished(out, finished)
+    problems = listed_problems(source)
     _refuse(source, problems, leave_out_bad)
     if (out / store.DESCRIPTION).exists():  # another process has made it in the meantime
-        return _finished(out, job)
+        return _finished(out, finished)
     files.claim_folder(out, WORK)
     with files.locked(out / WORK / "lock"):
         if (out / store.DESCRIPTION).exists():  # or while this one waited
-            return _finished(out, job)
+            return _finished(out, finished)
         _claim_job(out, job)
         files.tidy(out)
         with store.Writer(out, source.channels) as writer:
             parts, unreadable = _read_parts(source, writer, size, progress, workers=workers, executor=executor)
             _refuse(source, unreadable, leave_out_bad)
-            table = store.checked(_samples(parts), source.classes())
-            provenance = _provenance(job, parts, [*problems, *unreadable])
-            return writer.finish(table, classes=source.classes(), size=size, provenance=provenance)
+            samples, prints = _prints(parts)
+            copies = find_copies(samples, prints)
+            found = compared(copies, prints, source)
+            _refuse(source, found, leave_out_bad)
+            treatment = treatment_of(source)
+            if treatment == "drop":
+                _append_without(writer, parts, set(copies.samples["sample"].iloc[dropped(copies)]))
+            names = joined(copies, near=treatment == "near") if treatment in ("join", "near") else {}
+            table = store.checked(_renamed(_samples(parts), names), source.classes())
+            provenance = _provenance(job, parts, [*problems, *unreadable, *found], source, names)
+            known = getattr(source, "patients_known", True)
+            cohort = writer.finish(table, classes=source.classes(), size=size, provenance=provenance, patients_known=known)
+    if len(copies.near):
+        # Drawing is slow to import and seldom needed.
+        from raredistill.cohort.inspect import pair_sheet
+
+        pair_sheet(copies, prints.looks, out / PAIRS)
+    return cohort
 
 
 def _job(source: Source, size: tuple[int, int]) -> dict[str, Any]:
     """What determines the outcome: files by name and size, so that a moved source is the same."""
     units = [[unit.patient, unit.label, [[file.name, _file_size(file)] for file in unit.files]] for unit in source.units()]
     return {"kind": source.kind, "settings": source.settings(), "size": list(size), "inputs": files.fingerprint(units)}
+
+
+def _prints(parts: list[dict[str, Any]]) -> tuple[pd.DataFrame, Prints]:
+    rows = [rows_of(Unit(part["patient"], part["label"], ()), part["rows"]) for part in parts]
+    return gathered(rows, [Prints.of_record(part["prints"]) for part in parts])
+
+
+def _append_without(writer: store.Writer, parts: list[dict[str, Any]], gone: set[str]) -> None:
+    """Append all parts without some samples, which also leave the parts' rows."""
+    for part in parts:
+        kept = np.array([row["sample"] not in gone for row in part["rows"]], dtype=bool)
+        folder = writer.root / WORK
+        blocks = {channel: next(_blocks(folder, part, channel)).reshape(len(kept), -1)[kept] for channel in part["checks"]}
+        writer.append({channel: [block] for channel, block in blocks.items()})
+        part["rows"] = [row for row, keep in zip(part["rows"], kept, strict=True) if keep]
+
+
+def _renamed(samples: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
+    """Samples of joined patients under one name; a patient's label is what all its parts agree on."""
+    if not names:
+        return samples
+    patients = samples["patient"].map(lambda name: names.get(name, name))
+    labels = samples["patient_label"].groupby(patients).agg(lambda found: found.iloc[0] if found.nunique() == 1 else "")
+    return samples.assign(patient=patients, patient_label=patients.map(labels))
 
 
 def _file_size(file: Path) -> int:
@@ -101,7 +143,7 @@ def _file_size(file: Path) -> int:
 
 def _finished(out: Path, job: dict[str, Any]) -> Cohort:
     cohort = Cohort.load(out)
-    _same_job(out, cohort.provenance, job, "a cohort")
+    _same_job(out, {"duplicates": "refuse", **cohort.provenance}, job, "a cohort")
     if (out / WORK).exists():  # a kill came after the cohort and before the end, or another process is at its end
         with files.locked(out / WORK / "lock"):
             store.clear(out)
@@ -148,10 +190,11 @@ def _read_parts(
 ) -> tuple[list[dict[str, Any]], list[Problem]]:
     """Bring every patient's part to disk and into the cohort, in the order of the units, while workers read the next."""
     units, folder = source.units(), writer.root / WORK
+    later = treatment_of(source) == "drop"  # which samples go is known when all are there
     done = {unit.patient: part for unit in units if (part := _load_part(folder, unit, source.channels, size))}
     missing = [unit for unit in units if unit.patient not in done]
     unreadable: list[Problem] = []
-    assembly = _Assembly(writer, [unit.patient for unit in units])
+    assembly = _Assembly(writer, [] if later else [unit.patient for unit in units])
     _tell(progress, len(done), len(units))
     for patient, part in done.items():
         assembly.add(patient, part)
@@ -186,6 +229,7 @@ def write_part(unit: Unit, source: Source, folder: Path, size: tuple[int, int]) 
         "hashes": slices.hashes or {file.name: files.sha256(file) for file in unit.files},
         "problems": [asdict(problem) for problem in slices.problems],
         "checks": checks,
+        "prints": prints_of(slices).record(),
         "key": _key(unit),
     }
     _write_description(_part_file(folder, unit, "json"), part)
@@ -227,6 +271,8 @@ def _load_part(folder: Path, unit: Unit, channels: tuple[str, ...], size: tuple[
         return None
     if not isinstance(part, dict) or not files.is_sealed(part):
         return None
+    if "prints" not in part:
+        return None
     expected = len(part["rows"]) * size[0] * size[1]
     whole = all(_file_size(_part_file(folder, unit, f"{channel}.u8")) == expected for channel in channels)
     return part if whole and part["stamps"] == _stamps(unit) and part["label"] == unit.label else None
@@ -263,7 +309,9 @@ def _samples(parts: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(store.COLUMNS))
 
 
-def _provenance(job: dict[str, Any], parts: list[dict[str, Any]], problems: list[Problem]) -> dict[str, Any]:
+def _provenance(
+    job: dict[str, Any], parts: list[dict[str, Any]], problems: list[Problem], source: Source, names: dict[str, str]
+) -> dict[str, Any]:
     tally: Counter[str] = Counter()
     for part in parts:
         tally.update(part["tally"])
@@ -273,6 +321,9 @@ def _provenance(job: dict[str, Any], parts: list[dict[str, Any]], problems: list
         **job,
         "patients": len(parts),
         "tally": dict(sorted(tally.items())),
+        "skipped": [asdict(skip) for skip in source.skipped()],
+        **({"duplicates": treatment_of(source)} if treatment_of(source) != "refuse" else {}),
+        **({"joined": names} if names else {}),
         "left_out": [problem for problem in told if problem["patient"] and problem["patient"] not in used],
         "remarks": [problem for problem in told if problem["patient"] in used or not problem["patient"]],
         "hashes": {part["patient"]: part["hashes"] for part in parts},

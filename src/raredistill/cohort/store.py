@@ -48,6 +48,7 @@ class Cohort:
         provenance: where the samples come from and how they were made.
         hash: of samples, classes, channels and pixels; independent of the folder's place and of the machine.
         background: the class that no patient carries (healthy), or None.
+        patients_known: whether patients are told; else each sample is its own unit, and nothing counts patients.
     """
 
     root: Path
@@ -58,6 +59,7 @@ class Cohort:
     provenance: dict[str, Any]
     hash: str
     background: str | None
+    patients_known: bool = True
 
     @classmethod
     def load(cls, root: Path) -> Cohort:
@@ -82,6 +84,7 @@ class Cohort:
             provenance=description["provenance"],
             hash=description["hash"],
             background=description["background"],
+            patients_known=description.get("patients_known", _distinct(samples)),
         )
 
     @property
@@ -95,9 +98,19 @@ class Cohort:
         return tuple(name for name in self.classes if name != self.background)
 
     @property
+    def labelled(self) -> np.ndarray:
+        """Rows that have a label, int64: only these are ever in a split."""
+        return np.flatnonzero((self.samples["label"] != "").to_numpy()).astype(np.int64)
+
+    @property
+    def unlabelled(self) -> np.ndarray:
+        """Rows without a label, int64: a part of their own, never tested or validated on."""
+        return np.flatnonzero((self.samples["label"] == "").to_numpy()).astype(np.int64)
+
+    @property
     def labels(self) -> np.ndarray:
-        """``(N,)`` int64 class indices."""
-        return np.asarray(pd.Categorical(self.samples["label"], categories=list(self.classes)).codes, dtype=np.int64)
+        """``(N,)`` int64 class indices; -1 where a sample has no label."""
+        return np.asarray(pd.Index(list(self.classes), dtype=object).get_indexer(pd.Index(self.samples["label"])), dtype=np.int64)
 
     def pixels(self, channel: str) -> np.ndarray:
         """Map one channel, ``(N, height, width)`` uint8, read-only.
@@ -258,7 +271,15 @@ class Writer:
                 handle.write(raw)
         files.start_writing(handle, start)
 
-    def finish(self, table: pd.DataFrame, *, classes: tuple[str, ...], size: tuple[int, int], provenance: Mapping[str, Any]) -> Cohort:
+    def finish(
+        self,
+        table: pd.DataFrame,
+        *,
+        classes: tuple[str, ...],
+        size: tuple[int, int],
+        provenance: Mapping[str, Any],
+        patients_known: bool | None = None,
+    ) -> Cohort:
         """Bring all to the disk; ``cohort.json`` comes last, so that a folder with it is complete.
 
         Args:
@@ -266,6 +287,7 @@ class Writer:
             classes: as :func:`save` takes them.
             size: ``(height, width)``.
             provenance: JSON-like facts to carry.
+            patients_known: whether patients are told; by default whether any sample is not its own patient.
 
         Raises:
             DataError: a channel holds more or less than the table and size ask for.
@@ -277,7 +299,8 @@ class Writer:
             future.result()
         hashes = {channel: digest.hexdigest() for channel, digest in self._digests.items()}
         content = {"classes": classes, "channels": tuple(hashes), "size": tuple(size), "pixels": hashes, "samples": _table_hash(table)}
-        files.write_json(self.root / DESCRIPTION, _describe(self.root, table, content, classes, provenance))
+        known = _distinct(table) if patients_known is None else patients_known
+        files.write_json(self.root / DESCRIPTION, _describe(self.root, table, content, classes, provenance, known))
         clear(self.root)
         return Cohort.load(self.root)
 
@@ -304,6 +327,10 @@ def _write_samples(root: Path, table: pd.DataFrame) -> None:
         table.to_parquet(temporary, index=False)
 
 
+def _distinct(samples: pd.DataFrame) -> bool:
+    return bool((samples["patient"] != samples["sample"]).any())
+
+
 def background_of(samples: pd.DataFrame, classes: tuple[str, ...]) -> str | None:
     """Name the class that stands first and that no patient carries; None where patients carry every class or none."""
     carried = set(samples["patient_label"]) - {""}
@@ -316,12 +343,13 @@ def pixel_file(root: Path, channel: str) -> Path:
 
 
 def _describe(
-    root: Path, table: pd.DataFrame, content: dict[str, Any], classes: tuple[str, ...], provenance: Mapping[str, Any]
+    root: Path, table: pd.DataFrame, content: dict[str, Any], classes: tuple[str, ...], provenance: Mapping[str, Any], patients_known: bool
 ) -> dict[str, Any]:
     described = {
         "format": FORMAT,
         **content,
         "background": background_of(table, classes),
+        "patients_known": patients_known,
         "hash": files.fingerprint(content),
         "samples_file": files.sha256(root / SAMPLES),
         "provenance": dict(provenance),
@@ -347,7 +375,7 @@ def checked(samples: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
 def _check_samples(samples: pd.DataFrame, classes: tuple[str, ...]) -> None:
     if samples.empty:
         raise DataError("no sample is left, so there is no cohort to write; see `raredistill verify` for what was left out")
-    unknown = sorted(set(samples["label"]) - set(classes))
+    unknown = sorted(set(samples["label"]) - {*classes, ""})
     if unknown:
         raise DataError(f"samples carry the unknown label(s) {', '.join(unknown)}; the classes are {', '.join(classes)}")
     for column in ("sample", "patient", "label", "split"):

@@ -9,6 +9,7 @@ import pandas as pd
 
 from raredistill.errors import DataError
 from raredistill.metrics import metrics_from_confusion
+from raredistill.predictions import is_text_table, read_text_table
 
 _BETWEEN = "_as_"
 _RUN = ("fold", "repeat", "seed")
@@ -17,10 +18,12 @@ _OVERALL = ("accuracy", "macro_f1", "balanced_accuracy", "g_mean", "mcc", "kappa
 
 def is_published(path: Path) -> bool:
     """Whether a file is a CSV of confusion matrices: columns such as ``HGG_as_LGG``."""
-    if path.suffix != ".csv" or not path.is_file():
+    if not is_text_table(path) or not path.is_file():
         return False
-    with path.open(encoding="utf-8", errors="replace") as handle:
-        return _BETWEEN in handle.readline()
+    try:
+        return any(_BETWEEN in str(column) for column in read_text_table(path).columns)
+    except DataError:
+        return False  # what is wrong is said where the table is read as predictions
 
 
 def read_published(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -35,7 +38,7 @@ def read_published(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
     Raises:
         DataError: a column is missing, or a count is no whole number.
     """
-    table = pd.read_csv(path, keep_default_na=False)
+    table = read_text_table(path)
     names = [str(column) for column in table.columns if _BETWEEN in str(column)]
     classes = tuple(dict.fromkeys(name.split(_BETWEEN)[0] for name in names))
     wanted = [f"{true}{_BETWEEN}{guess}" for true in classes for guess in classes]

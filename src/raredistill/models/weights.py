@@ -20,6 +20,7 @@ from raredistill.errors import CheckpointError, ConfigError
 
 # Entries in some files that current networks do not have: computed tables, and Inception's training-time branch.
 _HARMLESS = ("relative_position_index", "attn_mask", "num_batches_tracked")
+_WRAPPERS = ("module.", "model.", "_orig_mod.", "backbone.", "encoder.", "net.", "network.", "state_dict.")
 _TRAINING_ONLY = "AuxLogits."
 _SHOWN = 4
 
@@ -49,7 +50,14 @@ def read_weights(path: Path) -> Weights:
         tensors = {name.removeprefix("body."): tensor for name, tensor in state.items() if name.startswith("body.")}
         normalisation = promise.mean, promise.std
     single = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    return Weights(path, single, normalisation)
+    return Weights(path, _without_wrappers(single), normalisation)
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what a wrapper put in front of all of them: DataParallel, Lightning, torch.compile and others, also several."""
+    while wrapper := next((prefix for prefix in _WRAPPERS if tensors and all(name.startswith(prefix) for name in tensors)), ""):
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def check_names(weights: Weights, body: nn.Module, classifiers: Sequence[str]) -> None:

@@ -65,6 +65,11 @@ def _given(channels: Any) -> Any:
     return () if channels is None else channels
 
 
+def _switch(value: Any) -> Any:
+    """YAML's yes and no come as texts, since they are names of classes."""
+    return {"yes": True, "no": False, "on": True, "off": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
 Channels = Annotated[tuple[str, ...], BeforeValidator(_given)]
 Weight = Annotated[float, Ge(0)]
 
@@ -101,7 +106,7 @@ class Entry(Declared):
     model: str
     channels: Channels = ()
     settings: Settings = field(default_factory=Settings)
-    pretrained: bool | Path = False
+    pretrained: Annotated[bool | Path, BeforeValidator(_switch)] = False
     mean: float | None = None
     std: float | None = None
     head: Literal["linear", "thesis", "cosine"] = "linear"

@@ -63,6 +63,7 @@ class Slices:
         tally: counts worth reporting, such as slices discarded by each label rule.
         hashes: file name -> sha256 of the bytes that were read; left empty, ``prepare`` hashes the unit's files itself.
         problems: warnings and notes that only decoding could tell.
+        digests: of each sample's pixels before they were resized, to find copies; left empty, those of the resized pixels are taken.
     """
 
     rows: list[dict[str, Any]]
@@ -70,6 +71,7 @@ class Slices:
     tally: dict[str, int]
     hashes: dict[str, str] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    digests: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -79,6 +81,10 @@ class Source(Protocol):
     channels: tuple[str, ...]
     counted: str
     """What its units are, for people: patients, images."""
+    patients_known: bool
+    """Whether patients are told: else each image is its own unit, and nothing counts patients."""
+    duplicates: Literal["refuse", "join", "drop", "near"]
+    """What becomes of equal pictures (set by ``open_source``): see ``raredistill.cohort.duplicates``."""
 
     def units(self) -> list[Unit]:
         """Patients in a stable order."""

@@ -9,8 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from raredistill.cohort.duplicates import Treatment
 from raredistill.cohort.sources import Source
 from raredistill.errors import ConfigError, DataError
 from raredistill.options import did_you_mean
@@ -57,7 +58,7 @@ def open_source(kind: str, path: Path, /, **options: Any) -> Source:
     Args:
         kind: one of ``KINDS``.
         path: the folder or file.
-        **options: what the source's class takes; see there.
+        **options: what the source's class takes; see there. Every source takes ``duplicates``: what becomes of equal pictures.
 
     Raises:
         ConfigError: the kind, an option or its value is unknown.
@@ -65,21 +66,23 @@ def open_source(kind: str, path: Path, /, **options: Any) -> Source:
     """
     if kind not in KINDS:
         raise ConfigError(f"unknown source '{kind}'{did_you_mean(kind, KINDS)}; the sources are {', '.join(KINDS)}, {HINT}")
+    duplicates = _value("duplicates", Treatment, options.pop("duplicates", "refuse"))
     source: Any = KINDS[kind]()
     known = {name: hint for name, hint in get_type_hints(source.__init__).items() if name not in ("path", "return")}
     for option in options:
         if option not in known:
-            raise ConfigError(f"{kind} has no option '{option}'{did_you_mean(option, known)}; it takes {', '.join(known)}")
+            raise ConfigError(f"{kind} has no option '{option}'{did_you_mean(option, known)}; it takes {', '.join([*known, 'duplicates'])}")
     values = {option: _value(f"{kind}: {option}", known[option], value) for option, value in options.items()}
     if not Path(path).exists():
         raise DataError(f"{path}: no such file or folder; give the place of the raw data")
     opened: Source = source(Path(path), **values)
+    opened.duplicates = duplicates
     return opened
 
 
 def _value(name: str, hint: Any, value: Any) -> Any:
     """The value as the option's annotation wants it; ``a,b`` will do for a list."""
-    adapter: TypeAdapter[Any] = TypeAdapter(hint)
+    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))  # classes may be called 0 and 1
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
