@@ -156,7 +156,7 @@ def test_the_thesis_grid_has_its_published_hyper_parameters():
             {"teacher": "a", "online": "mutual", "training": {"teacher_cache": "views=2"}},
             "online: mutual trains it together with the student",
         ),
-        ({"teacher": "v", "method": "at"}, "method at: it compares maps, but v gives none"),
+        ({"teacher": "v", "method": "at"}, "method at: it compares maps, but v has none"),
         ({"teacher": "a", "method": "fitnet", "method_options": {"stage": 9}}, "stage must be a whole number from 1"),
         ({"teacher": "a", "method": "ltkd", "method_options": {"groups": [["healthy"], ["HGG", "LGGG"]]}}, "groups must name each"),
         ({"training": {"loss": "weighted_cross_entropy", "loss_options": {"weights": "invers"}}}, "weights must be one of"),

@@ -115,7 +115,7 @@ def test_another_runs_predictions_are_refused_by_report_and_compare(copied):
     files = {**record["files"], "predictions.parquet": read_json(other / "run.json")["files"]["predictions.parquet"]}
     write_json(one / "run.json", seal({**{key: value for key, value in record.items() if key != "seal"}, "files": files}))
     for refused in (lambda: write_report(copied), lambda: versus(one / "predictions.parquet", other)):
-        with pytest.raises(DataError, match=rf"holds predictions of the run '{other.name}', but its record is that of '{one.name}'"):
+        with pytest.raises(DataError, match=rf"contains predictions of the run '{other.name}', but its record is that of '{one.name}'"):
             refused()
 
 
@@ -123,7 +123,7 @@ def test_another_runs_whole_folder_is_refused(copied):
     one, *_, other = folders(copied)
     shutil.rmtree(one)
     shutil.copytree(other, one)
-    with pytest.raises(DataError, match=r"run.json: its id.* is not what study.json says"):
+    with pytest.raises(DataError, match=r"run.json: its id.* differs from study.json"):
         write_report(copied)
 
 
@@ -174,7 +174,7 @@ def test_pixels_that_are_a_link_out_of_the_cohort_are_refused(cohort, tmp_path):
 
 def test_a_background_that_is_no_class_is_refused_even_when_sealed(cohort):
     forged(cohort, background="zzz")
-    with pytest.raises(DataError, match="the background is none of the classes"):
+    with pytest.raises(DataError, match="the background is not among the classes"):
         Cohort.load(cohort)
 
 

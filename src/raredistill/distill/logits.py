@@ -1,6 +1,6 @@
 """Distillers that compare logits.
 
-All include T squared, divide by the batch size, compute in float32 and let no gradient reach the teacher.
+All include T squared, divide by the batch size, compute in float32 and do not propagate gradients to the teacher.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha
     """Decoupled distillation: the target class against the rest (alpha), and the others among themselves (beta).
 
     Args:
-        student_logits: ``(N, K)``, K at least 3: with two classes nothing is left among the others.
+        student_logits: ``(N, K)``, K at least 3: with two classes, there is only one other class.
         teacher_logits: ``(N, K)``.
         target: ``(N,)`` class indices.
         alpha: weight of the target part.
@@ -85,13 +85,13 @@ def dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha
 
 
 def _target_against_rest(log_probability: Tensor, mask: Tensor) -> Tensor:
-    # Log-sum-exp of the rest instead of log(1 - p): finite also where the target has all the probability.
+    # Log-sum-exp of the rest instead of log(1 - p): finite even if the target has all the probability.
     rest = torch.logsumexp(log_probability[~mask].view(len(mask), -1), dim=1)
     return torch.stack([log_probability[mask], rest], dim=1)
 
 
 def bkd(student_logits: Tensor, teacher_logits: Tensor, *, class_weights: Tensor, temperature: float) -> Tensor:
-    """Balanced distillation: the teacher's softened outputs are weighted by class and normalised again, so that rare classes count.
+    """Balanced distillation: the teacher's softened outputs are weighted by class and renormalised, so that rare classes count more.
 
     Args:
         student_logits: ``(N, K)``.
@@ -103,14 +103,14 @@ def bkd(student_logits: Tensor, teacher_logits: Tensor, *, class_weights: Tensor
         Scalar in nats, a mean over the batch, times T squared.
 
     References:
-        Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, Neurocomputing 2023 (targets normalised again).
+        Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, Neurocomputing 2023 (targets renormalised).
     """
     shifted = softened(teacher_logits, temperature) + class_weights.float().log()
     return mean_divergence(F.log_softmax(shifted, dim=1), softened(student_logits, temperature)) * temperature**2
 
 
 def dive(student_logits: Tensor, teacher_logits: Tensor, *, power: float, temperature: float) -> Tensor:
-    """Distil virtual examples: the teacher's softened outputs are flattened by a power, so that their sum over samples is less long-tailed.
+    """Distil virtual examples: the teacher's softened outputs are flattened by a power, which makes their sum less long-tailed.
 
     Args:
         student_logits: ``(N, K)``.
@@ -167,7 +167,7 @@ class KD(Method):
     zero_at_equal: ClassVar[bool] = True
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """One term."""
+        """Return a single term."""
         return {"kd": kd(student.logits, teacher.logits, temperature=self.temperature)}
 
 
@@ -184,7 +184,7 @@ class StandardisedKD(Method):
     zero_at_equal: ClassVar[bool] = True
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """One term."""
+        """Return a single term."""
         return {"standardised_kd": standardised_kd(student.logits, teacher.logits, temperature=self.temperature)}
 
 
@@ -203,12 +203,12 @@ class DKD(Method):
     zero_at_equal: ClassVar[bool] = True
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """One term."""
+        """Return a single term."""
         options = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
         return {"dkd": dkd(student.logits, teacher.logits, batch.labels, **options)}
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
+@dataclass(frozen=True, eq=False)  # == is not defined for tensors as a whole
 class BKD(Method):
     """See ``bkd``; ``class_weights`` come from the training counts."""
 
@@ -223,11 +223,11 @@ class BKD(Method):
 
     @classmethod
     def make(cls, facts: Facts, **options: Any) -> Self:
-        """Weigh classes by effective number."""
+        """Weight classes by effective number."""
         return cls(effective_number_weights(facts.counts), **options)
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """One term."""
+        """Return a single term."""
         return {"bkd": bkd(student.logits, teacher.logits, class_weights=self.class_weights, temperature=self.temperature)}
 
 
@@ -243,7 +243,7 @@ class DiVE(Method):
     needs: ClassVar[tuple[str, ...]] = ("logits",)
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """One term."""
+        """Return a single term."""
         return {"dive": dive(student.logits, teacher.logits, power=self.power, temperature=self.temperature)}
 
 
@@ -263,5 +263,5 @@ class DIST(Method):
     within_batch: ClassVar[bool] = True
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """One term."""
+        """Return a single term."""
         return {"dist": dist(student.logits, teacher.logits, beta=self.beta, gamma=self.gamma, temperature=self.temperature)}

@@ -1,4 +1,4 @@
-"""What every distiller of logits starts from: softened log-probabilities and their divergence, in float32."""
+"""Softened log-probabilities and their divergence, in float32: the basis of all logit distillers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def softened(logits: Tensor, temperature: float) -> Tensor:
 
 def divergence(teacher_log: Tensor, student_log: Tensor) -> Tensor:
     """KL(teacher || student) of each row, ``(N,)`` in nats; no gradient reaches the teacher."""
-    # Both as logarithms, so that a probability that underflows gives 0 and not 0 * inf.
+    # Both as logarithms, so that probabilities that underflow give 0 and not 0 * inf.
     return F.kl_div(student_log, teacher_log.detach(), log_target=True, reduction="none").sum(dim=1)
 
 
 def mean_divergence(teacher_log: Tensor, student_log: Tensor) -> Tensor:
-    """KL(teacher || student), a mean over the rows."""
+    """KL(teacher || student), averaged over the rows."""
     return divergence(teacher_log, student_log).mean()

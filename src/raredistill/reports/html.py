@@ -19,7 +19,7 @@ from raredistill.runs.record import StudyRecord
 
 @dataclass(frozen=True)
 class Page:
-    """What the template shows; ``figures`` are SVG markup by name."""
+    """The input of the template; ``figures`` are SVG markup by name."""
 
     results: Results
     answer: dict[str, Any]
@@ -28,7 +28,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as HTML; everything that comes from data is escaped."""
+    """Render the page as HTML; everything that comes from data is escaped."""
     folder = files("raredistill.reports") / "templates"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"cell": _cell, "breakable": _breakable}
@@ -52,12 +52,12 @@ def _provenance(study: StudyRecord) -> dict[str, Any]:
 
 
 def _source(provenance: dict[str, Any]) -> str:
-    # Hashes of single files are in the cohort's own description: thousands of lines help no reader here.
+    # Hashes of single files are in the cohort's own description: thousands of lines would not help the reader here.
     return yaml.safe_dump({key: value for key, value in provenance.items() if key != "hashes"}, sort_keys=False)
 
 
 def _breakable(name: str) -> Markup:
-    """A column's name, escaped, that may be broken after each underscore."""
+    """A column's name, escaped, with possible line breaks after underscores."""
     return Markup("_<wbr>").join(str(name).split("_"))
 
 
