@@ -35,6 +35,11 @@ def ltkd(
 
     References:
         After Kim, Distilling Balanced Knowledge from a Biased Teacher, CVPR 2026 (arXiv 2506.18496); the two weights are our choice.
+
+    Examples:
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -2.0]])
+        >>> ltkd(student, teacher, groups=[[0], [1, 2]], alpha=1.0, beta=1.0, temperature=4.0)
+        tensor(0.1312)
     """
     student, teacher = softened(student_logits, temperature), softened(teacher_logits, temperature)
     mass = [torch.stack([side[:, group].logsumexp(dim=1) for group in groups], dim=1) for side in (teacher, student)]
@@ -51,6 +56,10 @@ def groups_by_count(counts: Tensor, background: int | None = None) -> list[list[
     Args:
         counts: ``(K,)``, K at least 3.
         background: index of the class that is not a patient's label.
+
+    Examples:
+        >>> groups_by_count(torch.tensor([50, 10, 200, 30, 5, 100]))
+        [[2, 5], [0, 3], [1, 4]]
     """
     order = torch.argsort(counts, descending=True, stable=True).tolist()
     if len(order) == 3:
@@ -77,6 +86,12 @@ def xerm(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, log_
 
     References:
         Zhu et al., Cross-Domain Empirical Risk Minimization for Unbiased Long-tailed Classification, AAAI 2022.
+
+    Examples:
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -2.0]])
+        >>> log_prior = torch.tensor([0.8, 0.1, 0.1]).log()
+        >>> xerm(student, teacher, torch.tensor([0]), log_prior=log_prior, gamma=2.0)
+        {'ce': tensor(0.0036), 'xerm': tensor(0.8121)}
     """
     teacher = teacher_logits.detach().float()
     student, balanced = softened(student_logits, 1), softened(teacher - log_prior, 1)
@@ -172,6 +187,11 @@ def two_heads(hard_logits: Tensor, soft_logits: Tensor, teacher_logits: Tensor, 
 
     References:
         Li, Wang, Wu: Self Supervision to Distillation for Long-Tailed Visual Recognition, ICCV 2021 (its joint training with two heads).
+
+    Examples:
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -2.0]])
+        >>> two_heads(student, student, teacher, torch.tensor([0]), temperature=2.0)
+        {'ce': tensor(0.1698), 'ssd': tensor(0.1985)}
     """
     soft = mean_divergence(softened(teacher_logits, temperature), softened(soft_logits, temperature)) * temperature**2
     return {"ce": F.cross_entropy(hard_logits.float(), target), "ssd": soft}
@@ -249,6 +269,10 @@ def shrunk_recall(predicted: Tensor, target: Tensor, *, classes: int, strength: 
         target: ``(N,)`` class indices; a class without samples gets the mean.
         classes: number of classes, K.
         strength: number of samples of a class at which its own recall and the mean have equal weight.
+
+    Examples:
+        >>> shrunk_recall(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), classes=2)
+        tensor([0.7727, 0.7083], dtype=torch.float64)
     """
     samples = torch.bincount(target, minlength=classes).double()
     hits = torch.bincount(target[predicted == target], minlength=classes).double()

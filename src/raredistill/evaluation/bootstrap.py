@@ -112,6 +112,11 @@ def wilson(share: float, number: float, level: float = 0.05) -> tuple[float, flo
         share: observed proportion, 0 to 1.
         number: number of independent units, patients.
         level: two-sided.
+
+    Examples:
+        >>> low, high = wilson(1.0, 10)
+        >>> round(low, 3), round(high, 3)
+        (0.722, 1.0)
     """
     squared = float(stats.norm.isf(level / 2)) ** 2
     centre = (share + squared / (2 * number)) / (1 + squared / number)

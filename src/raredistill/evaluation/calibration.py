@@ -56,6 +56,10 @@ def equal_mass_ece(label: ArrayLike, probability: ArrayLike, bins: int = BINS) -
 
     Raises:
         DataError: as :func:`raredistill.metrics.checked`.
+
+    Examples:
+        >>> round(equal_mass_ece([0, 1], [[0.9, 0.1], [0.8, 0.2]], bins=1), 3)
+        0.35
     """
     truth, scores = checked(label, probability)
     top = scores.max(axis=1)
@@ -81,6 +85,10 @@ def class_ece(label: ArrayLike, probability: ArrayLike, bins: int = BINS) -> Flo
 
     Raises:
         DataError: as :func:`raredistill.metrics.checked`.
+
+    Examples:
+        >>> class_ece([0, 1], [[0.9, 0.1], [0.8, 0.2]]).round(3).tolist()
+        [0.45, 0.45]
     """
     truth, scores = checked(label, probability)
     found = np.full(scores.shape[1], np.nan)
@@ -165,6 +173,10 @@ def fit_temperature(label: ArrayLike, logits: ArrayLike) -> float:
 
     Raises:
         DataError: no samples, or as :func:`raredistill.metrics.checked`.
+
+    Examples:
+        >>> round(fit_temperature([0, 0, 1, 1], [[4.0, 0.0], [4.0, 0.0], [0.0, 4.0], [4.0, 0.0]]), 2)
+        3.64
     """
     truth, scores = checked(label, logits)
     if not len(truth):
@@ -180,7 +192,12 @@ def fit_temperature(label: ArrayLike, logits: ArrayLike) -> float:
 
 
 def scaled(logits: ArrayLike, temperature: float) -> Floats:
-    """Probabilities ``(N, K)`` of ``logits (N, K)`` at a temperature."""
+    """Probabilities ``(N, K)`` of ``logits (N, K)`` at a temperature.
+
+    Examples:
+        >>> scaled([[2.0, 0.0]], 2.0).round(3).tolist()
+        [[0.731, 0.269]]
+    """
     return np.asarray(softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1))
 
 
@@ -197,6 +214,10 @@ def restore_prior(probability: ArrayLike, carried: ArrayLike, wanted: ArrayLike)
 
     Raises:
         DataError: the priors do not have K values, or a carried one is 0.
+
+    Examples:
+        >>> restore_prior([[0.5, 0.5]], carried=[0.5, 0.5], wanted=[0.9, 0.1]).round(3).tolist()
+        [[0.9, 0.1]]
     """
     scores, old, new = (np.asarray(each, dtype=np.float64) for each in (probability, carried, wanted))
     if old.shape != scores.shape[1:] or new.shape != old.shape or not (old > 0).all():

@@ -30,6 +30,11 @@ def corrected_resampled_t(differences: ArrayLike, *, train_size: float, test_siz
 
     Raises:
         DataError: fewer than two differences, one is not finite, a size is not positive.
+
+    Examples:
+        >>> t, p = corrected_resampled_t([0.02, 0.05, 0.01, 0.04], train_size=80, test_size=20)
+        >>> round(t, 3), round(p, 3)
+        (2.324, 0.103)
     """
     mean, spread, freedom = _corrected(differences, train_size, test_size)
     t = mean / spread
@@ -47,6 +52,11 @@ def corrected_interval(differences: ArrayLike, *, train_size: float, test_size: 
 
     Raises:
         DataError: as :func:`corrected_resampled_t`.
+
+    Examples:
+        >>> low, high = corrected_interval([0.02, 0.05, 0.01, 0.04], train_size=80, test_size=20)
+        >>> round(low, 3), round(high, 3)
+        (-0.011, 0.071)
     """
     mean, spread, freedom = _corrected(differences, train_size, test_size)
     half = float(stats.t.ppf((1 + level) / 2, freedom)) * spread
@@ -72,6 +82,11 @@ def bayesian_correlated_t(differences: ArrayLike, *, train_size: float, test_siz
 
     Raises:
         DataError: as :func:`corrected_resampled_t`.
+
+    Examples:
+        >>> worse, equal, better = bayesian_correlated_t([0.02, 0.05, 0.01, 0.04], train_size=80, test_size=20)
+        >>> round(worse, 3), round(equal, 3), round(better, 3)
+        (0.027, 0.083, 0.89)
     """
     mean, spread, freedom = _corrected(differences, train_size, test_size)
     if math.isinf(spread):
@@ -101,6 +116,10 @@ def detectable(error: float, freedom: float = math.inf, *, power: float = 0.8, l
 
     Returns:
         In units of the metric; from the noncentral t distribution. Infinite if the error is unknown.
+
+    Examples:
+        >>> round(detectable(0.02), 3), round(detectable(0.02, 4), 3)
+        (0.056, 0.075)
     """
     if math.isinf(error):
         return math.inf
@@ -126,6 +145,10 @@ def wilcoxon_over_datasets(differences: ArrayLike) -> tuple[float, float]:
 
     Raises:
         DataError: fewer than two differences, or one is not finite.
+
+    Examples:
+        >>> wilcoxon_over_datasets([0.02, 0.05, 0.01, 0.04, 0.03])
+        (0.0625, 0.0625)
     """
     values = np.asarray(differences, dtype=np.float64).ravel()
     if len(values) < 2 or not np.isfinite(values).all():
@@ -185,6 +208,10 @@ def mcnemar(first_right: ArrayLike, second_right: ArrayLike) -> tuple[int, int, 
 
     Raises:
         DataError: different lengths.
+
+    Examples:
+        >>> mcnemar([True, True, False, True], [False, True, False, False])
+        (2, 0, 0.5)
     """
     first, second = np.asarray(first_right, dtype=bool).ravel(), np.asarray(second_right, dtype=bool).ravel()
     if len(first) != len(second):
@@ -210,6 +237,11 @@ def delong(positive: ArrayLike, first: ArrayLike, second: ArrayLike) -> tuple[fl
 
     Raises:
         DataError: fewer than two positives or negatives.
+
+    Examples:
+        >>> first, second, error, p = delong([True, True, False, False], [0.9, 0.6, 0.7, 0.1], [0.8, 0.7, 0.2, 0.1])
+        >>> first, second, round(error, 3), round(p, 3)
+        (0.75, 1.0, 0.354, 0.48)
     """
     truth = np.asarray(positive, dtype=bool).ravel()
     if truth.sum() < 2 or (~truth).sum() < 2:
@@ -250,6 +282,10 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
     Raises:
         DataError: a value outside 0 to 1.
+
+    Examples:
+        >>> holm([0.01, 0.04, 0.03]).tolist()
+        [0.03, 0.06, 0.06]
     """
     values = np.asarray(p_values, dtype=np.float64).ravel()
     if not ((values >= 0) & (values <= 1)).all():

@@ -34,6 +34,11 @@ def class_thresholds(label: ArrayLike, probability: ArrayLike, patient: ArrayLik
     Raises:
         ConfigError: ``miss`` is not between 0 and 1.
         DataError: a class has no sample.
+
+    Examples:
+        >>> probability = [[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.2, 0.8]]
+        >>> class_thresholds([0, 0, 1, 1], probability, ["a", "b", "c", "d"], miss=0.4).round(3).tolist()
+        [0.4, 0.3]
     """
     if not 0 < miss < 1:
         raise ConfigError(f"miss is the share of samples that sets may miss, between 0 and 1, not {miss}")
@@ -53,7 +58,12 @@ def _threshold(scores: Floats, patient: NDArray[np.generic], miss: float) -> flo
 
 
 def prediction_sets(probability: ArrayLike, thresholds: ArrayLike) -> Bools:
-    """Whether each class is in each sample's set ``(N, K)``, from :func:`class_thresholds`; a set may be empty or contain all classes."""
+    """Whether each class is in each sample's set ``(N, K)``, from :func:`class_thresholds`; a set may be empty or contain all classes.
+
+    Examples:
+        >>> prediction_sets([[0.7, 0.3], [0.5, 0.5]], [0.4, 0.3]).tolist()
+        [[True, False], [False, False]]
+    """
     return np.asarray(1 - np.asarray(probability, dtype=np.float64) <= np.asarray(thresholds, dtype=np.float64))
 
 

@@ -136,7 +136,13 @@ def power_table(
 
 
 def error_range(df: float) -> tuple[float, float]:
-    """Range of an estimated standard error in 90 % of studies, relative to the true one: 0.42 to 1.54 with 4 degrees of freedom."""
+    """Range of an estimated standard error in 90 % of studies, relative to the true one: 0.42 to 1.54 with 4 degrees of freedom.
+
+    Examples:
+        >>> low, high = error_range(4)
+        >>> round(low, 2), round(high, 2)
+        (0.42, 1.54)
+    """
     low, high = ((float(stats.chi2.ppf(share, df)) / df) ** 0.5 for share in _RANGE)
     return low, high
 

@@ -27,6 +27,10 @@ def operating_point(positive: ArrayLike, score: ArrayLike, sensitivity: float) -
     Raises:
         ConfigError: the sensitivity is out of range.
         DataError: no positives.
+
+    Examples:
+        >>> operating_point([True, True, False], [0.9, 0.4, 0.6], sensitivity=1.0)
+        0.4
     """
     if not 0 < sensitivity <= 1:
         raise ConfigError(f"a wanted sensitivity lies above 0 and at most at 1, not at {sensitivity}")
@@ -46,6 +50,10 @@ def matched_shift(positive: ArrayLike, logits: ArrayLike, place: int) -> float:
 
     Returns:
         Half-way between the last sample that is predicted as the class and the first that is not; 0 if all samples, or none, are.
+
+    Examples:
+        >>> matched_shift([True, False, False], [[0.0, 1.0], [0.0, 2.0], [0.0, -1.0]], place=1)
+        1.5
     """
     scores = np.asarray(logits, dtype=np.float64)
     margins = np.sort(scores[:, place] - np.delete(scores, place, axis=1).max(axis=1))[::-1]
@@ -63,6 +71,10 @@ def at_threshold(positive: ArrayLike, score: ArrayLike, threshold: float) -> dic
 
     Returns:
         ``sensitivity, specificity, precision`` and ``flagged`` (the share called positive); NaN where undefined.
+
+    Examples:
+        >>> at_threshold([True, True, False], [0.9, 0.4, 0.6], threshold=0.5)["sensitivity"]
+        0.5
     """
     truth, called = np.asarray(positive, dtype=bool), np.asarray(score, dtype=np.float64) >= threshold
     return {

@@ -98,6 +98,10 @@ def verdict_of(gain: float, p: float, p_same: float | None = None, level: float 
     """The verdict from adjusted p values.
 
     A gain that is shown but smaller than the margin makes no practical difference: this is the purpose of a margin.
+
+    Examples:
+        >>> verdict_of(0.03, p=0.01).value, verdict_of(0.03, p=0.2).value
+        ('helps', 'not decided')
     """
     if p_same is not None and p_same < level:
         return Verdict.SAME
@@ -162,10 +166,20 @@ def not_learned(side: Tally, rare: str) -> str:
 
 
 def signed(value: float) -> str:
-    """Three decimals with a true minus sign."""
+    """Three decimals with a true minus sign.
+
+    Examples:
+        >>> signed(-0.0213)
+        '−0.021'
+    """
     return f"{value:+.3f}".replace("-", "−").replace("inf", "∞")
 
 
 def p_text(p: float) -> str:
-    """``p = 0.09``; two significant digits, never 0."""
+    """``p = 0.09``; two significant digits, never 0.
+
+    Examples:
+        >>> p_text(0.0912), p_text(0.0004)
+        ('p = 0.091', 'p < 0.001')
+    """
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
