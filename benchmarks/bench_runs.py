@@ -22,7 +22,7 @@ import yaml
 CLASSES, SAMPLES, SIZE = 3, 768, 64
 PROGRAM = (sys.executable, "-c", "from raredistill.cli import main; main()")
 STUDY = {
-    "name": "many-small-runs", "splits": {"folds": 4}, "training": {"epochs": 4, "batch_size": 32, "accelerator": "cpu"},
+    "name": "many-small-runs", "splits": {"folds": 4, "repeats": 1}, "training": {"epochs": 4, "batch_size": 32, "accelerator": "cpu"},
     "runs": [{"name": "small", "model": "small_cnn"}, {"name": "residual", "model": "cifar_resnet8"}],
 }  # fmt: skip
 

@@ -35,7 +35,8 @@ RUNS = [
 
 def study(cohort, runs=RUNS, **training):
     raw = {
-        "name": "s", "cohort": str(cohort.root), "channels": ["flair"], "splits": {"folds": 2, "validation_share": 0.34}, "runs": runs,
+        "name": "s", "cohort": str(cohort.root), "channels": ["flair"],
+        "splits": {"folds": 2, "repeats": 1, "validation_share": 0.34}, "runs": runs,
         "training": {"epochs": 3, "batch_size": 16, "accelerator": "cpu", "teacher_cache": {"views": VIEWS}, **training},
     }  # fmt: skip
     return make_study(StudyConfig.model_validate(raw), cohort, "test")

@@ -35,7 +35,7 @@ def images(tmp_path_factory):
 def config(images):
     raw = {
         "name": "cli", "cohort": {"source": "table", "path": str(images / "labels.csv"), "size": 16},
-        "splits": {"folds": 2, "validation_share": 0.34}, "training": {"epochs": 1, "batch_size": 8, "accelerator": "cpu"},
+        "splits": {"folds": 2, "repeats": 1, "validation_share": 0.34}, "training": {"epochs": 1, "batch_size": 8, "accelerator": "cpu"},
         "runs": [
             {"name": "large", "model": "cifar_resnet8"}, {"name": "small", "model": "small_cnn"},
             {"name": "taught", "model": "small_cnn", "teacher": "large"},

@@ -74,6 +74,24 @@ def test_runs_of_a_foreign_table_are_tested_and_one_run_is_described(tmp_path):
     assert "described, not tested: one run of each patient does not show the noise of training" in found.sentences[0]
 
 
+def test_gains_are_reported_by_groups_of_a_table(tmp_path):
+    def runs(skill, noise):
+        return pd.concat([foreign(skill, noise=noise + 10 * n, folds=5, patients=60).assign(repeat=n) for n in range(2)])
+
+    paths = [saved(tmp_path / f"{n}.csv", runs(skill, n)) for n, skill in enumerate((0.8, 2.5))]
+    people = pd.DataFrame({"patient": [f"p{n}" for n in range(60)], "sex": ["f" if n < 40 else "m" for n in range(60)]})
+    table = saved(tmp_path / "people.csv", people)
+    found = versus(*paths, background="healthy", groups=(table, "sex")).groups.set_index("group")
+    assert found["patients"].to_dict() == {"f": 40, "m": 20}
+    assert found.loc["f", "low"] < found.loc["f", "gain"] < found.loc["f", "high"]
+    assert "described, not tested" in found.loc["m", "note"]  # seven patients with LGG
+    with pytest.raises(DataError, match="no column age"):
+        versus(*paths, background="healthy", groups=(table, "age"))
+    half = raredistill("compare", *paths, "--groups", table)
+    assert half.returncode == 2
+    assert "give both" in half.stderr
+
+
 def test_columns_in_another_order_are_the_same_classes(tmp_path):
     table = foreign(1.0)
     paths = saved(tmp_path / "a.csv", table), saved(tmp_path / "b.csv", table[[*table.columns[:4], "p_LGG", "p_healthy", "p_HGG"]])

@@ -15,7 +15,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
 def write(tmp_path, **changes):
-    raw = {"name": "s", "cohort": "c", "splits": {"folds": 2}, "runs": [{"name": "a", "model": "small_cnn"}]}
+    raw = {"name": "s", "cohort": "c", "splits": {"folds": 2, "repeats": 1}, "runs": [{"name": "a", "model": "small_cnn"}]}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump({**raw, **changes}))
     return path

@@ -235,12 +235,19 @@ def command(monkeypatch, capsys):
 def test_the_command_line_of_a_dry_run_and_of_a_share(tiny_cohort, tmp_path, command):
     config = tmp_path / "study.yaml"
     runs = [{"name": "large", "model": "cifar_resnet8"}, {"name": "taught", "model": "small_cnn", "teacher": "large"}]
-    raw = {"name": "s", "cohort": str(tiny_cohort.root), "splits": {"folds": 2, "validation_share": 0.34}, "training": EPOCHS, "runs": runs}
+    raw = {
+        "name": "s",
+        "cohort": str(tiny_cohort.root),
+        "splits": {"folds": 2, "repeats": 1, "validation_share": 0.34},
+        "training": EPOCHS,
+        "runs": runs,
+    }
     config.write_text(yaml.safe_dump(raw))
     code, said, errors = command(config, "--out", tmp_path / "s", "--dry-run")
     assert code == 0, errors
     assert said.rstrip().endswith(f"next: raredistill study {config} --out {tmp_path / 's'}")
     assert "4 runs in order" in said
+    assert "2 folds x 1 repeats find gains in LGG F1 of" in said.replace("\n", " ")
     assert not (tmp_path / "s").exists()
     # The share of a student, and one without a run.
     for share, count in (("1/4", "2 runs in order"), ("7/8", "no run of this study is in the share 7/8")):

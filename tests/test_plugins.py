@@ -80,7 +80,7 @@ def test_a_strangers_source_is_read_by_workers(tmp_path):
     (tmp_path / "raw").mkdir()
     for label in "ab":
         for number in range(3):
-            values = np.random.default_rng(number).integers(0, 255, (4, 16, 16), dtype=np.uint8)
+            values = np.random.default_rng([number, ord(label)]).integers(0, 255, (4, 16, 16), dtype=np.uint8)
             np.save(tmp_path / "raw" / f"{label}-{label}{number}.npy", values)
     source = EXAMPLES / "source.py"
     arguments = ["npy_folder", "raw", "--plugin", source, "--workers", 2]
@@ -103,9 +103,6 @@ HEAD = "import torch, raredistill\nfrom torch.nn import functional as F\n"
 WRONG = {
     "lets gradients reach the teacher": ("a gradient reaches the teacher", "return ((student.logits - teacher.logits) ** 2).mean()"),
     "sums over the batch": ("no mean over the batch", "return ((student.logits - teacher.logits.detach()) ** 2).sum()"),
-    "goes uphill": (
-        "the terms go from", "x = (student.logits - teacher.logits.detach()).square().mean(); return 2 * x.detach() - x + x.detach()"
-    ),
     "overflows": ("not finite", "return student.logits.exp().pow(9).mean() + 0 * teacher.logits.detach().sum()"),
 }  # fmt: skip
 

@@ -144,7 +144,7 @@ def test_foreign_numbers_that_are_no_probabilities_are_refused(tmp_path: Path) -
     with pytest.raises(DataError, match="row 0 has negative probabilities, or they do not add up to 1"):
         read(tmp_path / "p.csv")
     foreign().assign(p_HGG="high").to_csv(tmp_path / "p.csv", index=False)
-    with pytest.raises(DataError, match="values that are not numbers"):
+    with pytest.raises(DataError, match="not numbers with decimal points"):
         read(tmp_path / "p.csv")
     foreign().assign(p_HGG="").to_csv(tmp_path / "p.csv", index=False)
     with pytest.raises(DataError, match=r"p\.csv"):

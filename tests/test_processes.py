@@ -317,7 +317,7 @@ def press():
 
 
 def first_run(cohort, entry):
-    raw = {"name": "s", "cohort": str(cohort.root), "channels": ["flair"], "splits": {"folds": 2, "validation_share": 0.34},
+    raw = {"name": "s", "cohort": str(cohort.root), "channels": ["flair"], "splits": {"folds": 2, "repeats": 1, "validation_share": 0.34},
            "training": TRAINING, "runs": [entry]}  # fmt: skip
     return make_study(StudyConfig.model_validate(raw), cohort, "test").plan()[:1]
 
@@ -359,7 +359,7 @@ def test_a_run_on_two_devices_outlives_kill_9_of_one_and_an_interruption_and_end
 )
 def test_what_several_devices_cannot_do_is_refused_before_the_first_step(cohort, changes, said):
     entry = {"name": "shared", "model": "small_cnn", **changes}
-    raw = {"name": "s", "cohort": str(cohort.root), "splits": {"folds": 2, "validation_share": 0.34}, "training": TRAINING,
+    raw = {"name": "s", "cohort": str(cohort.root), "splits": {"folds": 2, "repeats": 1, "validation_share": 0.34}, "training": TRAINING,
            "runs": [entry, {"name": "large", "model": "cifar_resnet8"}]}  # fmt: skip
     with pytest.raises(ConfigError, match=said):
         make_study(StudyConfig.model_validate(raw), cohort, "test")

@@ -97,7 +97,7 @@ def test_a_study_changes_nothing_but_the_last_layer_and_moves_logits_by_the_prio
     stages = ("none", "crt", "lws", "tau_norm", "logit_adjustment")
     runs = [{"name": stage, "model": "small_cnn", "head": "thesis", "training": {"stage": stage}} for stage in stages]
     raw = {
-        "name": "s", "cohort": str(cohort.root), "channels": ["flair"], "splits": {"folds": 2, "validation_share": 0.34},
+        "name": "s", "cohort": str(cohort.root), "channels": ["flair"], "splits": {"folds": 2, "repeats": 1, "validation_share": 0.34},
         "training": {"epochs": 1, "batch_size": 16, "accelerator": "cpu"}, "runs": runs,
     }  # fmt: skip
     study = make_study(StudyConfig.model_validate(raw), cohort, "test")

@@ -45,7 +45,7 @@ class Interrupted(Silent):
 
 def study(cohort: Cohort, runs=RUNS, **changes):
     raw = {
-        "name": "s", "cohort": str(cohort.root), "channels": ["flair"], "splits": {"folds": 2, "validation_share": 0.34},
+        "name": "s", "cohort": str(cohort.root), "channels": ["flair"], "splits": {"folds": 2, "repeats": 1, "validation_share": 0.34},
         "training": {"epochs": 1, "batch_size": 16, "accelerator": "cpu"}, "runs": runs,
     }  # fmt: skip
     return make_study(StudyConfig.model_validate({**raw, **changes}), cohort, "test")

@@ -192,6 +192,21 @@ def test_the_moving_average_is_what_counts(tiny_cohort, fabric):
     assert any(not torch.equal(start[name], once[name]) for name in start)
 
 
+def test_the_mean_of_the_last_epochs_is_what_counts(tiny_cohort, fabric):
+    network, ends = small(), []
+    settings = Settings(epochs=3, average_epochs=2, learning_rate=0.01)
+    trainer = Trainer(network, supervised(), settings, ("flair",), CLASSES, fabric)
+    for _ in range(3):
+        trainer.epoch(batches(tiny_cohort), None)
+        ends.append({name: value.detach().clone() for name, value in network.named_parameters()})
+        if len(ends) == 1:  # until the last epochs begin, the weights are what they are
+            torch.testing.assert_close(dict(trainer.weights()), {**trainer.weights(), **ends[0]})
+    for name in ends[0]:
+        torch.testing.assert_close(trainer.weights()[name], (ends[1][name] + ends[2][name]) / 2)
+    with pytest.raises(ConfigError, match="two averages of the weights"):
+        Settings(ema_decay=0.9, average_epochs=2)
+
+
 def test_a_distilled_step_minimises_the_weighted_sum_and_leaves_the_teacher_alone(tiny_cohort, fabric):
     teacher_network, student = small(channels=2, seed=1), small()
     before = {name: value.clone() for name, value in teacher_network.state_dict().items()}

@@ -12,6 +12,7 @@ _HOMES = {
     **{kind: ("raredistill.plugins", kind) for kind in ("distiller", "loss", "network", "source", "augmentation")},
     "study": ("raredistill.api", "study"),
     "distil": ("raredistill.api", "distil"),
+    "teacher_from": ("raredistill.api", "teacher_from"),
     "forecast": ("raredistill.api", "forecast"),
     "report": ("raredistill.api", "report"),
     "compare": ("raredistill.api", "compare"),
@@ -26,6 +27,9 @@ _HOMES = {
     "Settings": ("raredistill.training.settings", "Settings"),
     "train": ("raredistill.training.loop", "fit"),
     "predict": ("raredistill.api", "predict"),
+    "refit": ("raredistill.api", "refit"),
+    "export": ("raredistill.api", "export"),
+    "Predictor": ("raredistill.ship.predictor", "Predictor"),
     "read_predictions": ("raredistill.predictions", "read"),
     "evaluate": ("raredistill.evaluation.levels", "evaluate"),
 }

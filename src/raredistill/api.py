@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from raredistill.errors import ConfigError
+from raredistill.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from raredistill.evaluation.looks import Looks
     from raredistill.reports.results import Results
     from raredistill.reports.versus import Versus
+    from raredistill.runs.entry import External
     from raredistill.runs.record import RunRecord
     from raredistill.runs.run import Run
     from raredistill.runs.watcher import Watcher
+    from raredistill.ship.export import Exported
+    from raredistill.ship.predict import Predicted
+    from raredistill.ship.refit import Refitted
     from raredistill.studies.estimate import Forecast
     from raredistill.studies.power import Plan
     from raredistill.studies.study import Engine, Study
@@ -307,76 +311,102 @@ def _prepared(config: StudyConfig, out: Path) -> Cohort:
 
 
 def distil(
-    cohort: Path | str | Cohort,
+    data: Any,
     *,
-    teacher: str,
-    student: str,
-    method: str = "kd",
+    teacher: Any,
+    student: Any,
+    method: Any = "kd",
     out: Path | str = "study",
     channels: Sequence[str] = (),
     folds: int = 5,
-    repeats: int = 3,
+    repeats: int = 1,
     seeds: Sequence[int] = (0,),
     pretrained: bool | Path = False,
+    size: int = 224,
     observer: Observer = QUIET,
     **training: Any,
 ) -> Finished:
     """Distil one student from one teacher on patient-grouped folds, and train the same student without a teacher.
 
     Args:
-        cohort: a prepared cohort, or its folder.
-        teacher: name of the teacher's network.
-        student: name of the student's network.
-        method: a distiller, as ``raredistill methods`` lists it.
+        data: a prepared cohort or its folder, a data frame with ``image``, ``label`` and ``patient``, or a PyTorch data set with a patient
+            for each item; see :func:`raredistill.cohort.frame.cohort_of`.
+        teacher: a network that is trained on each fold (a name, a module, or a function from channels to one), or an
+            :class:`~raredistill.runs.entry.External` one.
+        student: the network that learns, likewise.
+        method: a distiller: its name, class or function.
         out: folder of the study.
-        channels: channels of both; all of the cohort's by default.
-        folds: folds of the outer cross-validation.
-        repeats: repetitions of it with different folds.
+        channels: of all networks; all of the cohort's by default.
+        folds: of the outer cross-validation.
+        repeats: of it, with other folds; the verdict needs at least 2.
         seeds: one run per seed.
-        pretrained: timm's weights, or a file with weights, for both.
+        pretrained: timm's weights, or those of a file, for all networks that are trained.
+        size: side in pixels that images given by path are resized to.
         observer: receives the progress.
         training: training settings that differ from the defaults, such as ``epochs=30``.
 
     Raises:
         RareDistillError: as :func:`study`.
     """
-    from raredistill.cohort.store import Cohort
-    from raredistill.runs.entry import Entry
+    from raredistill.cohort.frame import cohort_of
+    from raredistill.runs.entry import Entry, External
     from raredistill.splits import make_splits
-    from raredistill.studies.study import Study
+    from raredistill.studies.study import Study, claim
     from raredistill.training.settings import Settings
 
-    loaded = cohort if isinstance(cohort, Cohort) else Cohort.load(Path(cohort))
+    claim(Path(out))
+    cohort = cohort_of(data, Path(out), size=size)
     shared: dict[str, Any] = {"channels": tuple(channels), "settings": Settings(**training), "pretrained": pretrained}
-    entries = [
-        Entry("teacher", teacher, **shared),
-        Entry("control", student, **shared),
-        Entry("student", student, **shared, teacher="teacher", method=method),
-    ]
-    made = Study(
-        f"{student} from {teacher}", loaded, make_splits(loaded, folds=folds, repeats=repeats), entries, tuple(seeds),
-        config={"cohort": str(loaded.root)},
-    )  # fmt: skip
+    outside = isinstance(teacher, External)
+    entries = [] if outside else [Entry("teacher", teacher, **shared)]
+    entries += [Entry("control", student, **shared)]
+    entries += [Entry("student", student, **shared, teacher=teacher if outside else "teacher", method=method)]
+    splits = make_splits(cohort, folds=folds, repeats=repeats)
+    made = Study(f"{entries[-1].model} from a teacher", cohort, splits, entries, tuple(seeds), config={"cohort": str(cohort.root)})
     return study(made, out, observer=observer)
 
 
-def predict(run: Path | str, cohort: Path | str | Cohort, out: Path | str, *, checkpoint: str = "best") -> pd.DataFrame:
-    """Apply a trained run to every sample of a cohort and write the table of logits.
+def teacher_from(
+    module: Any,
+    file: Path | str,
+    *,
+    classes: Sequence[str],
+    channels: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int,
+    training_patients: Sequence[str] | None = None,
+    external: bool = False,
+    prior: Sequence[float] = (),
+) -> External:
+    """A teacher from a classifier that was trained elsewhere, given as a module; nothing about it is guessed.
 
     Args:
-        run: folder of the run.
-        cohort: a prepared cohort with the same classes and channels, or its folder.
-        out: Parquet file to write.
-        checkpoint: ``best`` or ``last``.
+        module: from normalised images ``(N, C, H, W)`` to logits ``(N, K)``.
+        file: checkpoint to write, ending in ``.safetensors``.
+        classes: in the order of its logits.
+        channels: in the order of its input.
+        mean: of its normalisation, one value per channel, for images in [0, 1].
+        std: likewise.
+        image_size: side in pixels.
+        training_patients: everyone whose images gave it gradients.
+        external: it has seen none of the cohort's patients; the report states that this is your word.
+        prior: class shares that its logits carry, where they are known.
 
     Raises:
-        CheckpointError: classes, channels or image size do not fit.
+        ConfigError: neither its patients nor ``external`` is given.
+        CheckpointError: the numbers of classes, channels and statistics do not fit.
     """
-    from raredistill.cohort.store import Cohort
-    from raredistill.runs.predict import predict as apply
+    from raredistill.runs.entry import External
+    from raredistill.runs.external import save_module
 
-    loaded = cohort if isinstance(cohort, Cohort) else Cohort.load(Path(cohort))
-    return apply(Path(run), loaded, Path(out), which=checkpoint)
+    if training_patients is None and not external:
+        raise ConfigError("teacher_from: name the training_patients of this teacher, or state external=True; otherwise it might leak")
+    save_module(
+        module, Path(file), classes=tuple(classes), channels=tuple(channels), mean=tuple(mean), std=tuple(std), image_size=image_size,
+        training_patients=None if training_patients is None else tuple(training_patients), external=external, prior=tuple(prior) or None,
+    )  # fmt: skip
+    return External(Path(file), external=external)
 
 
 def report(folder: Path | str, *, sweep: Sequence[Path] = (), across: Sequence[Path] = (), observer: Observer = QUIET) -> Path:
@@ -423,8 +453,18 @@ def _cohort_of(folder: Path, named: Any) -> Cohort | None:
     return Cohort.load(there[-1]) if there else None
 
 
-def compare(control: Path | str, other: Path | str, *, metric: str | None = None, background: str | None = None) -> Versus:
+def compare(
+    control: Path | str, other: Path | str, *, metric: str | None = None, background: str | None = None,
+    groups: tuple[Path, str] | None = None,
+) -> Versus:  # fmt: skip
     """Compare two runs, two studies or two prediction files; differences are ``other`` minus ``control``.
+
+    Args:
+        control: first side.
+        other: second side.
+        metric: one metric only.
+        background: class that no patient carries, in files made elsewhere.
+        groups: a CSV file with the column ``patient``, and the column by which gains are also reported, such as sex.
 
     Raises:
         ConfigError: unknown metric or class.
@@ -432,7 +472,7 @@ def compare(control: Path | str, other: Path | str, *, metric: str | None = None
     """
     from raredistill.reports.versus import versus
 
-    return versus(Path(control), Path(other), metric=metric, background=background)
+    return versus(Path(control), Path(other), metric=metric, background=background, groups=groups)
 
 
 Layout = Literal["nifti", "hdf5", "both"]
@@ -454,3 +494,101 @@ def demo(out: Path | str, *, patients: int = 40, command: str = "", observer: Ob
             write_phantom(raw, patients=patients, layout="nifti", size=(96, 96, 48), rare_share=0.35, seed=0, progress=progress)
     config = Path(str(files("raredistill") / "demo.yaml"))
     return study(config, Path(out) / "study", overrides=[f"cohort.path={raw}"], command=command, observer=observer)
+
+
+def predict(
+    model: Path | str,
+    source: Path | str,
+    out: Path | str,
+    *,
+    checkpoint: str = "best",
+    sensitivity: float | None = None,
+    augment: bool = False,
+) -> Predicted:
+    """Predict images, labelled or not, prepared exactly as the model's training cohort was, and write a table.
+
+    Args:
+        model: a run's folder, ``STUDY:ENTRY`` (refitted, else the mean of its folds), or an export.
+        source: an image, a folder, a CSV, an ``.npz``, raw data of the training cohort's kind, or a prepared cohort.
+        out: ``.csv``, ``.parquet`` or ``.json``; patients are written beside it.
+        checkpoint: ``best`` or ``last``.
+        sensitivity: wanted for the rare class.
+        augment: average with the mirrored image.
+
+    Raises:
+        CheckpointError: the model is damaged, or the pixels were prepared in another way.
+        DataError: the model or the images cannot be found or read.
+    """
+    from raredistill.ship.predict import predict as apply
+    from raredistill.ship.predictor import Predictor
+
+    return apply(Predictor(model, checkpoint=checkpoint, sensitivity=sensitivity, augment=augment), Path(source), Path(out))
+
+
+def refit(folder: Path | str, entry: str, *, config: Study | None = None, observer: Observer = QUIET) -> Refitted:
+    """Train the recipe of one entry once more on all patients, its teacher first, for as many epochs as the folds chose.
+
+    Its expected performance is that of the study's out-of-fold predictions; temperature and threshold come from those of validation.
+
+    Args:
+        folder: of the finished study; the network goes to ``refit/ENTRY`` in it and is then meant by ``STUDY:ENTRY``.
+        entry: name of the chosen one.
+        config: the study, where it was put together in Python.
+        observer: receives the progress.
+
+    Raises:
+        ConfigError: no such entry, or the study was put together in Python and is not given.
+        DataError: the study is not finished, or its cohort is gone.
+    """
+    from raredistill.config import check_config, make_study
+    from raredistill.runs.layout import StudyFolder
+    from raredistill.runs.record import read_study
+    from raredistill.ship import refit as ship
+
+    place = StudyFolder(Path(folder))
+    told = read_study(place.description).config
+    if config is None and "runs" not in told:
+        raise ConfigError(f"{folder}: the study was put together in Python; call raredistill.refit(folder, entry, config=study)")
+    made = config or make_study(check_config(told, str(place.description)), _study_cohort(place.path), "")
+    planned = ship.plan_refit(made, place, entry)
+    with observer.training(planned.plan()) as watcher:
+        return ship.refit(planned, place, entry, watcher)
+
+
+def export(
+    model: Path | str,
+    out: Path | str,
+    *,
+    checkpoint: str = "best",
+    sensitivity: float = 0.9,
+    formats: Sequence[str] = ("fp16", "int8"),
+) -> Exported:
+    """Write a model that runs without raredistill: ONNX, safetensors, description and card, each file compared with the network.
+
+    Args:
+        model: a run, or ``STUDY:ENTRY`` after ``raredistill refit``.
+        out: folder to write; new or empty.
+        checkpoint: ``best`` or ``last``.
+        sensitivity: wanted for the rare class.
+        formats: besides single precision.
+
+    Raises:
+        ConfigError: the model is not one network, or the extra ``export`` is not installed.
+        DataError: the study, its cohort or the model cannot be read, or ``out`` holds something.
+        CheckpointError: a format does not agree with the network.
+    """
+    from raredistill.ship.export import export as write
+    from raredistill.ship.find import find
+
+    found = find(model)
+    return write(found, _study_cohort(found.path), Path(out), checkpoint=checkpoint, sensitivity=sensitivity, extra=formats)
+
+
+def _study_cohort(folder: Path) -> Cohort:
+    from raredistill.runs.layout import StudyFolder
+    from raredistill.runs.record import read_study
+
+    named = read_study(StudyFolder(folder).description).config.get("cohort")
+    if (cohort := _cohort_of(folder, named)) is None:
+        raise DataError(f"{folder}: the study's cohort is no longer there ({named}); prepare it again")
+    return cohort

@@ -70,9 +70,8 @@ def main() -> None:
         if stop.code == TERMINATED:
             _stop(f"terminated; {_resume()}", TERMINATED)
         raise
-    except OSError as error:
-        what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        _stop(f"{what}; earlier files are intact; check the path, its permissions and the free space, then {_resume()}", 2)
+    except (OSError, ImportError, MemoryError) as error:
+        _stop(f"{_hindrance(error)}, then {_resume()}", 2)
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
@@ -81,6 +80,15 @@ def main() -> None:
 
 def _command() -> str:
     return shlex.join(["raredistill", *sys.argv[1:]])
+
+
+def _hindrance(error: OSError | ImportError | MemoryError) -> str:
+    """What the machine refused, and what to look for."""
+    if isinstance(error, OSError):
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        return f"{what}; what was written before is intact; check the place, its rights and the space left"
+    what = f"a library cannot be loaded ({error})" if isinstance(error, ImportError) else "the memory of this process is used up"
+    return f"{what}; free memory or raise its limit (ulimit -v), or install raredistill again"
 
 
 def _resume() -> str:
@@ -298,8 +306,9 @@ def study(
     if on is None and (address is not None or gpus_per_run is not None):
         raise RareDistillError("--address and --gpus-per-run are for a cluster; add --on ray")
     if dry_run:
-        _show_forecast(api.forecast(config, out, **asked), out, again, only)
+        expected = api.forecast(config, out, **asked)
         _show_power(config, out, overrides or [])
+        _show_forecast(expected, out, again, only)
     else:
         engine = None if on is None else _on_ray(address, gpus_per_run)
         _finish(api.study(config, out, engine=engine, command=_command(), **asked), again)
@@ -377,43 +386,34 @@ def _share(only: str) -> tuple[int, int]:
 
 
 @app.command()
-def predict(
-    run: Annotated[Path, typer.Argument(help="a run's folder: STUDY/runs/NAME")],
-    cohort: Annotated[Path, typer.Argument(help="a prepared cohort with the same classes and channels")],
-    out: Annotated[Path, typer.Option("--out", help="Parquet file to write")] = Path("predictions.parquet"),
-    checkpoint: Annotated[str, typer.Option(help="best or last")] = "best",
-    plugin: Plugins = None,
-) -> None:
-    """Apply a trained run to any cohort and write the table of logits."""
-    from raredistill import api
-
-    table = api.predict(run, cohort, out, checkpoint=checkpoint)
-    print(f"{out}: {len(table)} samples of {table['patient'].nunique()} patients")
-    _next(f"raredistill evaluate {shlex.quote(str(out))}")
-
-
-@app.command()
 def evaluate(
     predictions: Annotated[
-        Path, typer.Argument(help="a predictions table (Parquet or CSV), also from another program, or a CSV of confusion matrices")
+        Path, typer.Argument(help="a run, a predictions table (Parquet or CSV), also from another program, or a CSV of confusion matrices")
     ],
     rule: Annotated[Literal["mean", "max", "top5"], typer.Option(help="how the scores of a patient's images are combined")] = "mean",
     background: Annotated[str | None, typer.Option(help="class that is not a patient's label, such as healthy, in foreign files")] = None,
+    split: Annotated[Literal["test", "validation", "train"], typer.Option(help="part of the table")] = "test",
 ) -> None:
-    """Print metrics per image and per patient for the test part of a predictions table."""
+    """Print metrics by slice and by patient for one part of a predictions table: by default patients whom the model has not seen."""
     from raredistill.console import records, show_table
     from raredistill.evaluation.levels import metrics_rows
     from raredistill.evaluation.published import is_published, published_tables
     from raredistill.predictions import read
+    from raredistill.runs.layout import RunFolder
 
+    predictions = RunFolder(predictions).predictions if RunFolder(predictions).record.is_file() else predictions
     if is_published(predictions):
         tables, sentences = published_tables(predictions)
         for name, table in tables.items():
             show_table(records(table), name)
         print("\n".join(sentences))
         return
-    for level, rows in metrics_rows(read(predictions, background=background), rule=rule).items():
-        show_table(rows, level)
+    whole = read(predictions, background=background)
+    others = whole.table[whole.table["split"] != split]
+    for part, rows in others.groupby("split"):
+        print(f"left out: {len(rows)} rows of {rows['patient'].nunique()} patients with split={part}")
+    for level, metrics in metrics_rows(whole, split=split, rule=rule).items():
+        show_table(metrics, level)
 
 
 @app.command()
@@ -444,6 +444,8 @@ def compare(
     ],
     metric: Annotated[str | None, typer.Option(help="one metric only: macro_f1, f1:LGG, recall:LGG, auprc:LGG ...")] = None,
     background: Annotated[str | None, typer.Option(help="class that is not a patient's label, such as healthy, in foreign files")] = None,
+    groups: Annotated[Path | None, typer.Option(help="CSV with a column patient, for gains by group")] = None,
+    by: Annotated[str | None, typer.Option(help="its column of groups, such as sex, age, site or scanner")] = None,
 ) -> None:
     """Compare two sets of test predictions: differences (second minus first), intervals, and conclusions."""
     from raredistill import api
@@ -452,14 +454,84 @@ def compare(
 
     if len(sides) % 2:
         raise RareDistillError(f"{len(sides)} sides cannot be paired; give a control and another side for each comparison")
+    if (groups is None) != (by is None):
+        raise RareDistillError("--groups names a file and --by its column; give both")
+    grouped = None if groups is None or by is None else (groups, by)
     gains = []
     for first, second in zip(sides[::2], sides[1::2], strict=True):
-        found = api.compare(first, second, metric=metric, background=background)
+        found = api.compare(first, second, metric=metric, background=background, groups=grouped)
         show_table(records(found.rows), f"{second} minus {first}")
+        if len(found.groups):
+            show_table(records(found.groups), f"by {by}; p is not adjusted")
         print("\n".join(found.sentences))
         gains.append(found.gain)
     if len(gains) > 1:
         print(over_datasets(gains))
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="a run's folder, STUDY:ENTRY, STUDY/runs/NAME without its hash, or an export")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="an image, a folder, a CSV, an .npz, raw data, or a prepared cohort")],
+    out: Annotated[Path, typer.Option("--out", help=".csv, .parquet or .json")] = Path("predictions.parquet"),
+    checkpoint: Annotated[Literal["best", "last"], typer.Option(help="of the runs")] = "best",
+    sensitivity: Annotated[float | None, typer.Option(help="wanted for the rare class; 0.9 by default")] = None,
+    augment: Annotated[bool, typer.Option("--augment", help="average with the mirrored image")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Predict images with or without labels: class, calibrated probabilities and decision, by slice and by patient."""
+    from raredistill import api
+
+    found = api.predict(model, source, out, checkpoint=checkpoint, sensitivity=sensitivity, augment=augment)
+    print("\n".join(found.sentences()))
+    print(f"{out}: {len(found.samples)} samples of {found.samples['patient'].nunique()} patients")
+    labelled = (found.samples["label"] != "").all() and out.suffix.lower() != ".json"
+    _next(f"raredistill evaluate {shlex.quote(str(out))}" if labelled else f"open {out}")
+
+
+@app.command()
+def refit(
+    study: Annotated[Path, typer.Argument(help="folder of a finished study")],
+    entry: Annotated[str, typer.Argument(help="name of the chosen run")],
+    plugin: Plugins = None,
+) -> None:
+    """Train a chosen recipe once more on all patients, its teacher first, for as many epochs as the folds chose."""
+    from raredistill import api
+    from raredistill.console import show_table
+    from raredistill.terminal import Terminal
+
+    made = api.refit(study, entry, observer=Terminal())
+    print("epochs, the median of the folds: " + ", ".join(f"{name} {epochs}" for name, epochs in made.epochs.items()))
+    show_table(made.expected, "expected performance: the study's out-of-fold predictions, 95 % intervals over patients")
+    _next(f"raredistill export {shlex.quote(f'{study}:{entry}')} --out {shlex.quote(entry)}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="a run's folder, or STUDY:ENTRY after raredistill refit")] = "",
+    out: Out = Path("export"),
+    checkpoint: Annotated[Literal["best", "last"], typer.Option(help="of the run")] = "best",
+    sensitivity: Annotated[float, typer.Option(help="wanted for the rare class")] = 0.9,
+    single: Annotated[bool, typer.Option("--single", help="single precision only: no fp16, no int8")] = False,
+    check: Annotated[Path | None, typer.Option(help="an export to run here with onnxruntime alone", metavar="DIR")] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Write a model that runs without raredistill: ONNX, weights, description and card; or check one."""
+    if check is not None:
+        from raredistill.ship.bundle import check as repeat
+
+        done = repeat(check)
+        print(f"{check}: {done.samples} images, logits differ by at most {done.difference:.2g}")
+        return
+    if not model:
+        raise RareDistillError("name a model, or an export to check with --check DIR")
+    from raredistill import api
+    from raredistill.console import show_table
+
+    made = api.export(model, out, checkpoint=checkpoint, sensitivity=sensitivity, formats=() if single else ("fp16", "int8"))
+    rows = [{"file": each.file, "bytes": each.bytes, "difference": each.difference, "ms": each.milliseconds} for each in made.formats]
+    show_table(rows, f"{made.said}; compared on {made.samples} validation samples")
+    _next(f"raredistill predict {shlex.quote(str(out))} IMAGES --out predictions.csv")
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def atomic(path: Path) -> Iterator[Path]:
     _sweep(path)
     # Two nodes that share a folder may use the same process id.
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # its name can be foreseen, so that it may be a link that someone has put there
     try:
         with naming(path):
             yield temporary

@@ -130,6 +130,10 @@ _LOADED: dict[str, str] = {}
 """Digest of each plug-in loaded in this process, by the file or module that other processes load it from."""
 
 
+_OBJECTS: dict[str, tuple[Callable[..., Any], str]] = {}
+"""Objects of this session by name, with the hash of each."""
+
+
 @dataclass
 class _State:
     """The plug-in that is being loaded now."""
@@ -197,20 +201,24 @@ def augmentation(thing: Thing | None = None, /, **facts: Any) -> Any:
 
 def _decorated(kind: Kind, thing: Thing | None, facts: dict[str, Any]) -> Any:
     if thing is not None:
-        _register(kind, thing, facts)
+        register(kind, thing, facts)
         return thing
     return lambda later: _decorated(kind, later, facts)
 
 
-def _register(kind: Kind, thing: Callable[..., Any], facts: Mapping[str, Any]) -> None:
+def register(kind: Kind, thing: Callable[..., Any], facts: Mapping[str, Any]) -> None:
+    """Register a class or function, as the decorators do.
+
+    Raises:
+        ConfigError: its name is no name or is taken, or it does not keep the contract of its kind.
+    """
     import_module(_HOMES[kind])
     given = {key: value for key, value in facts.items() if key != "name"}
     name = facts.get("name") or getattr(thing, "kind" if kind == "source" else "name", None) or getattr(thing, "__name__", "")
     if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z][\w-]*", name)):
         raise ConfigError(f"a {kind} is registered as {name!r}: a name has letters, digits, _ and -, and begins with a letter")
-    module = sys.modules.get(thing.__module__)
     spec = _STATE.spec or ("" if thing.__module__ in _SESSIONS else thing.__module__)
-    digest = _STATE.digest or _digest(module, thing)
+    digest = _STATE.digest or source_digest(thing)
     _REGISTRIES[kind].add(Plugin(kind, name, thing, given, spec, digest, _STATE.package))
     if spec and not _STATE.spec:
         _LOADED[spec] = digest
@@ -243,12 +251,13 @@ def load(spec: str, *, package: str = "") -> None:
     try:
         with _one_message(spec, package):
             _import(key, package)
-            if not any(plugin.spec == key or plugin.name not in before for plugin in registered()):
+            if _is_file(spec) and not any(plugin.spec == key or plugin.name not in before for plugin in registered()):
                 raise ConfigError("it registers nothing; decorate a class or function with @raredistill.distiller or another decorator")
     except BaseException:
         _forget([plugin for plugin in registered() if plugin.spec == key])
         raise
-    _LOADED[key] = next(plugin.digest for plugin in registered() if plugin.spec == key)
+    own = [plugin.digest for plugin in registered() if plugin.spec == key]
+    _LOADED[key] = own[0] if own else _module_digest(sys.modules[key])
 
 
 def _import(key: str, package: str) -> None:
@@ -420,8 +429,27 @@ def load_again(known: Mapping[str, str]) -> None:
 
 def sources_of(names: Iterable[tuple[Kind, str]]) -> dict[str, str]:
     """Hashes of the source of the plug-ins among some names, such as ``distiller mine``; built-in names are left out."""
-    found = {f"{kind} {name}": _REGISTRIES[kind].plugin(name) for kind, name in names if kind in _REGISTRIES}
-    return {name: plugin.digest for name, plugin in found.items() if plugin is not None}
+    listed = list(names)
+    found = {f"{kind} {name}": _REGISTRIES[kind].plugin(name) for kind, name in listed if kind in _REGISTRIES and ":" not in name}
+    digests = {name: plugin.digest for name, plugin in found.items() if plugin is not None}
+    return digests | {f"{kind} {name}": _object_digest(name) for kind, name in listed if ":" in name}
+
+
+def keep_object(name: str, thing: Callable[..., Any], digest: str) -> None:
+    """Keep an object of this session under a name, for as long as the session lasts."""
+    _OBJECTS[name] = thing, digest
+
+
+def kept_object(name: str) -> Callable[..., Any] | None:
+    """What :func:`keep_object` kept under a name."""
+    return _OBJECTS[name][0] if name in _OBJECTS else None
+
+
+def _object_digest(name: str) -> str:
+    if name in _OBJECTS:
+        return _OBJECTS[name][1]
+    module = sys.modules.get(name.partition(":")[0])
+    return "" if module is None else _module_digest(module)
 
 
 def plugins_table() -> list[dict[str, str]]:
@@ -430,15 +458,21 @@ def plugins_table() -> list[dict[str, str]]:
     return [{"name": plugin.name, "kind": plugin.kind, "from": plugin.place} for plugin in registered()]
 
 
-def _digest(module: ModuleType | None, thing: Callable[..., Any]) -> str:
+def source_digest(thing: Callable[..., Any]) -> str:
     """Hash of the code that a thing depends on: its file, all files of its package, or its own text if defined in a session."""
-    file = getattr(module, "__file__", None)
-    if file is None:
-        return _hash([("", _text(thing).encode())])
-    package = sys.modules.get(thing.__module__.partition(".")[0])
+    module = sys.modules.get(thing.__module__)
+    return _hash([("", _text(thing).encode())]) if getattr(module, "__file__", None) is None else _module_digest(module)
+
+
+def _module_digest(module: ModuleType | None) -> str:
+    """Hash of a module's file, or of all files of its package."""
+    place = getattr(module, "__file__", None)
+    if module is None or place is None:
+        return ""
+    file, package = Path(place), sys.modules.get(module.__name__.partition(".")[0])
     roots = [Path(root) for root in getattr(package, "__path__", ())]
     files = [(str(path.relative_to(root)), path.read_bytes()) for root in roots for path in sorted(root.rglob("*.py"))]
-    return _hash(files or [("", Path(file).read_bytes())])
+    return _hash(files or [("", file.read_bytes())])
 
 
 def _text(thing: Callable[..., Any]) -> str:

@@ -330,7 +330,7 @@ def _numbers(frame: pd.DataFrame, columns: list[str], path: Path) -> NDArray[np.
     try:
         return frame[columns].to_numpy(dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: the columns {', '.join(columns)} contain values that are not numbers ({error})") from None
+        raise DataError(f"{path}: the columns {', '.join(columns)} are not numbers with decimal points ({error})") from None
 
 
 def _patient_labels(table: pd.DataFrame, background: str | None, path: Path) -> pd.Series[Any]:

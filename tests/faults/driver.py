@@ -35,7 +35,7 @@ from raredistill.studies.study import run_study
 from raredistill.training import resume
 
 CONFIG = {
-    "name": "killed", "channels": ["flair"], "splits": {"folds": 2, "validation_share": 0.34},
+    "name": "killed", "channels": ["flair"], "splits": {"folds": 2, "repeats": 1, "validation_share": 0.34},
     "training": {
         "epochs": 3, "batch_size": 16, "accelerator": "cpu", "learning_rate": 0.01, "ema_decay": 0.8, "patience": 2, "clip_norm": 1.0,
         "sampler": "balanced", "mixing": "mixup", "schedule": "plateau", "step_epochs": 1, "factor": 0.5,

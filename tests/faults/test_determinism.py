@@ -34,7 +34,8 @@ def test_workers_do_not_change_a_cohort(cohorts):
 
 def outcome(cohort, out, residence):
     raw = {
-        "name": "twice", "cohort": str(cohort.root), "channels": ["flair", "t1ce"], "splits": {"folds": 2, "validation_share": 0.34},
+        "name": "twice", "cohort": str(cohort.root), "channels": ["flair", "t1ce"],
+        "splits": {"folds": 2, "repeats": 1, "validation_share": 0.34},
         "training": {
             "epochs": 2, "batch_size": 16, "accelerator": "cpu", "sampler": "balanced", "ema_decay": 0.9, "residence": residence,
         },

@@ -351,7 +351,7 @@ def csv_reader(folder):
 def yaml_seeds(real):
     study = {
         "name": "s", "cohort": {"source": "table", "path": "x.csv", "size": 64},
-        "splits": {"protocol": "outer", "folds": 3, "rarefy": {"a": 0.1}},
+        "splits": {"protocol": "outer", "folds": 3, "repeats": 1, "rarefy": {"a": 0.1}},
         "seeds": [0, 1], "training": {"epochs": 3, "loss": "focal", "loss_options": {"gamma": 2.0}},
         "runs": [{"name": "a", "model": "small_cnn"}, {"name": "b", "model": "small_cnn", "teacher": "a", "kd_weight": 0.5}],
     }  # fmt: skip

@@ -71,10 +71,27 @@ def patient_predictions(predictions: Predictions, rule: Rule = "mean") -> Patien
     label = pd.Index(classes).get_indexer(pd.Index(predictions.table["patient_label"].iloc[first]))
     if not (carries := label >= 0).any():
         raise DataError("no patient carries a class; fill the column patient_label to evaluate by patient")
-    # If all probabilities underflow to 0, they become equal instead of 0/0.
-    probability = np.clip(_put_together(of_slice, means, rule)[carries], np.finfo(np.float64).tiny, None)
+    probability = shares(_put_together(of_slice, means, rule)[carries])
     patients = [name for name, there in zip(names, carries, strict=True) if there]
-    return PatientPredictions(patients, label[carries].astype(np.int64), probability / probability.sum(axis=1, keepdims=True), classes)
+    return PatientPredictions(patients, label[carries].astype(np.int64), probability, classes)
+
+
+def patient_probabilities(of_row: NDArray[np.int64], sample: pd.Series[Any], probability: Floats, rule: Rule = "mean") -> Floats:
+    """Probabilities ``(P, Kp)`` of patients whose labels need not be known.
+
+    Args:
+        of_row: ``(N,)`` index of each row's patient.
+        sample: names of the rows' slices.
+        probability: ``(N, Kp)`` of the classes that a patient can carry.
+        rule: as :func:`patient_predictions`.
+    """
+    return shares(_put_together(*_slice_means(of_row, sample, probability), rule))
+
+
+def shares(probability: Floats) -> Floats:
+    """Rows brought back to a sum of 1; those that all underflowed to 0 become equal shares instead of 0/0."""
+    positive = np.clip(probability, np.finfo(np.float64).tiny, None)
+    return np.asarray(positive / positive.sum(axis=1, keepdims=True))
 
 
 def _slice_means(of_row: NDArray[np.int64], sample: pd.Series[Any], probability: Floats) -> tuple[NDArray[np.int64], Floats]:

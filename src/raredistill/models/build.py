@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raredistill.checkpoint import Promise, load
 from raredistill.errors import CheckpointError, ConfigError
-from raredistill.models.names import OWN, resolve
+from raredistill.models.names import own_network, resolve
 from raredistill.models.network import Network, build_head
 from raredistill.models.weights import (
     UNTRAINED,
@@ -120,13 +120,13 @@ def widths(name: str, *, channels: int, image_size: int) -> tuple[int, tuple[int
         return create(name, channels=channels, classes=2, image_size=image_size).widths()
 
 
-def restore(path: Path) -> tuple[Network, Promise]:
+def restore(path: Path | str) -> tuple[Network, Promise]:
     """Build the network of a checkpoint, with its weights and its normalisation, on the CPU.
 
     Raises:
         CheckpointError: a damaged file, or weights that do not fit the network that it names.
     """
-    state, promise = load(path)
+    state, promise = load(Path(path))
     try:
         network = create(
             promise.model,
@@ -144,8 +144,8 @@ def restore(path: Path) -> tuple[Network, Promise]:
 
 
 def _body(name: str, channels: int, size: int, weights: Weights | bool) -> nn.Module:
-    if name in OWN:
-        return _own_body(name, channels, weights)
+    if (factory := own_network(name)) is not None:
+        return _own_body(factory, name, channels, weights)
     build: Callable[..., nn.Module]
     if isinstance(weights, Weights):
         build = partial(load_timm, name, weights, channels)
@@ -161,13 +161,13 @@ def _body(name: str, channels: int, size: int, weights: Weights | bool) -> nn.Mo
 def _keep_classifier(name: str, built: nn.Module, head: str, weights: Weights | None) -> None:
     if weights is None or head != "linear":
         raise ConfigError(f"{name}: keeping a classifier needs `pretrained:` the path of a file, and the linear head")
-    load_classifier(built, weights, () if name in OWN else classifiers_of(name))
+    load_classifier(built, weights, classifiers_of(name) if own_network(name) is None else ())
 
 
-def _own_body(name: str, channels: int, weights: Weights | bool) -> nn.Module:
+def _own_body(factory: Callable[[int], nn.Module], name: str, channels: int, weights: Weights | bool) -> nn.Module:
     if weights is True:
         raise ConfigError(f"{name} has no published weights; give `pretrained:` the path of a checkpoint, or `pretrained: false`")
-    body = OWN[name](channels)
+    body = factory(channels)
     if isinstance(weights, Weights):
         load_own(body, weights, channels)
     return body
@@ -212,4 +212,4 @@ def _takes(name: str, channels: int, size: int) -> bool:
 def _normalisation(name: str, weights: Weights | None, pretrained: bool) -> Normalisation:
     if weights and weights.normalisation:
         return weights.normalisation
-    return timm_normalisation(name) if pretrained and name not in OWN else UNTRAINED
+    return timm_normalisation(name) if pretrained and own_network(name) is None else UNTRAINED

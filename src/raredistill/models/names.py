@@ -12,6 +12,7 @@ from torch import nn
 from raredistill.errors import ConfigError
 from raredistill.models.cifar_resnet import CifarResNet
 from raredistill.models.small_cnn import SmallCNN
+from raredistill.objects import find, is_object
 from raredistill.options import did_you_mean
 from raredistill.plugins import HINT, Plugin, Registry
 
@@ -54,6 +55,15 @@ OWN: Registry[Callable[[int], nn.Module]] = Registry("network", BUILT_IN, _adopt
 """Networks that timm lacks: called with a number of channels, they map images ``(N, C, H, W)`` to features ``(N, F)``."""
 
 
+def own_network(name: str) -> Callable[[int], nn.Module] | None:
+    """The factory of a network that timm lacks: built in, a plug-in's, or an object; None for timm's.
+
+    Raises:
+        ConfigError: an object that is not there.
+    """
+    return find(name) if is_object(name) else OWN.get(name)
+
+
 def list_models() -> list[str]:
     """All names without weights tags: aliases, our own networks and timm's architectures."""
     return sorted({*ALIASES, *OWN, *timm.list_models()})
@@ -67,6 +77,9 @@ def resolve(name: str) -> str:
     """
     if name in ALIASES:
         return ALIASES[name].timm
+    if is_object(name):
+        find(name)
+        return name
     if name in OWN:
         return name
     architecture, _, tag = name.partition(".")

@@ -67,6 +67,7 @@ def write_report(
     if across:
         made["datasets"] = datasets.across([(results, pairs), *((other, make_pairs(other)) for other in map(read_results, across))])
         made["datasets_tested"] = datasets.tested_across(made["datasets"])
+        made["dataset_ranks"] = datasets.ranked_across(made["datasets"])
     maps = read_maps(folder)
     made["maps"] = map_rows(maps)
     answer["missing"] = missing(made["controls"])
@@ -129,7 +130,9 @@ def _tables(results: Results, pairs: list[Pair], answer: dict[str, Any]) -> dict
         "temperatures": fitted,
         "reliability": analyses.reliability(stages),
         "operating_points": analyses.operating_points(results),
-        "decision": analyses.decision_curves(results),
+        "decision": (curves := analyses.decision_curves(results)),
+        "decisions": analyses.decisions(results, curves),
+        "prediction_sets": analyses.prediction_sets(results),
         "roc": analyses.roc_curves(results),
         "precision_recall": analyses.precision_recall_curves(results),
         "hardest_patients": analyses.hardest_patients(results),

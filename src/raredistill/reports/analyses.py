@@ -14,8 +14,9 @@ from raredistill.evaluation.agreement import inheritance
 from raredistill.evaluation.bootstrap import patient_intervals
 from raredistill.evaluation.calibration import calibration_metrics, fit_temperature, reliability_table, restore_prior, scaled
 from raredistill.evaluation.compare import delong, mcnemar
+from raredistill.evaluation.conformal import set_coverage
 from raredistill.evaluation.levels import RULES, by_patient, has_patients, patient_predictions
-from raredistill.evaluation.thresholds import at_threshold, decision_curve, operating_point
+from raredistill.evaluation.thresholds import at_threshold, decision_curve, decision_summary, operating_point
 from raredistill.metrics import classification_metrics
 from raredistill.predictions import Predictions
 from raredistill.reports.pairs import Pair, seen_gain
@@ -31,6 +32,8 @@ COSTS = {"parameters": "parameters", "flops": "flops", "latency": "latency_ms"}
 PRIOR = "prior restored"
 """The stage of calibration that is left out at patient level."""
 HARDEST = 20
+MISS = 0.1
+"""Share of each class's samples that prediction sets may miss."""
 POINTS = 200
 
 
@@ -179,6 +182,36 @@ def _by_level(results: Results, make: Callable[[Any, Any], pd.DataFrame]) -> pd.
 def decision_curves(results: Results) -> pd.DataFrame:
     """Net benefit of acting on the rare class, by level."""
     return _by_level(results, lambda truth, score: decision_curve(truth, score, np.linspace(0.02, 0.9, 45)))
+
+
+def decisions(results: Results, curves: pd.DataFrame) -> pd.DataFrame:
+    """Each decision curve in five numbers, read at the rare class's share of the cohort: what one would act on without a classifier."""
+    counts = {row["class"]: row["slices"] for row in results.study.cohort.counts}
+    share = counts[results.study.rare] / sum(counts.values())
+    rows = [{"entry": entry, "level": level, **decision_summary(curve, share)} for (entry, level), curve in _curves_of(curves)]
+    return pd.DataFrame(rows)
+
+
+def _curves_of(curves: pd.DataFrame) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
+    for (entry, level), curve in curves.groupby(["entry", "level"], sort=False) if len(curves) else ():
+        yield (str(entry), str(level)), curve
+
+
+def prediction_sets(results: Results) -> pd.DataFrame:
+    """Conformal sets of each class, calibrated on each run's validation part and counted on its test part; means over runs."""
+    tables = []
+    for run in results.runs:
+        table = results.tables[run.id]
+        if table.hard or not (table.table["split"] == "validation").any():
+            continue
+        try:
+            tables.append(set_coverage(table.part("validation"), table.part("test"), miss=MISS).assign(entry=run.name))
+        except RareDistillError:
+            continue  # a validation part without a class calibrates no sets
+    if not tables:
+        return pd.DataFrame()
+    means = pd.concat(tables).groupby(["entry", "class"], sort=False)[["coverage", "size", "only"]].mean().reset_index()
+    return means.assign(promised=1 - MISS)
 
 
 def roc_curves(results: Results) -> pd.DataFrame:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from raredistill.errors import DataError
 from raredistill.evaluation.compare import holm, wilcoxon_over_datasets
+from raredistill.evaluation.ranks import FEWEST, ranks_over_datasets
 from raredistill.reports.analyses import gains
 from raredistill.reports.pairs import Pair
 from raredistill.reports.results import Results
@@ -51,3 +52,23 @@ def tested_across(table: pd.DataFrame) -> pd.DataFrame:
             rows.append((entry, len(own), float(own["gain"].mean()), p, float("nan"), smallest))
     found = pd.DataFrame(rows, columns=list(TESTED))
     return found.assign(p_holm=holm(found["p"]) if rows else [])
+
+
+def ranked_across(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean ranks of the entries' gains over the data sets that all of them have, with Nemenyi's critical difference.
+
+    Args:
+        table: of :func:`across`.
+
+    Returns:
+        ``entry, mean_rank, critical_difference, friedman_p, not_told_from``; without columns for fewer than three entries or data sets.
+    """
+    scores = table.pivot_table(index="study", columns="entry", values="gain").dropna()
+    if min(scores.shape) < FEWEST:
+        return pd.DataFrame()
+    found = ranks_over_datasets(scores)
+    alike = {name: sorted({other for clique in found.cliques if name in clique for other in clique} - {name}) for name in scores.columns}
+    rows = [
+        (entry, float(rank), found.critical_difference, found.p, ", ".join(alike[str(entry)])) for entry, rank in found.mean_ranks.items()
+    ]
+    return pd.DataFrame(rows, columns=["entry", "mean_rank", "critical_difference", "friedman_p", "not_told_from"])

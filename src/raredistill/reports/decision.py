@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from raredistill.errors import RareDistillError
+from raredistill.evaluation.compare import swap_within_cells
 from raredistill.evaluation.contrasts import Tally, contrasts, tally
 from raredistill.evaluation.gains import Contrast, Gain, assess, closed_gap
 from raredistill.evaluation.thresholds import matched_shift
@@ -32,6 +33,7 @@ class Decision:
         rare_patients: number of tested patients with the rare class.
         seen: the observed gain, even if nothing was tested but the sides can be compared.
         gains: gains of all metrics that could be tested, by name; only the rare class's F1 decides.
+        swap_p: of "the teacher changes nothing at all in this cohort"; a reference that decides nothing.
     """
 
     gain: Gain | None = None
@@ -43,6 +45,7 @@ class Decision:
     rare_patients: int = 0
     seen: float | None = None
     gains: dict[str, Gain] = field(default_factory=dict)
+    swap_p: float | None = None
 
 
 def last_matched(whole: Predictions, rare: str) -> Predictions:
@@ -75,6 +78,7 @@ def best_argmax(whole: Predictions, rare: str) -> Predictions:
     return whole.part("test", "best" if "best" in there else "last")
 
 
+SWAPS = 1999
 DECIDING = "last epoch, threshold matched on validation"
 BESIDE: dict[str, View] = {"argmax": last_argmax, "best checkpoint": best_argmax}
 VIEWS: dict[str, View] = {DECIDING: last_matched, **BESIDE}
@@ -128,7 +132,33 @@ def decide(
     reason = made.problems.get(metric, "") or _not_learned(sides, {"control": control, "entry": other, "teacher": teacher})
     beside = {view: found for view in BESIDE if (found := _beside(sides, control, other, view, expected, kept)) is not None}
     closed = _closed(sides, control, teacher, contrast, expected, kept) if teacher else None
-    return Decision(gains[metric], contrast, reason.rstrip("."), made.missing, beside, closed, rare, contrast.gain, gains)
+    return Decision(
+        gains[metric],
+        contrast,
+        reason.rstrip("."),
+        made.missing,
+        beside,
+        closed,
+        rare,
+        contrast.gain,
+        gains,
+        swap_p(*tallies, contrast, sides.rare),
+    )
+
+
+def swap_p(control: Tally, other: Tally, contrast: Contrast, rare: str) -> float:
+    """P of the swap test within cells, over the runs of a contrast."""
+    layout, place, classes = contrast.layout, control.classes.index(rare), len(control.classes)
+    cells = [(run, np.flatnonzero(layout.fold[run] == fold)) for run in range(len(layout.runs)) for fold in np.unique(layout.fold[run])]
+    counts = []
+    for side in (control, other):
+        places = {name: number for number, name in enumerate(side.patients)}
+        kept = [places[name] for name in layout.patients]
+        sums = side.sums[[side.runs.index(run) for run in layout.runs]][:, kept]
+        counts.append([[sums[run, members, column].sum() for run, members in cells] for column in (place, 2 * classes + place)])
+    actual = float(control.sums[control.runs.index(layout.runs[0]), :, classes + place].sum())
+    right, called = np.swapaxes(np.array(counts), 0, 1)
+    return swap_within_cells(right, called, actual, [run for run, _ in cells], draws=SWAPS)
 
 
 def _both(sides: Sides, control: str, other: str, view: str) -> tuple[Tally, Tally]:

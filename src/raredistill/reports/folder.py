@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from annotated_types import MinLen
 from pydantic import TypeAdapter, ValidationError
@@ -124,11 +124,11 @@ def _epochs(path: Path, classes: set[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def patients_of_sides(path: Path) -> dict[Literal["train", "test"], tuple[str, ...]]:
-    """Patients of the training and the test side of a split file.
+def patients_of_sides(path: Path) -> dict[str, tuple[str, ...]]:
+    """Side -> patients of a split file.
 
     Raises:
         DataError: it contains something else.
     """
     sides: _Sides = _validated(TypeAdapter(_SplitFile), read_json(path), path).patients
-    return {"train": sides.train, "test": sides.test}
+    return {"train": sides.train, "validation": sides.validation, "test": sides.test}

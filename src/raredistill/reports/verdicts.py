@@ -113,7 +113,7 @@ def told(record: dict[str, Any]) -> str:
 
 def _notes(pair: Pair, rare: str, ruling: Ruling) -> list[str]:
     notes = [f"Left out: {each}." for each in pair.decision.missing]
-    notes += _beside(pair, rare, ruling) + _closed(pair, rare)
+    notes += _beside(pair, rare, ruling) + _closed(pair, rare) + _within_cohort(pair, ruling)
     reference = pair.evidence.get(f"f1:{rare}")
     if reference is not None and reference.basis == "folds":
         notes.append(
@@ -135,6 +135,13 @@ def _beside(pair: Pair, rare: str, ruling: Ruling) -> list[str]:
     if argmax is not None and argmax.p < LEVEL <= ruling.gain.p:
         notes.append(f"By argmax {rare} F1 moved, at matched thresholds it did not: a gain by threshold alone.")
     return notes
+
+
+def _within_cohort(pair: Pair, ruling: Ruling) -> list[str]:
+    p = pair.decision.swap_p
+    if p is None or p >= LEVEL or ruling.verdict is not Verdict.UNDECIDED:
+        return []
+    return [f"Within this cohort the difference is more than luck of training (swap {p_text(p)}); that it holds for others is not shown."]
 
 
 def _closed(pair: Pair, rare: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import pandas as pd
 from raredistill.errors import DataError
 from raredistill.evaluation.bootstrap import check_same
 from raredistill.evaluation.compare import wilcoxon_over_datasets
+from raredistill.evaluation.contrasts import tally
 from raredistill.evaluation.differences import FEW_PATIENTS, in_folds, side_sizes
 from raredistill.evaluation.levels import by_patient, has_patients
+from raredistill.evaluation.subgroups import groups_of, subgroup_gains
 from raredistill.evaluation.sums import parse_metric
 from raredistill.evaluation.verdicts import signed
 from raredistill.predictions import Predictions, concatenate, read
-from raredistill.reports.decision import Decision, Sides, decide
+from raredistill.reports.decision import Decision, Sides, decide, last_matched
 from raredistill.reports.folder import refuse_foreign
 from raredistill.reports.pairs import Pair, compared, comparisons, metrics_of
 from raredistill.reports.results import Results, read_results
@@ -28,14 +30,17 @@ from raredistill.runs.layout import RunFolder
 
 @dataclass(frozen=True)
 class Versus:
-    """A comparison for printing: ``rows`` by level and metric, ``sentences`` with the verdict, ``gain`` in the first metric."""
+    """A comparison to print: ``rows`` by level and metric, ``sentences`` with the verdict, ``gain`` in the first metric, gains by group."""
 
     rows: pd.DataFrame
     sentences: list[str]
     gain: float
+    groups: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
-def versus(first: Path, second: Path, *, metric: str | None = None, background: str | None = None) -> Versus:
+def versus(
+    first: Path, second: Path, *, metric: str | None = None, background: str | None = None, groups: tuple[Path, str] | None = None
+) -> Versus:
     """Compare two runs, two studies or two prediction files; the first is the control.
 
     Args:
@@ -43,6 +48,7 @@ def versus(first: Path, second: Path, *, metric: str | None = None, background: 
         second: the same kind; in two studies, entries with the same name are compared.
         metric: a name as in :func:`raredistill.evaluation.bootstrap.patient_bootstrap`; by default the F1 of the rarest class comes first.
         background: the class that is not a patient's label, in files of other programs.
+        groups: a CSV file with the column ``patient``, and the column by which gains are also reported.
 
     Raises:
         ConfigError: unknown metric or class.
@@ -57,7 +63,32 @@ def versus(first: Path, second: Path, *, metric: str | None = None, background: 
     pairs = [_pair(names, control, other, wanted) for names, control, other in sides]
     if untested := [pair.problem for pair in pairs if pair.problem and not pair.differences]:
         raise DataError(untested[0])
-    return Versus(_rows(pairs, wanted), _sentences(pairs, rare, metric), pairs[0].differences[wanted[0]].estimate)
+    gain = pairs[0].differences[wanted[0]].estimate
+    by_group = pd.DataFrame() if groups is None else _by_group(sides[0][1], sides[0][2], read_groups(*groups), wanted[:1], rare)
+    return Versus(_rows(pairs, wanted), _sentences(pairs, rare, metric), gain, by_group)
+
+
+def read_groups(path: Path, column: str) -> dict[str, str]:
+    """The group of every patient of a table; numbers with many values are cut into thirds.
+
+    Raises:
+        DataError: the file cannot be read, lacks a column, or gives a patient two groups.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as CSV ({error})") from None
+    if lacking := [name for name in ("patient", column) if name not in table]:
+        raise DataError(f"{path}: has no column {lacking[0]}; its columns are {', '.join(map(str, table.columns))}")
+    values = table[["patient", column]].drop_duplicates()
+    if (twice := values["patient"].duplicated()).any():
+        raise DataError(f"{path}: patient {values['patient'][twice].iloc[0]} has two values in {column}; give one")
+    return groups_of(dict(zip(values["patient"], values[column], strict=True)))
+
+
+def _by_group(first: Predictions, second: Predictions, groups: dict[str, str], metrics: list[str], rare: str) -> pd.DataFrame:
+    sides = [tally(last_matched(side, rare)) for side in (first, second)]
+    return subgroup_gains(sides[0], sides[1], groups, metrics, rare)
 
 
 def over_datasets(gains: list[float]) -> str:

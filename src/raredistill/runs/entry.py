@@ -14,6 +14,7 @@ from pydantic import BeforeValidator
 
 from raredistill.declared import Declared, Name
 from raredistill.errors import ConfigError
+from raredistill.objects import name_of
 from raredistill.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Entry(Declared):
 
     Attributes:
         name: unique in the study.
-        model: name of the network.
+        model: name of the network; from Python also a module with features ``(N, F)``, or a function from channels to one.
         channels: channels of its input, in order; those of the study when empty.
         settings: training settings; in a configuration, ``training`` lists the differences from the study's.
         pretrained: no, timm's hub, or a local safetensors file.
@@ -91,9 +92,8 @@ class Entry(Declared):
         teacher: another entry's name, several names (their probabilities are averaged), a teacher from elsewhere, or none.
         cross_fit: train this many copies of the teacher, each without one part of the training patients, which it then teaches; 0 for
             one teacher trained on all of them.
-        online: the teacher is trained together with the student, ``one_way`` or ``mutual`` (it also learns from the student); ``no``
-            for a teacher trained before.
-        method: distiller, if there is a teacher.
+        online: the teacher learns beside the student, ``one_way`` or ``mutual`` (from the student, too); ``no`` for a trained teacher.
+        method: distiller, when there is a teacher: its name, or from Python its class or function.
         method_options: its hyper-parameters.
         ce_weight: weight of the supervised loss, if there is a teacher.
         kd_weight: weight of the distillation terms.
@@ -103,7 +103,7 @@ class Entry(Declared):
     """
 
     name: Annotated[Name, MinLen(1)]
-    model: str
+    model: Annotated[str, BeforeValidator(name_of("network"))]
     channels: Channels = ()
     settings: Settings = field(default_factory=Settings)
     pretrained: Annotated[bool | Path, BeforeValidator(_switch)] = False
@@ -114,7 +114,7 @@ class Entry(Declared):
     teacher: str | Annotated[tuple[str, ...], MinLen(2)] | External | None = None
     cross_fit: Annotated[int, Interval(ge=2, le=20)] | Literal[0] = 0
     online: Literal["no", "one_way", "mutual"] = "no"
-    method: str = "kd"
+    method: Annotated[str, BeforeValidator(name_of("distiller"))] = "kd"
     method_options: dict[str, Any] = field(default_factory=dict)
     ce_weight: Weight = 1.0
     kd_weight: Weight = 1.0

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from raredistill import checkpoint
 from raredistill.checkpoint import Promise
-from raredistill.errors import ConfigError
+from raredistill.errors import CheckpointError, ConfigError
 from raredistill.models import Network, create, restore
+from raredistill.objects import name_of
 from raredistill.runs.entry import External
 
 Stamp = tuple[int, int]
@@ -95,3 +100,30 @@ def _with_prior(promise: Promise, teacher: External) -> Promise:
             f"teacher {teacher.weights}: prior: [{shares}] must be shares above 0, together 1, one for each of {list(promise.classes)}"
         )
     return replace(promise, prior=tuple(share / sum(teacher.prior) for share in teacher.prior))
+
+
+def save_module(module: nn.Module, file: Path, *, classes: tuple[str, ...], image_size: int, **stated: Any) -> None:
+    """Write a classifier from elsewhere as a checkpoint: its logits become the features of a network whose head changes nothing.
+
+    Args:
+        module: from normalised images ``(N, C, H, W)`` to logits ``(N, K)``.
+        file: to write.
+        classes: K, in order.
+        image_size: side in pixels.
+        stated: the other fields of :class:`~raredistill.checkpoint.Promise` that are not the network's own.
+
+    Raises:
+        CheckpointError: its logits are not one per class.
+    """
+    name = name_of("network")(module)
+    network = create(
+        name, channels=len(stated["channels"]), classes=len(classes), image_size=image_size, normalisation=(stated["mean"], stated["std"])
+    )
+    if network.widths()[0] != len(classes):
+        raise CheckpointError(f"{file}: the module gives {network.widths()[0]} numbers per image, for {len(classes)} classes")
+    last = network.head[-1]  # type: ignore[index]
+    with torch.no_grad():
+        last.weight.copy_(torch.eye(len(classes)))
+        last.bias.zero_()
+    promise = Promise(model=name, head="linear", dropout=0.0, classes=classes, image_size=image_size, split_hash="", **stated)
+    checkpoint.save(file, network.state_dict(), promise)

@@ -130,6 +130,10 @@ class StudyFolder:
         """The folder of a finished run."""
         return RunFolder(self.runs / name)
 
+    def refit(self, entry: str) -> StudyFolder:
+        """An entry trained once more on all patients, with its teachers: a study of one split."""
+        return StudyFolder(self.path / "refit" / entry)
+
     def split(self, repeat: int, fold: int) -> Path:
         """The patients and rows of one split."""
         return self.splits / f"r{repeat}f{fold}.json"

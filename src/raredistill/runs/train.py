@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
@@ -209,4 +210,9 @@ def _predictions(run: Run, cohort: Cohort, network: Network, fitted: Fitted, fab
             network.load_state_dict(weights)
             logits, _ = predict_logits(network, batches, channels=channels, fabric=fabric)
             tables.append(prediction_table(cohort, rows, logits.numpy(), run=run.id, split=part, checkpoint=name, where=where))
+    if not tables:  # everyone trained
+        nobody = np.array([], dtype=np.int64)
+        return prediction_table(
+            cohort, nobody, np.empty((0, len(cohort.classes))), run=run.id, split="test", checkpoint="best", where=where
+        )
     return pd.concat(tables, ignore_index=True)

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator
 
 from raredistill.declared import Declared
 from raredistill.errors import ConfigError
+from raredistill.objects import name_of
 from raredistill.views import PRESETS, Augmentation, from_preset
 
 Share = Annotated[float, Interval(ge=0, lt=1)]
@@ -96,7 +97,7 @@ class Settings(Declared):
     sampler: Literal["natural", "sqrt", "balanced", "progressive"] = "natural"
     augmentation: Preset | Annotated[Augmentation, BeforeValidator(from_preset)] = "default"
     mixing: Literal["none", "mixup", "remix"] = "none"
-    loss: str = "cross_entropy"
+    loss: Annotated[str, BeforeValidator(name_of("loss"))] = "cross_entropy"
     loss_options: dict[str, Any] = field(default_factory=dict)
     deferred: Literal["none", "inverse", "sqrt", "effective"] = "none"
     deferred_epoch: Annotated[int, Ge(0)] = 0

@@ -17,6 +17,8 @@ LARGEST = 2**29
 MOST_LANES = 16
 """Volumes of the longest fourth axis that is read."""
 HEADER = 352
+MOST_BEHIND = 2**24
+"""Bytes that may follow the voxels."""
 FARTHEST = 1e9
 """Millimetres; an affine with more than that is no place."""
 ROUNDED = 0.02
@@ -129,12 +131,14 @@ class _Stream:
         return block
 
     def finish(self) -> None:
-        """Read what follows the voxels, so that the check sum is compared."""
-        if self._decompressor is None:
-            return
-        while not self._decompressor.eof:
-            if not self._next(2**16):
+        """Read what follows the voxels, so that the check sum is compared; a few bytes of gzip may stand for any number of them."""
+        behind = 0
+        while self._decompressor is not None and not self._decompressor.eof:
+            if not (block := self._next(2**16)):
                 raise DataError(f"{self._file}: its gzip data are cut short; replace it by the original")
+            behind += len(block)
+            if behind > MOST_BEHIND:
+                raise DataError(f"{self._file}: more than {MOST_BEHIND} bytes follow its voxels; replace it by the original")
 
 
 def _voxel_type(header: Any, file: Path) -> np.dtype[Any]:
