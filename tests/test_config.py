@@ -135,7 +135,10 @@ def test_the_thesis_grid_has_its_published_hyper_parameters():
         ({"teacher": "a", "cross_fit": 2, "training": {"mixing": "mixup"}}, "mixes patients"),
         ({"teacher": ["a", "b"], "cross_fit": 2}, "cross_fit needs one teacher"),
         ({"head": "cosine", "training": {"stage": "crt"}}, "changes a linear classifier, but head is cosine"),
-        ({"training": {"stage": "logit_adjustment", "loss": "balanced_softmax"}}, "loss balanced_softmax with sampler natural already does so"),
+        (
+            {"training": {"stage": "logit_adjustment", "loss": "balanced_softmax"}},
+            "loss balanced_softmax with sampler natural already does so",
+        ),
         ({"training": {"stage": "logit_adjustment", "sampler": "balanced"}}, "cross_entropy with sampler balanced already does so"),
         ({"teacher": "a", "method": "pckd", "training": {"stage": "logit_adjustment"}}, "method pckd already does so"),
         (
