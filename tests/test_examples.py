@@ -39,7 +39,13 @@ def test_the_readmes_ten_lines_of_python_print_a_verdict(tmp_path):
         rows.append({"image": f"{number}.png", "label": label, "patient": f"p{number}"})
     pd.DataFrame(rows).to_csv(tmp_path / "labels.csv", index=False)
     # The same lines on small images and networks that need no hub.
-    quick = {"resnet50": "cifar_resnet14", "mobilenet_v2": "small_cnn", "pretrained=True": "size=32", "epochs=30": "epochs=1", "folds=5, repeats=3": "folds=2, repeats=1"}
+    quick = {
+        "resnet50": "cifar_resnet14",
+        "mobilenet_v2": "small_cnn",
+        "pretrained=True": "size=32",
+        "epochs=30": "epochs=1",
+        "folds=5, repeats=3": "folds=2, repeats=1",
+    }
     for given, small in quick.items():
         assert given in code
         code = code.replace(given, small)
