@@ -15,7 +15,7 @@ from raredistill.runs.cache import Cache
 from raredistill.runs.layout import StudyFolder
 from raredistill.runs.teachers import network_of, teach
 from raredistill.studies.study import run_study
-from raredistill.training.cache import look
+from raredistill.training.cache import compute_view
 from raredistill.training.devices import make_fabric
 from raredistill.training.loop import Trainer
 from raredistill.training.objectives import Distilled
@@ -148,8 +148,8 @@ def test_a_device_that_holds_half_a_batch_is_asked_in_halves(done):
             raise torch.OutOfMemoryError
         return taught(batch)
 
-    for name, values in look(taught, plain, 0, features=True).items():
-        torch.testing.assert_close(look(narrow, plain, 0, features=True)[name], values, atol=1e-3, rtol=1e-3)
+    for name, values in compute_view(taught, plain, 0, features=True).items():
+        torch.testing.assert_close(compute_view(narrow, plain, 0, features=True)[name], values, atol=1e-3, rtol=1e-3)
 
 
 def test_a_damaged_view_is_noticed_and_computed_again(done):

@@ -121,7 +121,7 @@ def test_generated_data_say_so_and_whole_names_are_shown(tmp_path):
     )
     assert prepared.returncode == 0, prepared.stderr
     assert "generated data (phantom), not patients" in prepared.stdout
-    assert "what the two label rules call the slices (used: default)" in prepared.stdout
+    assert "slices of each class by both label rules (used: default)" in prepared.stdout
     assert "BraTS20_Training_002" in prepared.stdout
 
 

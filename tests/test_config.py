@@ -45,7 +45,7 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key(tmp_path):
         ({"runs": [{"name": "a", "model": "small_cn"}]}, "small_cnn"),
         ({"runs": [{"name": "a", "model": "small_cnn"}, {"name": "b", "model": "small_cnn", "teacher": "a", "method": "kdd"}]}, "kd"),
         ({"channels": ["t7"]}, "no channel t7"),
-        ({"training": {"schedule": "plateau", "select": "last"}}, "plateau watches validation"),
+        ({"training": {"schedule": "plateau", "select": "last"}}, "plateau monitors validation"),
     ],
 )
 def test_unknown_names_are_refused_before_training(tmp_path, tiny_cohort, change, said):
@@ -126,18 +126,21 @@ def test_the_thesis_grid_has_its_published_hyper_parameters():
     ("change", "said"),
     [
         ({"training": {"loss": "ldam"}}, "needs cosines, but head is not cosine"),
-        ({"training": {"loss": "weighted_cross_entropy", "deferred": "effective"}}, "weighs already"),
+        ({"training": {"loss": "weighted_cross_entropy", "deferred": "effective"}}, "already does"),
         (
             {"teacher": "a", "method": "pckd", "training": {"loss": "balanced_softmax"}},
             "brings its own loss on labels, but",
         ),
-        ({"teacher": "a", "method": "dkd", "training": {"mixing": "remix"}}, "looks at labels, but mixing: remix"),
+        ({"teacher": "a", "method": "dkd", "training": {"mixing": "remix"}}, "uses labels, but mixing: remix"),
         ({"teacher": "a", "cross_fit": 2, "training": {"mixing": "mixup"}}, "mixes patients"),
         ({"teacher": ["a", "b"], "cross_fit": 2}, "cross_fit needs one teacher"),
         ({"head": "cosine", "training": {"stage": "crt"}}, "changes a linear classifier, but head is cosine"),
-        ({"training": {"stage": "logit_adjustment", "loss": "balanced_softmax"}}, "loss balanced_softmax with sampler natural has done so"),
-        ({"training": {"stage": "logit_adjustment", "sampler": "balanced"}}, "cross_entropy with sampler balanced has done so"),
-        ({"teacher": "a", "method": "pckd", "training": {"stage": "logit_adjustment"}}, "method pckd has done so"),
+        (
+            {"training": {"stage": "logit_adjustment", "loss": "balanced_softmax"}},
+            "loss balanced_softmax with sampler natural already does so",
+        ),
+        ({"training": {"stage": "logit_adjustment", "sampler": "balanced"}}, "cross_entropy with sampler balanced already does so"),
+        ({"teacher": "a", "method": "pckd", "training": {"stage": "logit_adjustment"}}, "method pckd already does so"),
         (
             {"teacher": "a", "online": "mutual", "method": "at"},
             "online: mutual compares logits of networks in training, but method at needs",
@@ -145,12 +148,18 @@ def test_the_thesis_grid_has_its_published_hyper_parameters():
         ({"online": "one_way"}, "online: one_way trains entries of this study"),
         ({"cross_fit": 2}, "cross_fit makes copies of a teacher, but it has none"),
         ({"teacher": ["a", "b"], "method": "rkd"}, "compares features"),
-        ({"teacher": "a", "training": {"teacher_cache": "views=2", "mixing": "mixup"}}, "mixing: mixup puts two samples into one"),
+        ({"teacher": "a", "training": {"teacher_cache": "views=2", "mixing": "mixup"}}, "mixing: mixup combines two samples into one"),
         ({"teacher": "a", "method": "at", "training": {"teacher_cache": "views=2"}}, "method at compares feature maps; leave"),
         ({"training": {"compile": "default", "devices": 2}}, "is for one device, but devices: 2"),
-        ({"teacher": "a", "method": "at", "training": {"compile": "default"}}, "compiles bodies whole, but method at looks into them"),
-        ({"teacher": "a", "online": "mutual", "training": {"teacher_cache": "views=2"}}, "online: mutual trains it beside the student"),
-        ({"teacher": "v", "method": "at"}, "method at: it compares maps, but v gives none"),
+        (
+            {"teacher": "a", "method": "at", "training": {"compile": "default"}},
+            "compiles whole bodies, but method at needs their inner feature maps",
+        ),
+        (
+            {"teacher": "a", "online": "mutual", "training": {"teacher_cache": "views=2"}},
+            "online: mutual trains it together with the student",
+        ),
+        ({"teacher": "v", "method": "at"}, "method at: it compares maps, but v has none"),
         ({"teacher": "a", "method": "fitnet", "method_options": {"stage": 9}}, "stage must be a whole number from 1"),
         ({"teacher": "a", "method": "ltkd", "method_options": {"groups": [["healthy"], ["HGG", "LGGG"]]}}, "groups must name each"),
         ({"training": {"loss": "weighted_cross_entropy", "loss_options": {"weights": "invers"}}}, "weights must be one of"),

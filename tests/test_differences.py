@@ -140,7 +140,7 @@ def test_wilcoxon_equals_all_signs_written_out_and_says_what_it_can_reach():
     seen = ranks[values > 0].sum()
     assert wilcoxon_over_datasets(values)[0] == pytest.approx(min(1, 2 * min((sums >= seen).mean(), (sums <= seen).mean())))
     assert wilcoxon_over_datasets([0.0, 0.0]) == (1.0, 1.0)
-    with pytest.raises(DataError, match="one a data set"):
+    with pytest.raises(DataError, match="one per data set"):
         wilcoxon_over_datasets([0.1])
 
 

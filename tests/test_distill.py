@@ -315,15 +315,15 @@ def test_groups_that_miss_classes_or_carry_no_signal_are_refused(groups):
 
 def test_a_teacher_that_cannot_give_what_a_method_needs_is_refused_with_both_named():
     shapes = {"student_shape": Shape(4, (2, 4)), "teacher_shape": Shape(8)}
-    with pytest.raises(ConfigError, match="method at: it compares maps, but vit gives none"):
+    with pytest.raises(ConfigError, match="method at: it compares maps, but vit has none"):
         make_method("at", Facts(COUNTS, teacher="vit", **shapes))
-    with pytest.raises(ConfigError, match=r"method rkd: it compares features, but a [+] b gives none"):
+    with pytest.raises(ConfigError, match=r"method rkd: it compares features, but a [+] b has none"):
         make_method("rkd", Facts(COUNTS, teacher="a + b", student_shape=Shape(4)))
-    with pytest.raises(ConfigError, match="student gives none"):
+    with pytest.raises(ConfigError, match="student has none"):
         make_method("fitnet", Facts(COUNTS, student_shape=Shape(4), teacher_shape=Shape(4, (2,))))
     with pytest.raises(ConfigError, match="stage must be"):
         make_method("fitnet", Facts(COUNTS, student_shape=Shape(4, (2,)), teacher_shape=Shape(4, (2,))), stage=2)
-    with pytest.raises(ConfigError, match=r"method pckd: .* carried class prior off ldam, which is unknown"):
+    with pytest.raises(ConfigError, match=r"method pckd: .*removes the carried class prior of ldam, which is unknown"):
         make_method("pckd", Facts(COUNTS, teacher="ldam"))
     with pytest.raises(ConfigError, match="recall of big on unseen patients"):
         make_method("reliable_kd", Facts(COUNTS, teacher="big"))

@@ -110,7 +110,7 @@ def test_a_begun_run_counts_the_epochs_that_are_left(tiny_cohort, tmp_path, know
     draft.mkdir(parents=True)
     (draft / "epochs.jsonl").write_text("{}\n")
     begun = foretell(made, tmp_path)[0]
-    assert begun.status == "begun, 1 of 2 epochs"
+    assert begun.status == "started, 1 of 2 epochs"
     assert whole.seconds - begun.seconds == pytest.approx(2.0 * (len(whole.run.split.train) // 16) + 0.1 * len(whole.run.split.validation))
 
 
@@ -250,13 +250,13 @@ def test_the_command_line_of_a_dry_run_and_of_a_share(tiny_cohort, tmp_path, com
     assert "2 folds x 1 repeats find gains in LGG F1 of" in said.replace("\n", " ")
     assert not (tmp_path / "s").exists()
     # The share of a student, and one without a run.
-    for share, count in (("1/4", "2 runs in order"), ("7/8", "no run of this study falls into the share 7/8")):
+    for share, count in (("1/4", "2 runs in order"), ("7/8", "no run of this study is in the share 7/8")):
         code, said, errors = command(config, "--out", tmp_path / "s", "--only", share, "--dry-run")
         assert code == 0, errors
         assert count in said
     code, said, errors = command(config, "--out", tmp_path / "s", "--only", "0/4")
     assert code == 0, errors
-    assert "3 runs are left to other processes" in said
+    assert "3 runs are still being done by other processes" in said
     assert f"next: raredistill study {config} --out {tmp_path / 's'}" in said
     assert not (tmp_path / "s" / "report").exists()
 

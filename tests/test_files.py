@@ -71,7 +71,7 @@ def test_json_round_trip_and_damage(tmp_path):
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     claim_folder(tmp_path / "new", "study.json")
     (tmp_path / "new" / "thesis.docx").write_text("precious")
-    with pytest.raises(DataError, match="already holds something else"):
+    with pytest.raises(DataError, match="already contains something else"):
         claim_folder(tmp_path / "new", "study.json")
     (tmp_path / "new" / "study.json").write_text("{}")
     claim_folder(tmp_path / "new", "study.json")

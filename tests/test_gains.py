@@ -256,9 +256,9 @@ def test_a_slope_is_the_least_squares_line_through_the_gains():
 
 def test_contrasts_of_other_runs_folds_or_patients_cannot_be_added():
     first = contrast(0.1)
-    with pytest.raises(DataError, match="repeat 3, seed 3 stands on one side only"):
+    with pytest.raises(DataError, match="repeat 3, seed 3 is on one side only"):
         combine([first, contrast(0.1, runs=3)], [1, 1])
-    with pytest.raises(DataError, match="patient p60 stands on one side only"):
+    with pytest.raises(DataError, match="patient p60 is on one side only"):
         combine([first, contrast(0.1, patients=61)], [1, 1])
     # The same number of differences, made on other folds: they were once added without a word.
     with pytest.raises(DataError, match="not made on the same folds"):

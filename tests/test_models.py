@@ -135,8 +135,8 @@ def test_impossible_settings_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "why"),
     [
-        ("test_vit", 50, "not a multiple of its 16-pixel patches.*takes 32, 64, 96"),
-        ("small_cnn", 15, "cannot take images of 15 x 15.*takes 28, 32"),
+        ("test_vit", 50, "not a multiple of its 16-pixel patches.*supports 32, 64, 96"),
+        ("small_cnn", 15, "does not support images of 15 x 15.*supports 28, 32"),
     ],
 )
 def test_a_size_that_does_not_fit_is_refused_with_sizes_that_do(name: str, size: int, why: str) -> None:

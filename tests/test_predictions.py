@@ -106,10 +106,10 @@ def test_logit_columns_are_taken_in_the_order_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label": ["GBM"] + ["healthy"] * 11}, "label holds 'GBM', which is not one of the classes"),
+        ({"label": ["GBM"] + ["healthy"] * 11}, "label contains 'GBM', which is not one of the classes"),
         ({"patient_label": ["LGG", *table()["patient_label"][1:]]}, "patient 000 has two patient labels"),
         ({"sample": ["000", "000", *table()["sample"][2:]]}, "sample 000 of patient 000 has two labels"),
-        ({"sample": ["000", "001", "001", *table()["sample"][3:]]}, "sample 001 of patient 000 stands twice"),
+        ({"sample": ["000", "001", "001", *table()["sample"][3:]]}, "sample 001 of patient 000 occurs twice"),
         ({"logits": [[0.0, np.nan, 1.0]] * 12}, "logits of sample 000 are not finite"),
         ({"logits": [[0.0, np.inf, 1.0]] * 12}, "not finite"),
         ({"logits": [[0.0, 1.0]] * 12}, "every row needs 3 logits"),

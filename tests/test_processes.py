@@ -25,7 +25,7 @@ from raredistill.errors import ConfigError
 from raredistill.losses import make_loss
 from raredistill.models import Network, create
 from raredistill.runs.layout import StudyFolder
-from raredistill.runs.train import _apart
+from raredistill.runs.train import _unshared
 from raredistill.studies.execute import execute
 from raredistill.training import resume
 from raredistill.training.devices import Team, make_fabric
@@ -401,9 +401,9 @@ def test_batch_norms_are_synchronised_on_gpus_and_keep_their_activations():
 ])  # fmt: skip
 def test_batch_statistics_of_each_process_are_remarked_upon(processes, kind, model, said):
     made = create(model, channels=1, classes=3, image_size=16)
-    remarks = _apart(made, SimpleNamespace(world_size=processes, device=torch.device(kind)))
+    remarks = _unshared(made, SimpleNamespace(world_size=processes, device=torch.device(kind)))
     assert len(remarks) == said
-    assert all("each of the 2 processes took batch statistics from its own part" in remark for remark in remarks)
+    assert all("each of the 2 processes computed batch statistics on its own part" in remark for remark in remarks)
 
 
 def failing(place):

@@ -256,7 +256,7 @@ def test_predict_refuses_a_cohort_of_another_size(finished, tmp_path):
 
 def test_a_folder_with_other_things_is_refused(tiny_cohort, tmp_path):
     (tmp_path / "precious.txt").write_text("x")
-    with pytest.raises(DataError, match="already holds something else"):
+    with pytest.raises(DataError, match="already contains something else"):
         run_study(study(tiny_cohort), tmp_path, Silent())
 
 

@@ -77,7 +77,7 @@ def test_what_is_not_decided_says_what_is_excluded_and_what_would_decide_it():
     assert "With 5 more repeats a true difference of" in found.notes[1]
     assert "with these 66 rare patients never less than" in found.notes[1]
     same = gain(0.0, se=np.inf, p=1.0, low=-np.inf, high=np.inf, variance_patients=0.0)
-    assert "treat every patient alike" in ruled({"a": same}, margin=0.02)["a"].sentence
+    assert "classify every patient alike" in ruled({"a": same}, margin=0.02)["a"].sentence
 
 
 def test_what_is_barred_is_described_and_no_part_of_the_family():

@@ -1,4 +1,4 @@
-"""What a notebook and the command line both call: run a study, distil once, predict, report, compare.
+"""Functions for notebooks and the command line: run a study, distil once, predict, report, compare.
 
 Heavy submodules are imported by the function that needs them.
 """
@@ -39,13 +39,13 @@ Steps = Callable[..., None]
 
 
 class Observer(Protocol):
-    """Receives what happens while a function of this module works."""
+    """Receives the progress of the functions in this module."""
 
     def steps(self, what: str) -> AbstractContextManager[Steps]:
         """Progress through ``what``."""
 
     def planned(self, study: Study, chosen: Sequence[Run], busy: Sequence[str]) -> None:
-        """A study is about to carry out these runs; other processes work on those of ``busy``."""
+        """A study is about to carry out these runs; other processes are working on those in ``busy``."""
 
     def training(self, chosen: Sequence[Run]) -> AbstractContextManager[Watcher]:
         """Progress through the runs."""
@@ -75,12 +75,12 @@ QUIET = Quiet()
 
 @dataclass(frozen=True)
 class Finished:
-    """What a study has left behind.
+    """The result of a study.
 
     Attributes:
         folder: of the study.
-        runs: records of the runs that were asked for.
-        waiting: ids of runs that other processes still work on; the last of them writes the report.
+        runs: records of the requested runs.
+        waiting: ids of runs that other processes are still working on; the last process writes the report.
         page: the report; None while runs are waiting.
     """
 
@@ -101,7 +101,7 @@ class Finished:
         return summary_table(self.folder)
 
     def verdicts(self) -> list[str]:
-        """One sentence per distilled entry: what the evidence allows to say."""
+        """One sentence per distilled entry: the conclusion that the evidence supports."""
         from raredistill.reports import verdict_sentences
 
         return verdict_sentences(self.folder)
@@ -120,18 +120,18 @@ def study(
     """Train every run of a study that is not finished yet, and write its report.
 
     Args:
-        config: a YAML file, its content, or a study that was put together in Python.
+        config: a YAML file, its content, or a study created in Python.
         out: folder of the study; finished runs in it are reused, interrupted ones resume.
         overrides: ``key=value`` settings to change, such as ``training.epochs=5``.
         only: ``(i, n)``: the i-th of n shares of the runs, with the teachers they need.
-        engine: where runs are carried out; in this process by default.
-        command: kept in the study's description.
+        engine: carries out the runs; in this process by default.
+        command: stored in the study's description.
         observer: receives the progress.
 
     Raises:
-        ConfigError: a key, value or name is wrong, or two of them do not go together.
-        DataError: the cohort cannot be read, or ``out`` holds something else.
-        SplitError: the patients cannot be divided as asked.
+        ConfigError: a key, value or name is wrong, or two of them cannot be combined.
+        DataError: the cohort cannot be read, or ``out`` contains something else.
+        SplitError: the patients cannot be divided as requested.
     """
     out = Path(out)
     made = open_study(config, out, overrides=overrides, command=command, observer=observer)
@@ -184,7 +184,7 @@ def open_study(
     command: str = "",
     observer: Observer = QUIET,
 ) -> Study:
-    """A study from its configuration; its cohort is prepared in ``out`` where the configuration names raw data.
+    """Create a study from its configuration; if that names raw data, the cohort is prepared in ``out``.
 
     Raises:
         RareDistillError: as :func:`study`.
@@ -198,7 +198,7 @@ def open_study(
 
 
 def share(made: Study, only: tuple[int, int] | None) -> list[Run]:
-    """The runs of a plan that fall into a share, with their teachers; the whole plan without one."""
+    """The runs of a study that fall into a share, with their teachers; all runs without a share."""
     from raredistill.studies.plan import share_of
 
     return made.plan() if only is None else share_of(made.plan(), *only)
@@ -327,7 +327,7 @@ def distil(
     observer: Observer = QUIET,
     **training: Any,
 ) -> Finished:
-    """Distil one student from one teacher on patient-grouped folds, beside the same student without a teacher.
+    """Distil one student from one teacher on patient-grouped folds, and train the same student without a teacher.
 
     Args:
         data: a prepared cohort or its folder, a data frame with ``image``, ``label`` and ``patient``, or a PyTorch data set with a patient
@@ -344,7 +344,7 @@ def distil(
         pretrained: timm's weights, or those of a file, for all networks that are trained.
         size: side in pixels that images given by path are resized to.
         observer: receives the progress.
-        training: settings of training that differ from the defaults, such as ``epochs=30``.
+        training: training settings that differ from the defaults, such as ``epochs=30``.
 
     Raises:
         RareDistillError: as :func:`study`.
@@ -411,11 +411,11 @@ def teacher_from(
 
 
 def report(folder: Path | str, *, sweep: Sequence[Path] = (), across: Sequence[Path] = (), observer: Observer = QUIET) -> Path:
-    """Write the report of a study: where networks look (if weights and cohort are there), then tables, figures and one HTML page.
+    """Write the report of a study: Grad-CAM maps (if weights and cohort exist), tables, figures and one HTML page.
 
     Args:
-        folder: of the study, also an unfinished one.
-        sweep: studies with the same entries and another imbalance of training.
+        folder: of the study, finished or not.
+        sweep: studies with the same entries and a different imbalance in training.
         across: studies with the same entries on other data sets.
         observer: receives the progress.
 
@@ -423,7 +423,7 @@ def report(folder: Path | str, *, sweep: Sequence[Path] = (), across: Sequence[P
         Path of the page.
 
     Raises:
-        DataError: the folder is no study, or a finished run is damaged.
+        DataError: the folder is not a study's, or a finished run is damaged.
     """
     from raredistill.reports import write_report
     from raredistill.reports.results import read_results
@@ -481,7 +481,7 @@ def compare(
 
     Raises:
         ConfigError: unknown metric or class.
-        DataError: a file cannot be read, the sides do not fit, or nothing can be tested.
+        DataError: a file cannot be read, the two sides do not match, or nothing can be tested.
     """
     from raredistill.reports.versus import versus
 

@@ -1,4 +1,4 @@
-"""Random views of images: randomness (``make_params``) apart from computation (``apply``)."""
+"""Random views of images: drawing parameters (``make_params``) is separate from computing views (``apply``)."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def step_draws(steps: tuple[str, ...], *, seed: int, epoch: int, samples: np.nda
     Args:
         steps: their names.
         seed: of the run.
-        epoch: or number of the view.
+        epoch: epoch, or number of the view.
         samples: ``(N,)`` rows of the cohort.
-        device: where the views will be computed; the CPU when not given.
+        device: device on which the views will be computed; the CPU when not given.
     """
     made = []
     for place, name in enumerate(steps):
@@ -63,7 +63,7 @@ def step_draws(steps: tuple[str, ...], *, seed: int, epoch: int, samples: np.nda
 
 
 class Params(NamedTuple):
-    """One view an image, ``(N,)`` float32 each: angle in radians, zoom, signs of the flips (-1 or 1), factors, and shifts in pixels."""
+    """One view per image, ``(N,)`` float32 each: angle in radians, zoom, signs of the flips (-1 or 1), factors, and shifts in pixels."""
 
     angle: Tensor
     zoom: Tensor
@@ -80,18 +80,18 @@ class Params(NamedTuple):
 
 
 def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: np.ndarray, device: torch.device | None = None) -> Params:
-    """Draw the views of some samples as a function of (seed, epoch, sample), whatever batch they are in.
+    """Draw the views of some samples as a function of (seed, epoch, sample), independent of their batch.
 
     Args:
         augmentation: strengths.
         seed: of the run.
-        epoch: or number of the view.
+        epoch: epoch, or number of the view.
         samples: ``(N,)`` rows of the cohort.
-        device: where the views will be computed; the CPU when not given.
+        device: device on which the views will be computed; the CPU when not given.
     """
     draws = uniform(seed, epoch, samples, np.array([0, 1, 2, 3, 4, 5, 8, 9])[:, None]).astype(np.float32)
     low, high = augmentation.scale
-    found = dict(
+    fields = dict(
         angle=np.deg2rad(augmentation.rotation * (2 * draws[0] - 1)),
         zoom=low + (high - low) * draws[1],
         hsign=np.where(draws[2] < augmentation.hflip, -1, 1).astype(np.float32),
@@ -101,8 +101,8 @@ def make_params(augmentation: Augmentation, *, seed: int, epoch: int, samples: n
         right=_shifts(augmentation.crop, draws[6]),
         down=_shifts(augmentation.crop, draws[7]),
     )
-    # One transfer for all of them.
-    return Params(*torch.from_numpy(np.stack([found[name] for name in Params._fields])).to(device or "cpu", non_blocking=True))
+    # One transfer for all fields.
+    return Params(*torch.from_numpy(np.stack([fields[name] for name in Params._fields])).to(device or "cpu", non_blocking=True))
 
 
 def _shifts(largest: int, draws: np.ndarray) -> np.ndarray:
@@ -113,13 +113,13 @@ def _shifts(largest: int, draws: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How samples are mixed with partners.
+    """Mixing of samples with partners.
 
     Attributes:
-        alpha: of the Beta distribution of the own share.
-        remix: let the label go to the rarer class where the counts of the two differ enough.
-        ratio: of the counts from which the label goes to the rarer class (kappa).
-        threshold: largest share of the rarer class' image for which it still must not (tau).
+        alpha: parameter of the Beta distribution of the own share.
+        remix: assign the label to the rarer class if the counts of the two classes differ enough.
+        ratio: smallest ratio of the counts at which the label goes to the rarer class (kappa).
+        threshold: largest share of the rarer class's image at which it still does not (tau).
 
     References:
         Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018; Chou et al., Remix: Rebalanced Mixup, ECCV Workshops 2020.
@@ -131,7 +131,7 @@ class Mixing:
     threshold: float = 0.5
 
     def label_share(self, own: Tensor, labels: Tensor, partners: Tensor, counts: Tensor) -> Tensor:
-        """How much of each target stays the sample's own label, sample by sample: ``(N,)``.
+        """Share of each target that remains the sample's own label: ``(N,)``.
 
         Args:
             own: ``(N,)`` share of the sample's own image.
@@ -156,7 +156,7 @@ def mix_params(mixing: Mixing, *, seed: int, epoch: int, samples: np.ndarray, po
         seed: of the run.
         epoch: from 0.
         samples: ``(N,)`` rows of the cohort.
-        population: how many positions a partner may come from.
+        population: number of positions that partners are drawn from.
 
     Returns:
         ``(N,)`` int64 positions of the partners, and ``(N,)`` float64 shares of the own images.
@@ -189,30 +189,30 @@ def apply(images: Tensor, params: Params) -> Tensor:
 
     Args:
         images: ``(N, C, H, W)``, uint8 or float32 in [0, 1].
-        params: one view an image.
+        params: one view per image.
 
     Returns:
-        ``(N, C, H, W)`` float32 in [0, 1]; what comes from outside the image is 0.
+        ``(N, C, H, W)`` float32 in [0, 1]; pixels from outside the image are 0.
     """
     columns, rows = _positions(params, images)
     unit = 1 / 255 if images.dtype == torch.uint8 else 1.0
     contrast, brightness = params.contrast[:, None, None, None], unit * params.brightness[:, None, None, None]
     views = torch.empty(images.shape, device=images.device)
     parts = _parts(images)
-    # Written again and again: fresh memory for each part would cost more, in page faults, than the computation.
+    # Reused for all parts: page faults of new memory would cost more than the computation.
     grids = torch.empty((len(images[parts[0]]), *images.shape[2:]), dtype=torch.complex64, device=images.device)
     for part in parts:
         grid = torch.view_as_real(torch.add(columns[part], rows[part], out=grids[: len(columns[part])]))
         turned = F.grid_sample(views[part].copy_(images[part]), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         mean = turned.mean(dim=(2, 3), keepdim=True)
-        # b (m + c (x - m)) = b c x + b m (1 - c), in place: the picture is touched as few times as can be.
+        # b (m + c (x - m)) = b c x + b m (1 - c), in place, with as few passes over the pixels as possible.
         factor, shift = brightness[part] * contrast[part], brightness[part] * mean * (1 - contrast[part])
         torch.clamp(turned.mul_(factor).add_(shift), 0, 1, out=views[part])
     return views
 
 
 def _parts(images: Tensor) -> list[slice]:
-    # On a CPU a few images at a time: what one operation writes is still in a core's cache when the next reads it (1.8 times as fast).
+    # On a CPU, a few images at a time, so that the output of one operation is still in cache for the next (1.8 times as fast).
     step = len(images) if images.device.type != "cpu" else max(1, CACHED_PIXELS // images[0].numel())
     return [slice(start, start + step) for start in range(0, len(images), step)]
 
@@ -232,5 +232,5 @@ def _positions(params: Params, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _centres(size: int, device: torch.device) -> Tensor:
-    # Centres of pixels when the image spans [-1, 1].
+    # Centres of pixels if the image spans [-1, 1].
     return (2 * torch.arange(size, dtype=torch.float32, device=device) + 1) / size - 1

@@ -1,4 +1,4 @@
-"""Batches of uint8 straight from the cohort: gathered and augmented where the compute lives."""
+"""Batches of uint8 pixels read directly from the cohort, gathered and augmented on the compute device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AHEAD = 4
 
 @dataclass
 class _Buffer:
-    """Memory for the pixels of a batch, and when the device has copied them."""
+    """Memory for the pixels of a batch, and an event that marks when the device has copied them."""
 
     pixels: Tensor
     copied: torch.cuda.Event | None = None
@@ -36,7 +36,7 @@ class _Buffer:
 
 @dataclass(frozen=True)
 class Mixed:
-    """What was mixed into the samples of a batch: labels ``(N,)`` of the partners, and ``share (N,)`` of each target that stays its own."""
+    """Partners mixed into a batch: their labels ``(N,)``, and ``share (N,)``, the share of each target that remains the sample's own."""
 
     labels: Tensor
     share: Tensor
@@ -44,17 +44,17 @@ class Mixed:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one step: the union of the channels that its networks ask for.
+    """Samples of one step, with the union of the channels that its networks need.
 
     Attributes:
         rows: ``(N,)`` int64 rows of the cohort.
         images: ``(N, C, H, W)`` float32 in [0, 1].
         labels: ``(N,)`` int64 class indices.
         channels: names of the C channels.
-        epoch: that the batch belongs to.
-        mixed: partners, where samples are mixed.
-        view: number of the random views, a new one each epoch unless training cycles through a few.
-        weight: of a mean over these samples in the mean over all processes, which share a batch in nearly equal parts.
+        epoch: epoch that the batch belongs to.
+        mixed: partners, if samples are mixed.
+        view: number of the random view: a new one each epoch unless training cycles through a few.
+        weight: weight of these samples' mean in the mean over all processes, which share a batch in nearly equal parts.
     """
 
     rows: Tensor
@@ -67,20 +67,20 @@ class Batch:
     weight: float = 1.0
 
     def at(self, positions: Tensor) -> Batch:
-        """Some samples of the batch; ``positions (M,)`` int64 on the CPU."""
+        """Select samples of the batch; ``positions (M,)`` int64 on the CPU."""
         there = positions.to(self.labels.device, non_blocking=True)
         return Batch(self.rows[positions], self.images[there], self.labels[there], self.channels, self.epoch, view=self.view)
 
     def select(self, channels: Sequence[str]) -> Tensor:
-        """The view of one network: its channels, in its order."""
+        """Select the channels of one network, in its order."""
         if tuple(channels) == self.channels:
             return self.images
-        # Slices: an index would be a tensor on the CPU, and a device would stop to get it.
+        # Slices, because an index would be a tensor on the CPU, and copying it would stall the device.
         places = [self.channels.index(channel) for channel in channels]
         return torch.cat([self.images[:, place : place + 1] for place in places], dim=1)
 
     def split(self, parts: int) -> list[Batch]:
-        """Cut into ``parts`` batches, in order, of sizes that differ by one at most; fewer when there are not as many samples."""
+        """Split into ``parts`` batches, in order, whose sizes differ by at most one; fewer if there are fewer samples."""
         cuts = torch.arange(len(self.labels)).tensor_split(min(parts, len(self.labels)))
         return [self._cut(slice(int(cut[0]), int(cut[-1]) + 1)) for cut in cuts]
 
@@ -91,7 +91,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Served:
-    """What an epoch's batches are made of.
+    """The inputs of an epoch's batches.
 
     Attributes:
         parts: positions of each batch, on the CPU.
@@ -112,33 +112,33 @@ class _Served:
         return list(itertools.accumulate(map(len, self.parts), initial=0))
 
     def place(self, number: int) -> slice:
-        """Where a batch is among all."""
+        """Slice of one batch in the concatenated positions."""
         return slice(self._ends[number], self._ends[number + 1])
 
 
 class Batches:
-    """Batches of some rows of a cohort, the same whether pixels are resident on the device or streamed from disk.
+    """Batches of some rows of a cohort, identical whether pixels are resident on the device or streamed from disk.
 
     Args:
-        cohort: where pixels and labels are.
+        cohort: source of pixels and labels.
         rows: ``(M,)`` rows to serve.
-        channels: union of what the networks need.
-        batch_size: samples a batch, over all processes.
-        device: where batches are made.
-        sampler: order of an epoch when ``shuffle``.
-        epochs: of the whole training, for a sampler that changes over it.
+        channels: union of the channels that the networks need.
+        batch_size: samples per batch, over all processes.
+        device: device on which batches are made.
+        sampler: order of an epoch if ``shuffle``.
+        epochs: number of epochs in the training, for a sampler that changes over time.
         augmentation: strengths, or none.
-        mixing: of each sample with a partner, or none.
-        views: random views of a sample that epochs cycle through; a new one each epoch when not given.
+        mixing: mixing of each sample with a partner, or none.
+        views: number of random views per sample that epochs cycle through; a new one each epoch when not given.
         seed: of order and views.
-        shuffle: otherwise rows come in the given order.
+        shuffle: whether to shuffle; otherwise rows come in the given order.
         residence: ``resident``, ``streamed`` or ``auto`` (resident when the pixels take at most 40 % of the device's free memory).
-        drop_last: leave out a smaller last batch.
-        share: rank of this process, and how many there are: each serves its part of every batch.
+        drop_last: whether to leave out a smaller last batch.
+        share: rank of this process, and number of processes: each serves its part of every batch.
 
     Raises:
-        ConfigError: pixels are to be resident and exceed the device's free memory, or there are more processes than samples in a batch that
-            is trained on.
+        ConfigError: pixels should be resident but exceed the device's free memory, or there are more processes than samples in a training
+            batch.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Batches:
         return rest if rest and not self.drop_last else self.batch_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Serve an epoch from its batch ``start`` on; order and views are functions of (seed, epoch, row)."""
+        """Yield the batches of an epoch, starting with batch ``start``; order and views are functions of (seed, epoch, row)."""
         whole = self._parts(epoch)[start:]
         served = self._serve([self._own(part, self.share[0]) for part in whole], epoch)
         for number, (pixels, part) in enumerate(zip(self._pixels_of(served), whole, strict=True)):
@@ -192,13 +192,13 @@ class Batches:
         return np.array_split(part, self.share[1])[rank]
 
     def undivided(self) -> Batches:
-        """The same batches, each of them whole in this process."""
+        """The same batches, undivided: each complete in this process."""
         same = copy.copy(self)
         same.share = (0, 1)
         return same
 
     def back(self) -> Tensor:
-        """Where the rows of an unshuffled epoch are, in order, when what the processes serve is put one after the other: ``(M,)`` int64."""
+        """Positions ``(M,)`` int64 that put the concatenated outputs of all processes back into the order of an unshuffled epoch."""
         served = [self._own(part, rank) for rank in range(self.share[1]) for part in self._parts(0)]
         return torch.from_numpy(np.argsort(np.concatenate(served)))
 
@@ -216,13 +216,13 @@ class Batches:
         return epoch_order(self._labels, sampler=self.sampler, seed=self.seed, epoch=epoch, epochs=self.epochs)
 
     def _serve(self, parts: list[np.ndarray], epoch: int) -> _Served:
-        """Draw an epoch's views and partners at once, and put them on the device before its first step: no step waits for a transfer."""
+        """Draw all views and partners of an epoch and copy them to the device before its first step, so that no step waits for them."""
         strength = None
         if self.mixing is not None and parts:
             samples = self.rows[np.concatenate(parts)]
             partners, shares = mix_params(self.mixing, seed=self.seed, epoch=epoch, samples=samples, population=len(self.rows))
             strength = torch.from_numpy(shares.astype(np.float32)).to(self.device)
-            # A mixed batch is read as its samples followed by their partners.
+            # A mixed batch is stored as its samples followed by their partners.
             cuts = np.split(partners, np.cumsum([len(part) for part in parts])[:-1])
             parts = [np.concatenate(pair) for pair in zip(parts, cuts, strict=True)]
         positions = np.concatenate(parts) if parts else np.empty(0, np.int64)
@@ -236,14 +236,14 @@ class Batches:
         if self._resident is None:
             yield from self._stream(served.parts)
             return
-        # One buffer for all: what is made of it is always a copy, and fresh memory costs page faults.
+        # One buffer for all batches: later operations always copy, and new memory costs page faults.
         size = max(map(len, served.parts), default=0)
         buffer = torch.empty((size, *self._resident.shape[1:]), dtype=torch.uint8, device=self.device)
         for number, part in enumerate(served.parts):
             yield torch.index_select(self._resident, 0, served.positions[served.place(number)], out=buffer[: len(part)])
 
     def _stream(self, parts: list[np.ndarray]) -> Iterator[Tensor]:
-        # A reader fills a few buffers in turn: each comes back when what was in it has been copied to the device or made into views.
+        # A reader thread fills a few buffers in turn; each is reused once its pixels have been copied to the device or augmented.
         free: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
         ready: queue.SimpleQueue[_Buffer | BaseException] = queue.SimpleQueue()
         shape = (max(map(len, parts), default=0), *self._image_shape())
@@ -275,11 +275,11 @@ class Batches:
                         buffer.copied.synchronize()
                     files.read(self.rows[part], buffer.pixels[: len(part)].numpy())
                     ready.put(buffer)
-        except Exception as error:  # whatever it is, it is raised where the batch is waited for
+        except Exception as error:  # any error is raised again where the batch is consumed
             ready.put(error)
 
     def _load(self) -> Tensor:
-        """All pixels on the device, a few at a time, so that they are in memory once."""
+        """Load all pixels onto the device, a few at a time, so that memory holds them only once."""
         shape = (len(self.rows), *self._image_shape())
         self._refuse_too_many(math.prod(shape))
         there = torch.empty(shape, dtype=torch.uint8, device=self.device)
@@ -330,12 +330,12 @@ class Batches:
         return residence == "resident" or (residence == "auto" and self._holders() * size <= RESIDENT_SHARE * free_memory(self.device))
 
     def _holders(self) -> int:
-        # Each process holds all pixels: any may be its own in the next epoch. On the CPU they share one memory.
+        # Each process holds all pixels, since it may need any of them in the next epoch. On the CPU they share one memory.
         return self.share[1] if self.device.type == "cpu" else 1
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:
-    """What marks the device's work up to now; None where work is done when it is called."""
+    """An event that marks the device's work so far; None on devices that work synchronously."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -344,7 +344,7 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that pixels may take there."""
+    """Free bytes on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return memory.available()

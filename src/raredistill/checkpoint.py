@@ -1,4 +1,4 @@
-"""Weights and what they promise: classes, channels, normalisation, prior, training patients. Safetensors and JSON, never a pickle."""
+"""Weights with metadata: classes, channels, normalisation, prior, training patients. Safetensors and JSON, never a pickle."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from raredistill.files import atomic
 from raredistill.names import fault, shown
 
 PRIOR_TOLERANCE = 1e-3
-"""By how much the shares of a class prior may miss 1."""
+"""Largest difference of a class prior's sum from 1."""
 LARGEST = 1e9
-"""Any number of a promise is smaller."""
+"""Upper limit of all numbers in a promise."""
 _PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle")
 _NETWORK, _STATE = "raredistill.network.1", "raredistill.state.1"
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What a network's weights say about themselves, so that nothing has to be guessed when they are used again.
+    """Metadata of a network's weights, so that nothing has to be guessed when they are used again.
 
     Attributes:
         model: its name in :mod:`raredistill.models`.
@@ -39,13 +39,13 @@ class Promise:
         classes: class names in the order of the logits.
         channels: channel names in the order of the input.
         image_size: height and width in pixels.
-        mean: one value a channel, for images in [0, 1].
-        std: one value a channel, for images in [0, 1].
+        mean: one value per channel, for images in [0, 1].
+        std: one value per channel, for images in [0, 1].
         prior: the class prior that the logits encode, in the order of ``classes``; None when it is unknown.
-        training_patients: everyone whose images gave gradients, also to the weights that it started from and to a teacher from elsewhere;
-            None when nobody wrote them down.
-        external: trained elsewhere, on patients that cannot be in the cohort (its user says so).
-        split_hash: the split that it was trained on; empty when there was none.
+        training_patients: all patients whose images were trained on, also for its initial weights and for an external teacher; None if
+            they are not recorded.
+        external: trained elsewhere, on patients that cannot be in the cohort (according to the user).
+        split_hash: hash of the split that it was trained on; empty if there was none.
     """
 
     model: str
@@ -73,11 +73,11 @@ class Promise:
 
 
 def fault_of_prior(prior: Sequence[float], classes: int) -> str:
-    """What keeps numbers from being the shares of so many classes, for a message; empty when nothing does."""
+    """Message on why numbers are not the shares of this many classes; empty if they are."""
     if len(prior) != classes:
         return f"the prior has {len(prior)} values for {classes} classes"
     if not all(isinstance(share, int | float) and math.isfinite(share) and share >= 0 for share in prior):
-        return f"the prior holds something else than shares of classes: {list(prior)!r:.80}"
+        return f"the prior contains values that are not class shares: {list(prior)!r:.80}"
     return "" if abs(sum(prior) - 1) <= PRIOR_TOLERANCE else f"the shares of the prior add up to {sum(prior):.4g}, not 1"
 
 
@@ -88,7 +88,7 @@ def _check_types(promise: Promise) -> None:
     wrong = [value for value in texts if not isinstance(value, str)]
     wrong += [value for value in numbers if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST]
     if wrong or not isinstance(promise.external, bool):
-        raise CheckpointError(f"it holds {(wrong or [promise.external])[0]!r:.60} where something else is needed")
+        raise CheckpointError(f"it contains {(wrong or [promise.external])[0]!r:.60}, which is not valid there")
     if said := next((f"the name {shown(name)!r:.60} {said}" for name in texts if (said := fault(name))), ""):
         raise CheckpointError(said)
 
@@ -101,28 +101,28 @@ def save(path: Path, state_dict: Mapping[str, Tensor], promise: Promise) -> None
     """Write weights and their promise to a safetensors file, whole or not at all.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created.
         state_dict: tensors on any device.
-        promise: kept as JSON in the file's metadata and covered by the same hash as the tensors.
+        promise: stored as JSON in the file's metadata and covered by the same hash as the tensors.
     """
     _write(path, state_dict, _NETWORK, asdict(promise))
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], Promise]:
-    """Read what :func:`save` wrote, onto the CPU.
+    """Read a file of :func:`save`, onto the CPU.
 
     Raises:
-        CheckpointError: missing, cut, altered, or something else than a network's checkpoint.
+        CheckpointError: missing, truncated, altered, or not a network's checkpoint.
     """
     tensors, record = _read(path, _NETWORK)
     return tensors, _promise(path, record)
 
 
 def read_promise(path: Path) -> Promise:
-    """Read the promise of a checkpoint from its header alone; whether the tensors are intact shows when they are loaded.
+    """Read the promise of a checkpoint from its header alone; the tensors are checked only when they are loaded.
 
     Raises:
-        CheckpointError: as :func:`load`, apart from altered tensors.
+        CheckpointError: as :func:`load`, except for altered tensors.
     """
     metadata = read_header(path)
     _refuse_other(path, _NETWORK, metadata)
@@ -134,11 +134,11 @@ def _promise(path: Path, record: Any) -> Promise:
         return Promise(**record)
     except (TypeError, CheckpointError) as error:
         wanted = ", ".join(field.name for field in fields(Promise))
-        raise CheckpointError(f"{path}: its promise is not one of this version ({error}); it needs {wanted}") from None
+        raise CheckpointError(f"{path}: its metadata does not match this version ({error}); it needs {wanted}") from None
 
 
 def content_hash(path: Path) -> str:
-    """The hash of what a checkpoint says, the same for every file that says it (the order of safetensors' metadata is not fixed).
+    """Hash of a checkpoint's content, independent of the order of safetensors' metadata, which is not fixed.
 
     Raises:
         CheckpointError: as :func:`load`.
@@ -150,18 +150,18 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], info: Any) -> None:
     """Write the state of an interrupted training, whole or not at all.
 
     Args:
-        path: the file; its folder is made.
-        tensors: named tensors, such as an optimiser's moments; names are free.
-        info: anything that JSON can hold (NaN and infinities too).
+        path: the file; its folder is created.
+        tensors: named tensors, such as an optimiser's moments; any names are allowed.
+        info: any JSON value (NaN and infinities, too).
     """
     _write(path, tensors, _STATE, info)
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Read what :func:`save_state` wrote: tensors on the CPU, and the JSON value.
+    """Read a file of :func:`save_state`: tensors on the CPU, and the JSON value.
 
     Raises:
-        CheckpointError: missing, cut, altered, or something else than a training state.
+        CheckpointError: missing, truncated, altered, or not a training state.
     """
     return _read(path, _STATE)
 
@@ -191,14 +191,14 @@ def _opened(path: Path) -> Iterator[Any]:
     if path.suffix in _PICKLES:
         raise CheckpointError(
             f"{path}: only .safetensors files are read, because a pickle can run code when it is opened; "
-            "convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
+            "if you trust the file, convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
             yield handle
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    # Types that torch does not have (F6, E8M0 and others to come) are whatever error its bindings make of them.
+    # Types unknown to torch (F6, E8M0 and future ones) raise different errors in its bindings.
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); delete it and use another copy") from None
 
@@ -211,12 +211,12 @@ def _parsed(path: Path, text: str) -> Any:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], kind: str, record: Any) -> None:
-    # Cloned, because safetensors refuses tensors that share memory, and a state dict may hold some.
+    # Cloned, because safetensors refuses tensors that share memory, and a state dict may contain some.
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     text = json.dumps(record)
     metadata = {"format": "pt", "kind": kind, "record": text, "sha256": _digest(plain, kind, text)}
     with atomic(path) as temporary:
-        # Not save_file: it writes to a file of its own naming first, which a kill would leave behind.
+        # Not save_file: it first writes to a temporary file under another name, which a kill would leave behind.
         temporary.write_bytes(serialised(plain, metadata=metadata))
 
 

@@ -1,4 +1,4 @@
-"""The verbs of the command line: each parses, calls one function and prints."""
+"""The commands of the command line: each parses its arguments, calls one function and prints."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ PATIENTS_SHOWN = 12
 
 
 def main() -> None:
-    """Run the command line: 0 done; 1 finished, but runs failed; 2 bad input; 130 and 143 interrupted and resumable."""
+    """Run the command line. Exit codes: 0 success; 1 finished, but runs failed; 2 bad input; 130 and 143 interrupted, can be resumed."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may hold bytes that are no UTF-8
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may contain bytes that are not UTF-8
     try:
         if app(standalone_mode=False) == INTERRUPTED:  # what typer makes of Ctrl-C
             _stop(f"interrupted; {_resume()}", INTERRUPTED)
@@ -111,7 +111,7 @@ def _stop(message: str, code: int) -> None:
 
 
 @app.command()
-def demo(out: Out = Path("out/demo"), patients: Annotated[int, typer.Option(help="generated patients")] = 40) -> None:
+def demo(out: Out = Path("out/demo"), patients: Annotated[int, typer.Option(help="number of generated patients")] = 40) -> None:
     """Run the main job end to end on a generated cohort, in a few minutes."""
     from raredistill import api
     from raredistill.terminal import Terminal
@@ -122,14 +122,14 @@ def demo(out: Out = Path("out/demo"), patients: Annotated[int, typer.Option(help
 @app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(help="folder to write")],
-    patients: Annotated[int, typer.Option(help="how many")] = 24,
+    patients: Annotated[int, typer.Option(help="number of patients")] = 24,
     layout: Annotated[Layout, typer.Option(help="hdf5 is the layout of the Kaggle archive")] = "nifti",
     size: Annotated[tuple[int, int, int], typer.Option(help="voxels; BraTS has 240 240 155")] = (120, 120, 78),
     rare_share: Annotated[float, typer.Option(help="share of LGG patients; BraTS2020 has 76 of 369")] = 76 / 369,
     seed: int = 0,
     workers: Workers = None,
 ) -> None:
-    """Write a generated data set in BraTS2020's layout, for trying things out: it is not medical data."""
+    """Write a generated data set in BraTS2020's layout, to try things out: it is not medical data."""
     from raredistill.console import Progress
     from raredistill.phantom import write_phantom
 
@@ -150,7 +150,7 @@ def verify(
     sheet: Annotated[Path, typer.Option(help="picture of near-copies, written only where there are some")] = Path("near-duplicates.png"),
     plugin: Plugins = None,
 ) -> None:
-    """Read a source once and list every problem with its cure; exit code 2 when there is an error."""
+    """Read a source once and list every problem with its remedy; the exit code is 2 if there is an error."""
     from dataclasses import asdict
 
     from raredistill.cohort.sources.registry import open_source
@@ -176,13 +176,13 @@ def verify(
     print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in found.seconds.items()))
     if counts["error"]:
         leave_out = all(problem.patient for problem in problems if problem.level == "error")
-        cure = "mend them, or leave those patients out with prepare --leave-out-bad" if leave_out else "mend them"
+        cure = "fix them, or leave those patients out with prepare --leave-out-bad" if leave_out else "fix them"
         _stop(f"{_numbers({'error': counts['error']})} in {path}; {cure}", 2)
     _next(shlex.join(["raredistill", "prepare", kind, str(path), *(options or []), "--out", "cohort"]))
 
 
 def _short(file: str, path: Path) -> str:
-    """A file as the folder of the source sees it: rows stay short, and no name is cut."""
+    """A file's path relative to the source's folder, to keep rows short."""
     inner = file.removeprefix(f"{path}/") if file != str(path) else file
     return inner or file
 
@@ -199,12 +199,10 @@ def prepare(
     out: Out = Path("cohort"),
     size: Annotated[int, typer.Option(help="side of the square slices, in pixels")] = 224,
     workers: Workers = None,
-    leave_out_bad: Annotated[
-        bool, typer.Option("--leave-out-bad", help="continue without patients that cannot be read, and record which")
-    ] = False,
+    leave_out_bad: Annotated[bool, typer.Option("--leave-out-bad", help="leave out patients that cannot be read, and record them")] = False,
     plugin: Plugins = None,
 ) -> None:
-    """Turn raw data into one cohort on disk: decoded, checked, normalised and resized once."""
+    """Prepare raw data as a cohort on disk: decoded, checked, normalised and resized once."""
     from raredistill.cohort.prepare import prepare as make_cohort
     from raredistill.cohort.sources.registry import open_source
     from raredistill.console import Progress
@@ -220,9 +218,9 @@ def prepare(
 @app.command()
 def inspect(
     cohort: Annotated[Path, typer.Argument(help="a prepared cohort")],
-    out: Annotated[Path | None, typer.Option(help="picture to write")] = None,
+    out: Annotated[Path | None, typer.Option(help="image file to write")] = None,
 ) -> None:
-    """Show counts by class, patient and source, and write a contact sheet of slices by class."""
+    """Show counts by class, patient and source, and write a contact sheet of images by class."""
     from raredistill.cohort.inspect import GENERATED, contact_sheet, is_generated, patient_table, summary
     from raredistill.cohort.store import Cohort
     from raredistill.console import records, show_table
@@ -245,7 +243,7 @@ def inspect(
 
 @app.command()
 def methods(plugin: Plugins = None) -> None:
-    """List distillers and losses: name, family, source, what they need, and for how many classes they are sound."""
+    """List distillers and losses: name, family, source, requirements, and the number of classes they are valid for."""
     from raredistill.console import show_table
     from raredistill.distill.registry import methods_table
     from raredistill.losses import losses_table
@@ -254,7 +252,7 @@ def methods(plugin: Plugins = None) -> None:
 
     show_table(methods_table(), "distillers (method:)")
     show_table(losses_table(), "losses (training.loss:)")
-    show_table(choices_table(), "what goes with any of them")
+    show_table(choices_table(), "settings that can be combined with any of them")
     show_table(plugins_table(), "plug-ins")
     _next("raredistill study CONFIG runs.1.method=NAME")
 
@@ -289,12 +287,12 @@ def study(
     ] = None,
     out: Out = Path("study"),
     only: Annotated[
-        str | None, typer.Option(help="one share of the runs, with the teachers they need: 0/4 to 3/4, as for a job array", metavar="I/N")
+        str | None, typer.Option(help="one share of the runs, with the teachers they need: 0/4 to 3/4, as in a job array", metavar="I/N")
     ] = None,
-    on: Annotated[Literal["ray"] | None, typer.Option(help="carry the runs out on a Ray cluster")] = None,
-    address: Annotated[str | None, typer.Option(help="HOST:PORT of its head node; a Ray on this machine by default")] = None,
+    on: Annotated[Literal["ray"] | None, typer.Option(help="run on a Ray cluster")] = None,
+    address: Annotated[str | None, typer.Option(help="HOST:PORT of its head node; by default, Ray is started on this machine")] = None,
     gpus_per_run: Annotated[float | None, typer.Option(min=0.01, max=1, help="share of a GPU for each run on Ray; 1 by default")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="train nothing: measure a few steps; report time, memory and disk")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="train nothing: measure a few steps, forecast time, memory and disk")] = False,
     plugin: Plugins = None,
 ) -> None:
     """Train every run of a study that is not finished yet, and write its report."""
@@ -306,7 +304,7 @@ def study(
     if dry_run and (on or address or gpus_per_run):
         raise RareDistillError("--dry-run measures this machine, not a cluster; leave out --on, --address and --gpus-per-run")
     if on is None and (address is not None or gpus_per_run is not None):
-        raise RareDistillError("--address and --gpus-per-run belong to a cluster; add --on ray")
+        raise RareDistillError("--address and --gpus-per-run are for a cluster; add --on ray")
     if dry_run:
         expected = api.forecast(config, out, **asked)
         _show_power(config, out, overrides or [])
@@ -346,7 +344,7 @@ def _show_forecast(expected: list[Forecast], out: Path, again: str, only: str | 
     from raredistill.terminal import show_forecast
 
     if not expected:
-        print(f"no run of this study falls into the share {only}")
+        print(f"no run of this study is in the share {only}")
         return
     show_forecast(expected, out)
     if problems := {each.problem: each.run.id for each in expected if each.problem}:
@@ -370,7 +368,7 @@ def _finish(found: Finished, again: str) -> None:
     show_finished(found)
     if found.waiting:
         print(
-            f"{len(found.waiting)} runs are left to other processes: {', '.join(found.waiting)}; "
+            f"{len(found.waiting)} runs are still being done by other processes: {', '.join(found.waiting)}; "
             "the process that finishes the last of them writes the report"
         )
     _next(again if found.waiting else f"open {found.page}")
@@ -390,10 +388,10 @@ def _share(only: str) -> tuple[int, int]:
 @app.command()
 def evaluate(
     predictions: Annotated[
-        Path, typer.Argument(help="a run, a predictions table (Parquet or CSV), also one made elsewhere, or a CSV of confusion matrices")
+        Path, typer.Argument(help="a run, a predictions table (Parquet or CSV), also from another program, or a CSV of confusion matrices")
     ],
-    rule: Annotated[Literal["mean", "max", "top5"], typer.Option(help="how slices make a patient")] = "mean",
-    background: Annotated[str | None, typer.Option(help="class that no patient carries, in files made elsewhere, such as healthy")] = None,
+    rule: Annotated[Literal["mean", "max", "top5"], typer.Option(help="how the scores of a patient's images are combined")] = "mean",
+    background: Annotated[str | None, typer.Option(help="class that is not a patient's label, such as healthy, in foreign files")] = None,
     split: Annotated[Literal["test", "validation", "train"], typer.Option(help="part of the table")] = "test",
 ) -> None:
     """Print metrics by slice and by patient for one part of a predictions table: by default patients whom the model has not seen."""
@@ -420,12 +418,12 @@ def evaluate(
 
 @app.command()
 def report(
-    study: Annotated[Path, typer.Argument(help="a study's folder, also an unfinished one")],
+    study: Annotated[Path, typer.Argument(help="folder of a study, finished or not")],
     sweep: Annotated[
-        list[Path] | None, typer.Option(help="another study with the same entries and another imbalance (splits.rarefy); repeat for more")
+        list[Path] | None, typer.Option(help="a study with the same entries and a different imbalance (splits.rarefy); repeatable")
     ] = None,
     across: Annotated[
-        list[Path] | None, typer.Option(help="a study with the same entries on another data set; repeat for more (Wilcoxon's test)")
+        list[Path] | None, typer.Option(help="a study with the same entries on another data set (for Wilcoxon's test); repeatable")
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="open the page in the browser")] = False,
 ) -> None:
@@ -446,21 +444,21 @@ def compare(
     sides: Annotated[
         list[Path],
         typer.Argument(
-            help="control and other: two studies, runs or prediction files; several pairs, one a data set", metavar="A B [A B]..."
+            help="control and other: two studies, runs or prediction files; several pairs, one per data set", metavar="A B [A B]..."
         ),
     ],
     metric: Annotated[str | None, typer.Option(help="one metric only: macro_f1, f1:LGG, recall:LGG, auprc:LGG ...")] = None,
-    background: Annotated[str | None, typer.Option(help="class that no patient carries, in files made elsewhere, such as healthy")] = None,
+    background: Annotated[str | None, typer.Option(help="class that is not a patient's label, such as healthy, in foreign files")] = None,
     groups: Annotated[Path | None, typer.Option(help="CSV with a column patient, for gains by group")] = None,
     by: Annotated[str | None, typer.Option(help="its column of groups, such as sex, age, site or scanner")] = None,
 ) -> None:
-    """Compare two sets of test predictions: differences (second minus first), intervals, and what can be said."""
+    """Compare two sets of test predictions: differences (second minus first), intervals, and conclusions."""
     from raredistill import api
     from raredistill.console import records, show_table
     from raredistill.reports.versus import over_datasets
 
     if len(sides) % 2:
-        raise RareDistillError(f"{len(sides)} sides cannot be paired; name a control and another side for each comparison")
+        raise RareDistillError(f"{len(sides)} sides cannot be paired; give a control and another side for each comparison")
     if (groups is None) != (by is None):
         raise RareDistillError("--groups names a file and --by its column; give both")
     grouped = None if groups is None or by is None else (groups, by)
@@ -539,6 +537,45 @@ def export(
     rows = [{"file": each.file, "bytes": each.bytes, "difference": each.difference, "ms": each.milliseconds} for each in made.formats]
     show_table(rows, f"{made.said}; compared on {made.samples} validation samples")
     _next(f"raredistill predict {shlex.quote(str(out))} IMAGES --out predictions.csv")
+
+
+@app.command()
+def init(
+    cohort: Annotated[Path, typer.Argument(help="a prepared cohort")],
+    out: Annotated[Path, typer.Option("--out", help="YAML file to write")] = Path("study.yaml"),
+) -> None:
+    """Write a commented first study with networks, folds and epochs for a cohort and this machine."""
+    from raredistill.cohort.store import Cohort
+    from raredistill.ship.start import RECALL, write_start
+
+    made = write_start(Cohort.load(cohort), out)
+    print(
+        f"{out}: the rare class is {made.rare} with {made.patients} patients: a recall of {RECALL} is then known to about "
+        f"+/- {made.precision:.2f} (95 %), so much smaller differences will not be seen"
+    )
+    _next(f"raredistill plan {shlex.quote(str(out))}")
+
+
+@app.command()
+def settings(
+    key: Annotated[str, typer.Argument(help="one key, such as training.epochs or epochs; all by default")] = "", plugin: Plugins = None
+) -> None:
+    """List the settings of a study: key, type, default and meaning."""
+    from raredistill.reference import all_keys, find_keys
+
+    for found in find_keys(key) if key else all_keys():
+        print(f"{found.key}: {found.type}{f' = {found.default}' if found.default else ''}\n    {found.meaning}")
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="print the version", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"raredistill {installed('raredistill')}")
+        raise typer.Exit
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

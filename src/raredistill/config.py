@@ -1,4 +1,4 @@
-"""The configuration of a study: one YAML file and ``key=value``; every mistake is reported at once.
+"""The configuration of a study: one YAML file and ``key=value``; all mistakes are reported together.
 
 Keys and values are checked before torch is imported; the rules themselves belong to ``Entry``, ``Settings`` and ``Study``.
 """
@@ -42,7 +42,7 @@ class SourceConfig(_Strict):
 
 
 class SplitConfig(_Strict):
-    """How patients are divided; see ``raredistill.splits.make_splits``."""
+    """Division of patients; see ``raredistill.splits.make_splits``."""
 
     protocol: Literal["outer", "holdout", "given"] = "outer"
     folds: Annotated[int, Ge(2)] = 5
@@ -64,7 +64,7 @@ class EvidenceConfig(_Strict):
 
 
 class StudyConfig(_Strict):
-    """A study as it is written: which data, which splits, how to train, and a grid of runs.
+    """A study as written in YAML: data, splits, training settings, and a grid of runs.
 
     Each of ``runs`` has the keys of :class:`~raredistill.runs.entry.Entry`, with ``training`` for the settings that differ from the
     study's.
@@ -111,7 +111,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
             place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
         place[int(last) if isinstance(place, list) else last] = parse_yaml(text, override)
     except (ValueError, IndexError, AttributeError, TypeError):
-        raise ConfigError(f"{override}: the configuration has no place {key}; lists are counted from 0, as in runs.0.model") from None
+        raise ConfigError(f"{override}: the configuration has no key {key}; lists are counted from 0, as in runs.0.model") from None
 
 
 def check_config(raw: Mapping[str, Any], name: str) -> StudyConfig:
@@ -149,10 +149,10 @@ def _mistakes_of_training(where: str, training: Any) -> list[str]:
 
 
 def entries_of(config: StudyConfig) -> list[Entry]:
-    """The lines of the grid, each with the study's channels and settings where it has none of its own.
+    """The entries of the grid, each with the study's channels and settings as defaults.
 
     Raises:
-        ConfigError: lists what does not go together.
+        ConfigError: lists the conflicts.
     """
     entries, problems = [], []
     for number, run in enumerate(config.runs):
@@ -172,8 +172,8 @@ def make_study(config: StudyConfig, cohort: Cohort, command: str) -> Study:
     """Turn a configuration and its cohort into a study.
 
     Raises:
-        ConfigError: a channel, class or model is unknown, or settings do not go together.
-        SplitError: the patients cannot be divided as asked.
+        ConfigError: a channel, class or model is unknown, or settings cannot be combined.
+        SplitError: the patients cannot be divided as requested.
     """
     from raredistill.splits import make_splits
     from raredistill.studies.study import Study
@@ -207,7 +207,7 @@ def looks_of(config: StudyConfig) -> Looks | None:
 
 
 def cohort_folder(config: StudyConfig, out: Path) -> Path:
-    """Where the study's cohort is or will be prepared; named by a hash of its source, so that a changed source is a new cohort."""
+    """Folder of the study's prepared cohort, named by a hash of its source, so that a changed source is a new cohort."""
     if isinstance(config.cohort, Path):
         return config.cohort
     return out / f"cohort-{fingerprint(config.cohort.model_dump(mode='json'))[:8]}"

@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: a bar on a terminal, plain lines elsewhere."""
+"""Progress and tables on the console: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 LINE_EVERY = 10.0
 SETTLED = 5.0
-"""Seconds after which the time left is told: earlier, the start of the workers is most of it."""
+"""Seconds after which the time left is shown: earlier, most of the time is the start of the workers."""
 
 
 TOLD_FROM = 0.01
@@ -22,7 +22,7 @@ TOLD_FROM = 0.01
 
 
 class Progress:
-    """Counts towards a total with the time left; used as a context manager."""
+    """Shows progress towards a total and the time left; a context manager."""
 
     def __init__(self, what: str) -> None:
         self.what, self.start, self.last = what, time.monotonic(), 0.0
@@ -47,7 +47,7 @@ class Progress:
             self._bar.stop()
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Tell that ``done`` of ``total`` steps are over."""
+        """Report that ``done`` of ``total`` steps are finished."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, description=f"{self.what} {note}".strip())
         elif done == total or time.monotonic() - self.last > LINE_EVERY:
@@ -61,7 +61,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: ``45 s``, ``12 min``, ``3 h 20 min``."""
+    """Format seconds for people: ``45 s``, ``12 min``, ``3 h 20 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -69,12 +69,12 @@ def duration(seconds: float) -> str:
 
 
 def said(message: str) -> str:
-    """A message of several lines as a terminal can show it, whatever the names in it hold."""
+    """Make a message of several lines safe to print, whatever characters the names in it contain."""
     return "\n".join(map(shown, message.split("\n")))
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of a data frame, for ``show_table``."""
+    """Rows of a data frame for ``show_table``."""
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 

@@ -1,4 +1,4 @@
-"""Dataclasses that enforce their own annotations: the same rules, in the same words, from YAML and from Python."""
+"""Dataclasses that enforce their own annotations, with the same rules and messages from YAML and from Python."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def read(kind: type[Kind], raw: Mapping[str, Any], where: str = "") -> tuple[Kind | None, list[str]]:
-    """Make an object from a mapping, as YAML gives it.
+    """Create an object from a mapping read from YAML.
 
     Args:
         kind: a :class:`Declared` dataclass.
         raw: its fields by name.
-        where: place of the mapping in a file, such as ``runs.0.``, before each message.
+        where: position of the mapping in a file, such as ``runs.0.``, put before each message.
 
     Returns:
         The object and no messages, or None and a message for each mistake.
@@ -88,13 +88,13 @@ def field_mistakes(kind: type, raw: Any, where: str = "") -> list[str]:
         schema(kind).model_validate(raw)
     except ValidationError as error:
         return [f"{where}{mistake}" for mistake in mistakes(error, kind)]
-    except ConfigError as error:  # of an object inside
+    except ConfigError as error:  # raised by a nested object
         return [f"{where}{error}"]
     return []
 
 
 def mistakes(error: ValidationError, kind: type) -> list[str]:
-    """What pydantic found, one sentence per mistake, with the nearest known key for an unknown one."""
+    """Mistakes found by pydantic, one sentence each, with the nearest known key for an unknown one."""
     return [_mistake(item, kind) for item in map(dict, error.errors()) if not _is_noise(item)]
 
 
@@ -107,7 +107,7 @@ def _mistake(item: dict[str, Any], kind: type) -> str:
 
 
 def _is_noise(item: dict[str, Any]) -> bool:
-    """What pydantic adds without new information: other branches of a union, and a list whose members are wrong."""
+    """Whether a mistake adds no information: another branch of a union, or a list whose members are already reported."""
     last = item["loc"][-1] if item["loc"] else ""
     if item["type"] == "too_short":
         return bool(item["input"])
@@ -125,19 +125,19 @@ def _is_scalar(part: int | str) -> bool:
 
 
 def _is_object(part: int | str) -> bool:
-    # pydantic names the branch of a union after its class; no key of ours begins with a capital.
+    # pydantic names the branch of a union after its class; none of our keys starts with a capital.
     return isinstance(part, str) and part[:1].isupper()
 
 
 def _known_keys(kind: type[Any], place: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields at a place inside a declared object."""
+    """Names of the fields at a position inside a declared object."""
     for part in place[:-1]:
         kind = _inner(kind, part)
     return list(kind.model_fields) if issubclass(kind, BaseModel) else [field.name for field in dataclasses.fields(kind)]
 
 
 def _inner(kind: type[Any], part: int | str) -> type[Any]:
-    """The class of the objects in a field, or of a branch of a union; the same class where ``part`` leads to none."""
+    """The class of the objects in a field, or of a branch of a union; the same class if ``part`` leads to none."""
 
     def classes(hint: Any) -> list[type[Any]]:
         own = [hint] if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or issubclass(hint, BaseModel)) else []

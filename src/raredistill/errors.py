@@ -1,8 +1,8 @@
-"""The typed errors that a user can meet: each says what is wrong, where, and what to do."""
+"""Typed errors for users: each message says what is wrong, where, and what to do."""
 
 
 class RareDistillError(Exception):
-    """Bad input, told in one message; the command line prints it and exits with code 2."""
+    """Bad input, explained in one message; the command line prints it and exits with code 2."""
 
 
 class DataError(RareDistillError):
@@ -10,7 +10,7 @@ class DataError(RareDistillError):
 
 
 class SplitError(RareDistillError):
-    """Patients cannot be divided as asked, or a division would leak."""
+    """Patients cannot be divided as requested, or a division would leak."""
 
 
 class ConfigError(RareDistillError):
@@ -18,4 +18,4 @@ class ConfigError(RareDistillError):
 
 
 class CheckpointError(RareDistillError):
-    """A checkpoint cannot be read or does not fit where it is to be used."""
+    """A checkpoint cannot be read, or does not fit its use."""

@@ -1,4 +1,4 @@
-"""Everything that touches a file in a risky way: atomic writes, hashes, locks."""
+"""Safe file operations: atomic writes, hashes, locks."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from raredistill.errors import ConfigError, DataError
 from raredistill.names import shown
 
 MOST_TEXT = 2**20
-"""Characters that a YAML file may have."""
+"""Most characters in a YAML file."""
 MOST_VALUES = 100_000
-"""Values that a YAML file may hold."""
+"""Most values in a YAML file."""
 DEEPEST = 100
-"""Lists and mappings of a YAML file that may stand inside each other."""
+"""Deepest nesting of lists and mappings in a YAML file."""
 
 FORGOTTEN = 3600.0
-"""Seconds after which an unfinished file that nobody has touched is nobody's."""
+"""Seconds without a change after which an unfinished file counts as abandoned."""
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary neighbour of ``path`` that takes its place only when the block succeeds.
+    """Yield a temporary path beside ``path``, which replaces it only if the block succeeds.
 
     Raises:
         DataError: ``path`` is a folder.
@@ -44,7 +44,7 @@ def atomic(path: Path) -> Iterator[Path]:
         raise DataError(f"{shown(path)} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    # Two nodes that share a folder may well give out the same process number.
+    # Two nodes that share a folder may use the same process id.
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)  # its name can be foreseen, so that it may be a link that someone has put there
     try:
@@ -68,7 +68,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed writers of ``path`` left; one that is at work, here or on another machine, has touched its file lately."""
+    """Remove temporary files of killed writers of ``path``; active writers, on any machine, have changed theirs recently."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(FileNotFoundError):
             if time.time() - leftover.stat().st_mtime > FORGOTTEN:
@@ -76,7 +76,7 @@ def _sweep(path: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed writers left in a folder, whatever its age: for a caller who is the only one to write there now."""
+    """Remove temporary files of killed writers in a folder, whatever their age; the caller must be the only writer there."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
 
@@ -87,9 +87,9 @@ def _sync(path: Path) -> None:
 
 
 def start_writing(handle: IO[bytes], start: int) -> None:
-    """Have the system begin to bring to the disk what was written from byte ``start`` on, without waiting: syncing it later is short."""
+    """Start writing bytes from ``start`` on to disk without waiting, so that a later sync is short."""
     handle.flush()
-    if hasattr(os, "posix_fadvise"):  # Linux writes, and keeps, fresh pages that it is told are not needed
+    if hasattr(os, "posix_fadvise"):  # Linux writes (and keeps) dirty pages that are declared unneeded
         os.posix_fadvise(handle.fileno(), start, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -119,18 +119,18 @@ def read_json(path: Path) -> Any:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Understand plain YAML, which can name no code; ``name`` is for messages.
+    """Parse plain YAML, which cannot refer to code; ``name`` is for messages.
 
-    Less than YAML's safe subset: no tags, no key twice, no merge keys (``<<``, whose cost doubles line by line), no numbers of base 60 and
-    no dates (``1:30`` and ``2026-01-01`` stay texts).
+    Stricter than YAML's safe subset: no tags, no repeated keys, no merge keys (``<<``, whose cost can double with each line), no numbers
+    in base 60 and no dates (``1:30`` and ``2026-01-01`` stay strings).
 
     Raises:
-        ConfigError: it is no YAML, gives a key twice, or holds more than memory or patience take.
+        ConfigError: it is not YAML, repeats a key, or exceeds the limits on size and depth.
     """
     if len(text) > MOST_TEXT:
         raise ConfigError(f"{name}: has {len(text)} characters of YAML; at most {MOST_TEXT} are read")
     try:
-        _refuse_tags_and_depth(text, name)  # before anything is built: the C library's composer would run out of its stack
+        _refuse_tags_and_depth(text, name)  # first, because the C library's composer could overflow its stack
         with closing(_plain_loader()(text)) as loader:
             value = loader.get_single_data()
         repeats = _values(value, {}) > MOST_VALUES
@@ -180,30 +180,30 @@ def _resolvers(known: Mapping[str, list[tuple[str, Any]]]) -> dict[str, list[tup
 
 
 def _mapping(loader: Any, node: Any, deep: bool = False) -> dict[Any, Any]:
-    """A mapping whose keys are plain and stand once; the place of a repeated one is named."""
+    """Build a mapping, refusing complex and repeated keys with their position."""
     found: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=deep)
         if key == "<<" or not isinstance(key, Hashable):
             raise yaml.constructor.ConstructorError(None, None, f"{str(key)!r:.60} cannot be a key", key_node.start_mark)
         if key in found:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r:.60} stands twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r:.60} is given twice", key_node.start_mark)
         found[key] = loader.construct_object(value_node, deep=deep)
     return found
 
 
 def _values(value: Any, known: dict[int, float]) -> float:
-    """How many values a value holds when every alias is written out."""
+    """Number of values in a value when all aliases are expanded."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
-        known[id(value)] = float("inf")  # until it is counted, so that a list inside itself is endless
+        known[id(value)] = float("inf")  # until it is counted, so that a list that contains itself is infinite
         known[id(value)] = 1 + sum(_values(item, known) for item in (value.values() if isinstance(value, dict) else value))
     return known[id(value)]
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, without hidden ones; a link to a folder is one.
+    """The folders in a folder, sorted, without hidden ones; links to folders are included.
 
     Raises:
         DataError: the folder cannot be read.
@@ -222,13 +222,13 @@ def refuse_unread(error: OSError) -> None:
         DataError: always.
     """
     raise DataError(
-        f"{shown(error.filename)}: cannot be read ({error.strerror}), so that what it holds is unknown; "
-        "give yourself the right to read it (chmod u+rX), or move it out of the source"
+        f"{shown(error.filename)}: cannot be read ({error.strerror}), so its content is unknown; "
+        "give yourself read permission (chmod u+rX), or move it out of the source"
     ) from None
 
 
 def inside(path: Path, folder: Path) -> bool:
-    """Whether ``path``, with every link followed, lies in ``folder``: a source must not hand over other files of the machine."""
+    """Whether ``path``, with all links resolved, is inside ``folder``: a source must not expose other files of the machine."""
     return path.resolve().is_relative_to(folder.resolve())
 
 
@@ -239,13 +239,13 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """Hash any JSON-like value, independent of the order of its keys (hexadecimal)."""
+    """Hash any JSON-like value, independent of the order of keys (hexadecimal)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path`` while the block runs; a second process waits. It ends with the process, however that ends."""
+    """Hold an exclusive lock on ``path`` while the block runs; other processes wait. The lock ends with the process in any case."""
     with _lock_file(path) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -253,7 +253,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_if_free(path: Path) -> Iterator[bool]:
-    """As :func:`locked`, but without waiting: yields whether the lock was free, and is held while the block runs."""
+    """Like :func:`locked`, but without waiting: yields whether the lock was free, and holds it while the block runs."""
     with _lock_file(path) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -266,31 +266,31 @@ def lock_if_free(path: Path) -> Iterator[bool]:
 @contextmanager
 def _lock_file(path: Path) -> Iterator[IO[str]]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:  # closing it ends the lock
+    with path.open("a") as handle:  # closing it releases the lock
         yield handle
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to a JSON-like record the hash of what it says."""
+    """Add a hash of its content to a JSON-like record."""
     return {**record, "seal": fingerprint(record)}
 
 
 def is_sealed(record: Mapping[str, Any]) -> bool:
-    """Whether a record still says what it said when it was sealed."""
+    """Whether a record is unchanged since it was sealed."""
     return record.get("seal") == fingerprint({key: value for key, value in record.items() if key != "seal"})
 
 
 def claim_folder(path: Path, marker: str) -> None:
-    """Make ``path`` ready for output: it is new, empty, or carries ``marker`` because we wrote it before.
+    """Prepare ``path`` for output: it must be new, empty, or contain ``marker`` from an earlier output.
 
     Raises:
-        DataError: it is a file, or holds something else.
+        DataError: it is a file, or contains something else.
     """
     try:
         if path.is_file():
             raise DataError(f"{path} is a file; name a folder for the output")
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()) and not (path / marker).exists():
-            raise DataError(f"{path} already holds something else; name another folder or empty it")
+            raise DataError(f"{path} already contains something else; name another folder or empty it")
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}); name another folder") from None

@@ -1,6 +1,6 @@
-"""Bounds that the configuration checks at once, and the code behind it again: both must know them without importing each other."""
+"""Bounds that are checked both by the configuration and by the code behind it, which do not import each other."""
 
 LARGEST_SEED = 2**31 - 1
-"""Each run's own seed, with its fold and repeat added, still fits where a generator takes 32 bits."""
+"""With fold and repeat added, each run's seed still fits into 32 bits."""
 MOST_REPEATS = 1000
-"""Repetitions of a cross-validation."""
+"""Most repetitions of a cross-validation."""

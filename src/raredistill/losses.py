@@ -21,7 +21,7 @@ from raredistill.sampling import POWERS
 
 Reduction = Literal["mean", "none"]
 COSINE_SCALE = 30.0
-"""What the cosine head multiplies its cosines by, after LDAM's published scale."""
+"""Factor that the cosine head applies to its cosines: LDAM's published scale."""
 
 
 def _reduced(losses: Tensor, reduction: Reduction) -> Tensor:
@@ -30,7 +30,7 @@ def _reduced(losses: Tensor, reduction: Reduction) -> Tensor:
 
 
 def _wide(logits: Tensor) -> Tensor:
-    # Half precision keeps too few digits for a logarithm of a sum of exponentials.
+    # Half precision has too few digits for a logarithm of a sum of exponentials.
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -54,6 +54,10 @@ def cross_entropy(
 
     Returns:
         Scalar, or ``(N,)`` with ``reduction="none"``, in nats.
+
+    Examples:
+        >>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), reduction="none")
+        tensor([0.1269, 0.3133])
     """
     logits = _wide(logits)
     weight = None if class_weights is None else class_weights.to(logits)
@@ -63,14 +67,14 @@ def cross_entropy(
 def label_aware_smoothing(
     logits: Tensor, target: Tensor, *, counts: Tensor, head: Share = 0.4, tail: Share = 0.1, reduction: Reduction = "mean"
 ) -> Tensor:
-    """Cross-entropy whose label smoothing grows with the class' count: confident head classes are smoothed most.
+    """Cross-entropy whose label smoothing grows with the class's count: confident head classes are smoothed most.
 
     Args:
         logits: ``(N, K)``, unnormalised.
         target: ``(N,)`` class indices.
         counts: ``(K,)`` training samples per class, all positive.
-        head: share that the commonest class gives to the other classes.
-        tail: the same of the rarest class.
+        head: share that the most common class gives to the other classes.
+        tail: the same for the rarest class.
         reduction: ``mean`` or ``none``.
 
     Returns:
@@ -78,6 +82,10 @@ def label_aware_smoothing(
 
     References:
         Zhong et al., Improving Calibration for Long-Tailed Recognition (MiSLAS), CVPR 2021 (concave form).
+
+    Examples:
+        >>> label_aware_smoothing(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), counts=torch.tensor([90, 10]))
+        tensor(0.6701)
     """
     counts = _positive(counts)
     rank = (counts - counts.min()) / (counts.max() - counts.min()).clamp(min=1e-12)
@@ -105,6 +113,10 @@ def focal(
 
     References:
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017 (softmax form).
+
+    Examples:
+        >>> focal(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), reduction="none")
+        tensor([0.0018, 0.0227])
     """
     own = F.log_softmax(_wide(logits), dim=1).gather(1, target[:, None])[:, 0]
     # 1 - p by expm1, and no power of exact zero: its gradient is not finite for gamma < 1.
@@ -130,6 +142,11 @@ def balanced_softmax(logits: Tensor, target: Tensor, *, counts: Tensor, tau: Not
 
     References:
         Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020.
+
+    Examples:
+        >>> logits, counts = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([90, 10])
+        >>> balanced_softmax(logits, torch.tensor([0, 1]), counts=counts, reduction="none")
+        tensor([0.0149, 1.4612])
     """
     counts = _positive(counts)
     return cross_entropy(_wide(logits) + tau * (counts / counts.sum()).log(), target, reduction=reduction)
@@ -152,7 +169,7 @@ def ldam(
         target: ``(N,)`` class indices.
         counts: ``(K,)`` training samples per class, all positive.
         max_margin: margin of the rarest class.
-        scale: of the cosines.
+        scale: factor of the cosines.
         class_weights: ``(K,)``.
         reduction: ``mean`` or ``none``.
 
@@ -161,6 +178,11 @@ def ldam(
 
     References:
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019.
+
+    Examples:
+        >>> cosines, counts = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([90, 10])
+        >>> ldam(cosines, torch.tensor([0, 1]), counts=counts, scale=10.0, reduction="none")
+        tensor([0.0060, 0.3133])
     """
     margins = _positive(counts) ** -0.25
     margins = margins * (max_margin / margins.max())
@@ -186,6 +208,11 @@ def vector_scaling(
 
     References:
         Kini et al., Label-Imbalanced and Group-Sensitive Classification under Overparameterization, NeurIPS 2021.
+
+    Examples:
+        >>> logits, counts = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([90, 10])
+        >>> vector_scaling(logits, torch.tensor([0, 1]), counts=counts, reduction="none")
+        tensor([0.0149, 1.7448])
     """
     counts = _positive(counts)
     scaled = _wide(logits) * (counts / counts.max()) ** gamma
@@ -197,6 +224,10 @@ def effective_number_weights(counts: Tensor, *, beta: float = 0.9999) -> Tensor:
 
     References:
         Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019.
+
+    Examples:
+        >>> effective_number_weights(torch.tensor([90, 10]))
+        tensor([0.2007, 1.7993])
     """
     # float64: 1 - beta ** count loses its digits in float32.
     weights = (1 - beta) / (1 - beta ** _positive(counts).double())
@@ -204,13 +235,23 @@ def effective_number_weights(counts: Tensor, *, beta: float = 0.9999) -> Tensor:
 
 
 def inverse_frequency_weights(counts: Tensor) -> Tensor:
-    """Class weights ``N / (K count)``, in class order: ``(K,)``; scikit-learn's "balanced"."""
+    """Class weights ``N / (K count)``, in class order: ``(K,)``; scikit-learn's "balanced".
+
+    Examples:
+        >>> inverse_frequency_weights(torch.tensor([90, 10]))
+        tensor([0.5556, 5.0000])
+    """
     counts = _positive(counts)
     return counts.sum() / (len(counts) * counts)
 
 
 def square_root_weights(counts: Tensor) -> Tensor:
-    """Class weights proportional to ``count ** -1/2``, normalised to sum K: ``(K,)``."""
+    """Class weights proportional to ``count ** -1/2``, normalised to sum K: ``(K,)``.
+
+    Examples:
+        >>> square_root_weights(torch.tensor([90, 10]))
+        tensor([0.5000, 1.5000])
+    """
     weights = _positive(counts) ** -0.5
     return weights * (len(counts) / weights.sum())
 
@@ -220,19 +261,23 @@ def adjust_logits(logits: Tensor, *, counts: Tensor, tau: float = 1.0) -> Tensor
 
     References:
         Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021.
+
+    Examples:
+        >>> adjust_logits(torch.zeros(1, 2), counts=torch.tensor([90, 10]))
+        tensor([[0.1054, 2.3026]])
     """
     counts = _positive(counts)
     return logits - tau * (counts / counts.sum()).log()
 
 
 def estimate_prior(logits: Tensor, target: Tensor) -> Tensor:
-    """The class prior that logits encode, ``(K,)``: where nothing says it, held-out samples do.
+    """Estimate the class prior that logits encode, ``(K,)``, from held-out samples.
 
     The shift of the logits that is most likely given the labels turns the encoded prior into that of the labels, so the encoded prior is
     the labels' frequencies times ``exp(-shift)``.
 
     Args:
-        logits: ``(N, K)`` of samples that gave no gradients.
+        logits: ``(N, K)`` of samples that were not trained on.
         target: ``(N,)`` class indices; every class occurs.
 
     Raises:
@@ -300,7 +345,7 @@ def _balanced_focal(counts: Tensor, *, gamma: NotNegative = 2.0, beta: Annotated
 
 
 def _scaled_ldam(counts: Tensor, *, max_margin: NotNegative = 0.5) -> Loss:
-    # The cosine head's logits are cosines times this scale already.
+    # The cosine head's logits are already multiplied by this scale.
     def loss(logits: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         return ldam(_wide(logits) / COSINE_SCALE, target, counts=counts, max_margin=max_margin, scale=COSINE_SCALE, reduction=reduction)
 
@@ -309,17 +354,17 @@ def _scaled_ldam(counts: Tensor, *, max_margin: NotNegative = 0.5) -> Loss:
 
 @dataclass(frozen=True)
 class NamedLoss:
-    """A loss that configurations may name.
+    """A loss that configurations can name.
 
     Attributes:
-        build: from ``(K,)`` training samples per class, and options, to the loss.
+        build: returns the loss for ``(K,)`` training samples per class, and options.
         options: its hyper-parameters by name.
         source: the publication.
-        carries: from counts ``(K,)`` and options to the class prior that its logits carry beside the sampler's, ``(K,)`` up to a factor;
-            None where that is unknown.
+        carries: returns the class prior that its logits carry in addition to the sampler's, ``(K,)`` up to a factor, for counts ``(K,)``
+            and options; None if that is unknown.
         counted: whether every class must have training samples.
-        weighs: whether it weighs classes already, so that deferred weights would be a second correction.
-        head: the head that it needs; empty for any.
+        weighs: whether it already weights classes, so that deferred weights would correct twice.
+        head: the head that it requires; empty for any.
     """
 
     build: Callable[..., Loss]
@@ -332,7 +377,7 @@ class NamedLoss:
 
     @property
     def needs(self) -> str:
-        """For tables."""
+        """Requirements, for tables."""
         return ", ".join([*(["counts"] if self.counted else []), *([f"head: {self.head}"] if self.head else [])]) or "nothing"
 
 
@@ -369,7 +414,7 @@ BUILT_IN: dict[str, NamedLoss] = {
 
 
 def _adopt(plugin: Plugin) -> NamedLoss:
-    """A plug-in's loss: a function of ``(logits, target)``, of ``counts`` where it names them, and of its options."""
+    """Adopt a plug-in's loss: a function of ``(logits, target)``, of ``counts`` if it has that parameter, and of its options."""
     loss = plugin.thing
     parameters = inspect.signature(loss).parameters
     if list(parameters)[:2] != ["logits", "target"]:
@@ -385,7 +430,7 @@ def _adopt(plugin: Plugin) -> NamedLoss:
 
 
 def _reducible(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A loss that gives ``(N,)``, with the usual ``reduction``."""
+    """Give a loss that returns ``(N,)`` the usual ``reduction``."""
 
     def reduced(logits: Tensor, target: Tensor, *, reduction: Reduction = "mean", **options: Any) -> Tensor:
         return _reduced(loss(logits, target, **options), reduction)
@@ -394,19 +439,24 @@ def _reducible(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 LOSSES: Registry[NamedLoss] = Registry("loss", BUILT_IN, _adopt)
-"""Every loss that a configuration may name."""
+"""All losses that a configuration can name."""
 
 
 def make_loss(name: str, *, counts: Tensor, **options: Any) -> Loss:
     """Build a supervised loss from its name.
 
     Args:
-        name: as ``raredistill methods`` lists it.
+        name: name of the loss, as listed by ``raredistill methods``.
         counts: ``(K,)`` training samples per class, on the device of the training.
         options: hyper-parameters that differ from the defaults.
 
     Raises:
         ConfigError: the name or an option is unknown, a value is out of range, or a class that the loss must weight has no training sample.
+
+    Examples:
+        >>> loss = make_loss("balanced_softmax", counts=torch.tensor([90, 10]))
+        >>> loss(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
+        tensor(0.7380)
     """
     row = named_loss(name, options)
     try:
@@ -419,14 +469,20 @@ def carried_prior(name: str, *, counts: Tensor, sampler: str, deferred: str = "n
     """The class prior that trained logits encode: sampling share x class weight x exp(-logit shift), normalised; None if unknown.
 
     Args:
-        name: of the loss.
+        name: name of the loss.
         counts: ``(K,)`` training samples per class.
-        sampler: of the training epochs; ``progressive`` ends balanced.
+        sampler: sampler of the training epochs; ``progressive`` ends balanced.
         deferred: class weights of the last epochs, or ``none``.
         options: hyper-parameters of the loss.
 
     Raises:
         ConfigError: as :func:`make_loss`, or the sampler is unknown.
+
+    Examples:
+        >>> carried_prior("cross_entropy", counts=torch.tensor([90, 10]), sampler="natural")
+        (0.9, 0.1)
+        >>> carried_prior("balanced_softmax", counts=torch.tensor([90, 10]), sampler="natural")
+        (0.5, 0.5)
     """
     row = named_loss(name, options)
     if sampler not in POWERS:
@@ -444,7 +500,7 @@ def carried_prior(name: str, *, counts: Tensor, sampler: str, deferred: str = "n
 
 
 def losses_table() -> list[dict[str, str]]:
-    """What ``raredistill methods`` prints of losses."""
+    """Rows about losses that ``raredistill methods`` prints."""
     return [
         {
             "name": name,
@@ -458,7 +514,7 @@ def losses_table() -> list[dict[str, str]]:
 
 
 def named_loss(name: str, options: Mapping[str, Any]) -> NamedLoss:
-    """The loss of a name that takes these options.
+    """Look up a loss by name, and check its options.
 
     Raises:
         ConfigError: the name or an option is unknown, or a value is out of range.

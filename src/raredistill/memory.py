@@ -1,4 +1,4 @@
-"""How much memory is left, and what the C library does with what is freed."""
+"""Available memory, and how the C library handles freed memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _KEPT = 2**31 - 1
 
 
 def keep_freed(block: int) -> None:
-    """Keep up to 2 GiB of freed memory in this process, instead of giving it back to the system block by block.
+    """Keep up to 2 GiB of freed memory in this process instead of returning it to the system block by block.
 
-    Each step of training on the CPU frees its activations, each patient its volumes, and the next one asks for as many. The GNU library
-    gives every large block back, and what comes anew comes empty, page by page: a tenth of a worker's time, a twelfth of a step of
-    ``small_cnn``, a fifth where two networks learn together. With other C libraries nothing changes.
+    Each training step on the CPU frees its activations, each patient its volumes, and the next one allocates as much again. The GNU C
+    library returns every large block, and new blocks are zeroed page by page: this costs a tenth of a worker's time, a twelfth of a step
+    of ``small_cnn``, and a fifth of a step of two networks trained together. With other C libraries this function does nothing.
 
     Args:
-        block: bytes from which a block is still the system's own.
+        block: size in bytes from which blocks are still returned to the system.
     """
     library = _library()
     if library is not None and hasattr(library, "mallopt"):
@@ -38,10 +38,10 @@ def _library() -> ctypes.CDLL | None:
 
 
 def available() -> int:
-    """Bytes that this process may still take: what the machine has, and what a container or a cluster's scheduler grants.
+    """Bytes that this process may still allocate, limited by the machine and by a container or a cluster's scheduler.
 
-    Pages that only keep files at hand count as free: the system gives them up when memory is asked for. What this process has freed and
-    keeps is given back first.
+    Pages of the file cache count as free, since the system reclaims them on demand. Memory that this process has freed but kept is
+    returned to the system first.
     """
     _give_back()
     return min([_of_machine(), *_of_groups()])
@@ -62,7 +62,7 @@ def _of_machine() -> int:
 
 
 def _of_groups() -> list[int]:
-    """What is left of each limit above this process (version 2 of Linux' control groups)."""
+    """Bytes left under each limit that applies to this process (Linux control groups, version 2)."""
     lines = GROUP.read_text().splitlines() if GROUP.is_file() else []
     own = next((GROUPS / line[3:].strip("/") for line in lines if line.startswith("0::")), None)
     folders = [] if own is None else [own, *own.parents]
@@ -73,7 +73,7 @@ def _room(folder: Path) -> int | None:
     try:
         limit = (folder / "memory.max").read_text().strip()
         used = int((folder / "memory.current").read_text())
-        facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except OSError:
-        return None  # no limit is kept here
-    return None if limit == "max" else int(limit) - used + int(facts.get("inactive_file", 0))
+        return None  # no limit is set here
+    return None if limit == "max" else int(limit) - used + int(statistics.get("inactive_file", 0))

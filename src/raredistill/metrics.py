@@ -1,4 +1,4 @@
-"""Figures of merit as pure functions of labels and probabilities; a class without samples has none (NaN)."""
+"""Performance metrics as pure functions of labels and probabilities; NaN for a class without samples."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ Integers = NDArray[np.int64]
 
 
 def classification_metrics(label: ArrayLike, probability: ArrayLike) -> dict[str, Any]:
-    """Everything that is reported of one set of predictions.
+    """Compute all reported metrics of one set of predictions.
 
     Args:
         label: ``(N,)`` class indices.
-        probability: ``(N, K)``, each row adding up to 1; the predicted class is the most probable.
+        probability: ``(N, K)``, each row summing to 1; the predicted class is the most probable.
 
     Returns:
-        Those of :func:`metrics_from_confusion`; ``auroc`` and ``auprc`` ``(K,)``, each class against the rest (area by ranks; average
+        The metrics of :func:`metrics_from_confusion`; ``auroc`` and ``auprc`` ``(K,)``, each class against the rest (area by ranks; average
         precision); ``ece`` in 15 bins; ``brier``, the squared error summed over the classes. NaN where a class is absent.
 
     Raises:
         DataError: shapes do not fit, a label is out of range, a probability is not finite.
+
+    Examples:
+        >>> metrics = classification_metrics([0, 1, 1], [[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
+        >>> round(metrics["accuracy"], 3), metrics["recall"].tolist(), metrics["auroc"].tolist()
+        (0.667, [1.0, 0.5], [1.0, 1.0])
     """
     truth, scores = checked(label, probability)
     classes = scores.shape[1]
@@ -41,27 +46,32 @@ def classification_metrics(label: ArrayLike, probability: ArrayLike) -> dict[str
 
 
 def confusion_matrix(label: ArrayLike, predicted: ArrayLike, classes: int) -> Integers:
-    """Count ``(K, K)``: rows are true classes, columns predicted ones.
+    """Count samples by true class (rows) and predicted class (columns): ``(K, K)``.
 
     Args:
         label: ``(N,)`` true class indices.
         predicted: ``(N,)`` predicted class indices.
-        classes: K.
+        classes: number of classes, K.
 
     Raises:
         DataError: different lengths, or an index out of range.
+
+    Examples:
+        >>> confusion_matrix([0, 0, 1, 1], [0, 1, 1, 1], classes=2)
+        array([[1, 1],
+               [0, 2]])
     """
     truth, guess = _indices(label, classes, "label"), _indices(predicted, classes, "prediction")
     if len(truth) != len(guess):
-        raise DataError(f"{len(truth)} labels stand against {len(guess)} predictions; give one prediction a sample")
+        raise DataError(f"{len(truth)} labels but {len(guess)} predictions; give one prediction per sample")
     return np.bincount(truth * classes + guess, minlength=classes * classes).reshape(classes, classes).astype(np.int64)
 
 
 def metrics_from_confusion(matrix: ArrayLike) -> dict[str, Any]:
-    """Metrics that need counts only.
+    """Compute the metrics that need only counts.
 
     Args:
-        matrix: ``(..., K, K)``, rows true; leading axes (such as bootstrap resamples) are kept.
+        matrix: ``(..., K, K)``, rows are true classes; leading axes (such as bootstrap resamples) are kept.
 
     Returns:
         ``precision, recall, specificity, f1`` ``(..., K)``, NaN for a class absent from the truth (one that is present and never predicted
@@ -70,6 +80,11 @@ def metrics_from_confusion(matrix: ArrayLike) -> dict[str, Any]:
 
     Raises:
         DataError: not square.
+
+    Examples:
+        >>> metrics = metrics_from_confusion([[8, 2], [1, 4]])
+        >>> metrics["f1"].round(3).tolist(), round(metrics["macro_f1"], 3), round(metrics["balanced_accuracy"], 3)
+        ([0.842, 0.727], 0.785, 0.8)
     """
     counts = np.asarray(matrix, dtype=np.float64)
     if counts.ndim < 2 or counts.shape[-1] != counts.shape[-2]:
@@ -79,9 +94,9 @@ def metrics_from_confusion(matrix: ArrayLike) -> dict[str, Any]:
 
 
 def metrics_from_margins(right: Floats, actual: Floats, guessed: Floats) -> dict[str, Floats]:
-    """The same metrics from three counts a class ``(..., K)``: called rightly, in the truth, and predicted.
+    """The same metrics from three counts per class ``(..., K)``: correctly classified, in the truth, and predicted.
 
-    They need no more of a confusion matrix than its diagonal and its margins, which keeps a hundred classes as light as three.
+    They only need the diagonal and the margins of a confusion matrix, so a hundred classes cost little more than three.
     """
     per_class = _per_class(right, actual, guessed)
     recall = per_class["recall"]
@@ -96,11 +111,15 @@ def metrics_from_margins(right: Floats, actual: Floats, guessed: Floats) -> dict
 
 
 def auroc(positive: NDArray[np.bool_], score: Floats) -> float:
-    """Area under the ROC curve by the Mann-Whitney statistic (ties count half); NaN without both kinds.
+    """Area under the ROC curve by the Mann-Whitney statistic (ties count half); NaN unless both kinds are present.
 
     Args:
         positive: ``(N,)``.
         score: ``(N,)``, higher for positives.
+
+    Examples:
+        >>> round(auroc(np.array([True, False, True]), np.array([0.9, 0.5, 0.4])), 3)
+        0.5
     """
     positives = int(positive.sum())
     negatives = len(positive) - positives
@@ -115,11 +134,15 @@ def auprc(positive: NDArray[np.bool_], score: Floats) -> float:
     Args:
         positive: ``(N,)``.
         score: ``(N,)``, higher for positives.
+
+    Examples:
+        >>> round(auprc(np.array([True, False, True]), np.array([0.9, 0.5, 0.4])), 3)
+        0.833
     """
     if not positive.any():
         return float("nan")
     order = np.argsort(-score, kind="stable")
-    # Equal scores are one threshold: only the last of each group counts.
+    # Equal scores form one threshold: only the last of each group counts.
     last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
     hits = np.cumsum(positive[order])[last]
     return float(np.sum(np.diff(hits, prepend=0) / hits[-1] * hits / (last + 1)))
@@ -131,10 +154,14 @@ def ece(label: ArrayLike, probability: ArrayLike, bins: int = 15) -> float:
     Args:
         label: ``(N,)`` class indices.
         probability: ``(N, K)``.
-        bins: of equal width.
+        bins: number of bins of equal width.
 
     Returns:
         Between 0 and 1; NaN without samples.
+
+    Examples:
+        >>> round(ece([0, 1], [[0.9, 0.1], [0.8, 0.2]]), 3)
+        0.45
     """
     count, confidence, accuracy = reliability(label, probability, bins)
     filled = count > 0
@@ -144,18 +171,23 @@ def ece(label: ArrayLike, probability: ArrayLike, bins: int = 15) -> float:
 
 
 def reliability(label: ArrayLike, probability: ArrayLike, bins: int = 15) -> tuple[Floats, Floats, Floats]:
-    """Samples by the confidence of their top class, in bins (low, high] of equal width.
+    """Group samples by the confidence of their top class, in bins (low, high] of equal width.
 
     Args:
         label: ``(N,)`` class indices.
         probability: ``(N, K)``.
-        bins: their number.
+        bins: number of bins.
 
     Returns:
         Count, mean confidence and accuracy, each ``(bins,)``; NaN in empty bins.
 
     Raises:
         DataError: as :func:`classification_metrics`, or fewer than one bin.
+
+    Examples:
+        >>> count, confidence, accuracy = reliability([0, 1], [[0.9, 0.1], [0.8, 0.2]], bins=2)
+        >>> count.tolist(), confidence.round(2).tolist(), accuracy.tolist()
+        ([0.0, 2.0], [nan, 0.85], [nan, 0.5])
     """
     if bins < 1:
         raise DataError(f"calibration needs at least one bin, not {bins}")
@@ -168,14 +200,14 @@ def reliability(label: ArrayLike, probability: ArrayLike, bins: int = 15) -> tup
 
 
 def checked(label: ArrayLike, probability: ArrayLike) -> tuple[Integers, Floats]:
-    """Bring labels ``(N,)`` and scores ``(N, K)`` into arrays that fit each other.
+    """Convert labels ``(N,)`` and scores ``(N, K)`` to arrays, and check that they match.
 
     Raises:
         DataError: shapes do not fit, a label is out of range, a score is not finite.
     """
     scores = np.asarray(probability, dtype=np.float64)
     if scores.ndim != 2 or len(scores) != np.size(label):
-        raise DataError(f"{np.size(label)} labels stand against scores of shape {scores.shape}; give (N, K), one row a label")
+        raise DataError(f"{np.size(label)} labels but scores of shape {scores.shape}; give (N, K), one row per label")
     if not np.isfinite(scores).all():
         raise DataError("a probability or logit is not finite; leave out the run that diverged")
     return _indices(label, scores.shape[1], "label"), scores

@@ -1,8 +1,8 @@
-"""Hyper-parameters, declared one way: keyword parameters whose annotations say which values they take.
+"""Hyper-parameters, declared as keyword parameters whose annotations state the allowed values.
 
 A loss, a distiller, a network or an augmentation declares an option as a parameter with a default and one of these annotations: a
-number (``float`` or ``int``, with bounds of ``annotated_types``), ``bool``, ``Literal[...]``, or ``Annotated[..., check]`` with a check
-of its own.
+number (``float`` or ``int``, with bounds of ``annotated_types``), ``bool``, ``Literal[...]``, or ``Annotated[..., check]`` with its
+own check.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 
 
 class Option(Protocol):
-    """What one hyper-parameter may be; ``str`` of it is its default."""
+    """The allowed values of one hyper-parameter; its ``str`` is the default."""
 
     def check(self, name: str, value: object) -> None:
-        """Raise ValueError, naming the option and its values, for a value that it does not take."""
+        """Raise ValueError, naming the option and its values, for a value that is not allowed."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Number:
     """A finite number between two bounds.
 
     Attributes:
-        default: used where a configuration gives none.
-        low: the lowest value, itself only if ``closed``.
-        high: the highest value, itself only if ``closed_above``.
+        default: used if a configuration gives none.
+        low: the lowest value, included only if ``closed``.
+        high: the highest value, included only if ``closed_above``.
         closed: whether ``low`` is allowed.
         closed_above: whether ``high`` is allowed.
         whole: whether fractions are refused.
@@ -52,7 +52,7 @@ class Number:
     whole: bool = False
 
     def check(self, name: str, value: object) -> None:
-        """Refuse what is not a finite number between the bounds.
+        """Refuse a value that is not a finite number between the bounds.
 
         Raises:
             ValueError: names the option and the bounds.
@@ -85,7 +85,7 @@ class Choice:
     known: tuple[str | bool, ...]
 
     def check(self, name: str, value: object) -> None:
-        """Refuse another value.
+        """Refuse a value that is not one of the choices.
 
         Raises:
             ValueError: names the option and its values.
@@ -101,7 +101,7 @@ class Choice:
 def options_of(maker: Callable[..., Any]) -> dict[str, Option]:
     """The hyper-parameters that a function or class declares, by name, in the order of its parameters.
 
-    Parameters of other kinds, such as tensors, and those without a default are no options: whoever calls the maker supplies them.
+    Other parameters, such as tensors, and those without a default are not options: the caller supplies them.
 
     Raises:
         ConfigError: an annotation names something that its module does not define.
@@ -148,15 +148,15 @@ def _number(default: float, metadata: Iterable[Any], *, whole: bool) -> Number:
 
 
 def check_options(owner: str, given: Mapping[str, Any], known: Mapping[str, Option]) -> None:
-    """Refuse options that do not exist and values that they do not take.
+    """Refuse unknown options and values that are not allowed.
 
     Args:
-        owner: for messages, such as ``loss focal``.
+        owner: name for messages, such as ``loss focal``.
         given: values by option.
-        known: what the owner declares.
+        known: the options that the owner declares.
 
     Raises:
-        ConfigError: names the option, and the nearest known one or the values that it takes.
+        ConfigError: names the option, and the nearest known one or the allowed values.
     """
     for name, value in given.items():
         if name not in known:
@@ -168,11 +168,11 @@ def check_options(owner: str, given: Mapping[str, Any], known: Mapping[str, Opti
 
 
 def show_defaults(known: Mapping[str, Option]) -> str:
-    """Options with their defaults, as tables list them: ``temperature=4, alpha=1``."""
+    """Options with their defaults, formatted for tables: ``temperature=4, alpha=1``."""
     return ", ".join(f"{name}={option}" for name, option in known.items())
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 1) -> str:
-    """The end of a message about an unknown name: the nearest known ones, at most ``most``, or nothing."""
+    """End of a message about an unknown name: at most ``most`` similar known names, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=most)
     return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,4 +1,4 @@
-"""What networks give for a batch: the one type between models, distillers and training."""
+"""Outputs of networks for a batch: the type shared by models, distillers and training."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class Outputs(NamedTuple):
-    """What a network, or several that teach together, give for a batch.
+    """Outputs of a network, or of several teachers combined, for a batch.
 
     Attributes:
         logits: ``(N, K)``.
-        features: ``(N, F)``, pooled, before the head; None of several networks together.
-        maps: of each stage ``(N, C, H, W)``, shallow to deep, where a method asks for them.
-        log_prior: ``(K,)`` or ``(N, K)``, logarithm of the class prior that the logits carry; None when it is unknown.
+        features: ``(N, F)``, pooled, before the head; None for several networks combined.
+        maps: of each stage ``(N, C, H, W)``, shallow to deep, if a method needs them.
+        log_prior: ``(K,)`` or ``(N, K)``, logarithm of the class prior that the logits carry; None if it is unknown.
     """
 
     logits: Tensor
@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
             ValueError: there are none.
         """
         if self.features is None:
-            raise ValueError("features were not asked for")
+            raise ValueError("features were not requested")
         return self.features
 
     @property

@@ -1,4 +1,4 @@
-"""Writes a generated data set in BraTS2020's layouts, for the demo, tests and benchmarks: template anatomy with painted tumours."""
+"""Write a generated data set in BraTS2020's layouts, for the demo, tests and benchmarks: template anatomy with painted tumours."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HDF5_FOLDER = Path("BraTS2020_training_data", "content", "data")
 CONTRASTS = ("flair", "t1", "t1ce", "t2")
 
 _FIELD_OF_VIEW = np.array([240.0, 240.0, 155.0])  # mm, as BraTS
-_BRAIN_SCALE = 0.88  # the template's brain is larger than the mean brain; so scaled, about 11 % of the slices are empty, as in BraTS
+_BRAIN_SCALE = 0.88  # the template's brain is larger than the mean brain; at this scale, about 11 % of the slices are empty, as in BraTS
 _HALF_BRAIN = _BRAIN_SCALE * np.array([74.0, 92.0, 78.0])  # mm
 # Mean signal of grey matter, white matter and fluid; and of core (1: necrosis), oedema (2) and enhancing tumour (4), contrast agent apart.
 _SIGNAL = {
@@ -42,7 +42,7 @@ _SIGNAL = {
     "t1ce": ((0.60, 0.84, 0.26), (0.42, 0.56, 0.62)),
     "t2": ((0.60, 0.44, 1.00), (0.90, 0.84, 0.72)),
 }
-_SOLID_CORE = {"flair": 0.86, "t1": 0.46, "t1ce": 0.46, "t2": 0.92}  # the core of low grades is cells, not necrosis
+_SOLID_CORE = {"flair": 0.86, "t1": 0.46, "t1ce": 0.46, "t2": 0.92}  # in low grades, the core is cells, not necrosis
 _LABELS = (1, 2, 4)
 _NOTICE = """# Generated data: not patients
 
@@ -82,24 +82,24 @@ def write_phantom(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write a generated data set: what it holds of a patient depends on the seed and the patient's number only.
+    """Write a generated data set, in which each patient depends only on the seed and the patient's number.
 
     Args:
         out: folder to write, new, empty, or written by this function before (then it is replaced).
-        patients: how many.
-        layout: ``nifti`` (a folder a patient in ``out``), ``hdf5`` (the Kaggle archive, in ``out/BraTS2020_training_data``), or ``both``.
+        patients: number of patients.
+        layout: ``nifti`` (one folder per patient in ``out``), ``hdf5`` (Kaggle's archive, in ``out/BraTS2020_training_data``) or ``both``.
         size: voxels along the three axes; (240, 240, 155) is the real size.
         rare_share: share of LGG patients; BraTS2020 has 76 of 369.
         seed: of everything that is random.
         workers: processes; all cores by default.
-        progress: called with patients done and patients in all.
+        progress: called with the number of finished patients and the total.
 
     Returns:
         ``out``.
 
     Raises:
         ConfigError: a number is out of range or the layout is unknown.
-        DataError: ``out`` holds something else.
+        DataError: ``out`` contains something else.
     """
     _check(patients, layout, size, rare_share)
     _clear(out)
@@ -121,7 +121,7 @@ def _check(patients: int, layout: str, size: tuple[int, int, int], rare_share: f
     if layout not in ("nifti", "hdf5", "both"):
         raise ConfigError(f"layout={layout!r} is unknown; choose nifti, hdf5 or both")
     if patients < 1:
-        raise ConfigError(f"patients={patients}; ask for at least one")
+        raise ConfigError(f"patients={patients}; set at least one")
     if len(size) != 3 or min(size) < 16:
         raise ConfigError(f"size={tuple(size)}; give three numbers of at least 16 voxels")
     if not 0 <= rare_share <= 1:
@@ -129,7 +129,7 @@ def _check(patients: int, layout: str, size: tuple[int, int, int], rare_share: f
 
 
 def _clear(out: Path) -> None:
-    """Take ``out``, and remove what an earlier call wrote: cases that the new tables do not name would be errors."""
+    """Create ``out``, or empty it of an earlier call's files: cases that the new tables do not list would be errors."""
     files.claim_folder(out, MARKER)
     for name in ("name_mapping.csv", "survival_info.csv"):
         (out / name).unlink(missing_ok=True)
@@ -166,7 +166,7 @@ def _results(jobs: list[tuple[Any, ...]], workers: int) -> Iterator[dict[str, An
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # interruption is the parent's, which cancels what waits
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interruptions and cancels waiting jobs
     end_with_parent()
 
 
@@ -196,7 +196,7 @@ def _bounds(mask: np.ndarray) -> list[tuple[int, int]]:
 
 @contextmanager
 def _atlas_file(size: tuple[int, int, int]) -> Iterator[Path]:
-    """The atlas as a file that all workers map, so that it is made once and held once."""
+    """Write the atlas to a file that all workers map, so that it is computed and held in memory only once."""
     with tempfile.TemporaryDirectory(prefix="raredistill-phantom-") as folder:
         path = Path(folder) / "atlas.npy"
         np.save(path, load_atlas(size))
@@ -233,7 +233,7 @@ def make_patient(atlas: np.ndarray, *, seed: int, index: int, grade: str, size: 
 
 
 def _brain_box(size: tuple[int, int, int]) -> tuple[slice, ...]:
-    """Where a brain can lie in the volume: nothing is computed outside."""
+    """Part of the volume in which a brain can lie: nothing is computed outside."""
     half = 1.18 * _HALF_BRAIN / _FIELD_OF_VIEW
     return tuple(slice(max(0, int((0.5 - h) * n)), min(n, int((0.5 + h) * n) + 1)) for h, n in zip(half, size, strict=True))
 
@@ -246,18 +246,18 @@ def _millimetres(box: tuple[slice, ...], size: tuple[int, int, int]) -> np.ndarr
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], cells: int) -> np.ndarray:
-    """Smooth random field of mean about 0 and standard deviation about 1 at its knots: cubic splines over ``cells`` knots an axis."""
+    """Smooth random field of mean about 0 and standard deviation about 1 at its knots: cubic splines over ``cells`` knots per axis."""
     field = rng.standard_normal((cells,) * 3, dtype=np.float32)
     spline = CubicSpline(np.arange(cells), np.eye(cells))
     for length in shape:
         basis = spline(np.linspace(0, cells - 1, length)).astype(np.float32)
-        # The axis just done goes last, so three rounds restore the order. Not tensordot: BLAS threads would fight with the other workers.
+        # The processed axis moves last, so three rounds restore the order. Not tensordot: BLAS threads would compete with other workers.
         field = np.einsum("ijk,xi->jkx", field, basis)
     return field
 
 
 def _anatomy(atlas: np.ndarray, place: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Tissue shares of a brain turned, scaled, shifted and bent at random: ``(3, *box)`` float32."""
+    """Tissue shares of a randomly rotated, scaled, shifted and deformed brain: ``(3, *box)`` float32."""
     shape = place.shape[1:]
     scale = rng.normal(1.0, 0.03, 3) / _BRAIN_SCALE
     turn = Rotation.from_euler("xyz", rng.normal(0, [4, 2, 3]), degrees=True).as_matrix()
@@ -273,7 +273,7 @@ def _anatomy(atlas: np.ndarray, place: np.ndarray, rng: np.random.Generator) -> 
 
 @dataclass(frozen=True)
 class _Shape:
-    """How one tumour looks: drawn once, by grade, with overlap between the grades."""
+    """Appearance of one tumour: drawn once, by grade, with overlap between the grades."""
 
     core: float
     rim: float
@@ -282,21 +282,21 @@ class _Shape:
 
 
 def _draw_shape(grade: str, rng: np.random.Generator) -> _Shape:
-    """Radii (in units of the tumour's) of core, the rim's inner border and an enhancing patch; and how strongly contrast agent shows."""
+    """Radii of core, inner border of the rim and enhancing patch (in units of the tumour's radius), and strength of enhancement."""
     untypical = rng.random() < 0.2
     if grade == "HGG":
-        # A fifth has a small, weak rim, which looks like a low grade.
+        # One fifth has a small, weak rim and looks like a low grade.
         strength = rng.uniform(0.05, 0.25) if untypical else rng.uniform(0.35, 0.95)
         core = rng.uniform(0.35, 0.5) if untypical else rng.uniform(0.45, 0.75)
         return _Shape(core, core * rng.uniform(0.55, 0.88), 0.0, strength)
-    # A fifth of the low grades enhances in a patch.
+    # One fifth of the low grades has an enhancing patch.
     return _Shape(rng.uniform(0.4, 0.85), 1.0, rng.uniform(0.25, 0.45) if untypical else 0.0, rng.uniform(0.2, 0.7))
 
 
 def _tumour(
     tissue: np.ndarray, brain: np.ndarray, place: np.ndarray, grade: str, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels ``(*box)`` uint8 and how strongly contrast agent lights up each voxel ``(*box)`` float32."""
+    """Labels ``(*box)`` uint8, and the strength of contrast enhancement in each voxel ``(*box)`` float32."""
     shape, box = _draw_shape(grade, rng), brain.shape
     radius = np.clip(rng.normal(33 if grade == "HGG" else 31, 7), 15, 48)
     distance, centre = _distance(tissue, place, radius, rng)
@@ -312,12 +312,12 @@ def _tumour(
         offset = centre + radius * 0.3 * rng.standard_normal(3)
         patch = np.sqrt(((place - offset[:, None, None, None]) ** 2).sum(0)) / radius * np.exp(0.3 * smooth_noise(rng, box, 14))
         labels[core & (patch < shape.patch)] = 4
-    broken = np.clip(1 + 0.35 * smooth_noise(rng, box, 12), 0.2, 1.6)  # rims are seldom closed
+    broken = np.clip(1 + 0.35 * smooth_noise(rng, box, 12), 0.2, 1.6)  # rims are rarely closed
     return labels, np.asarray(shape.strength * broken, dtype=np.float32)
 
 
 def _distance(tissue: np.ndarray, place: np.ndarray, radius: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Distance from a random centre in white matter, in units of a wavy ellipsoid's border; and the centre in mm."""
+    """Distance from a random centre in white matter, in units of the border of a wavy ellipsoid; and the centre in mm."""
     inside = np.abs(place) < 0.72 * _HALF_BRAIN[:, None, None, None]
     candidates = np.flatnonzero((tissue[1] > 0.5) & inside.all(0))
     centre = place.reshape(3, -1)[:, rng.choice(candidates)]
@@ -335,7 +335,7 @@ def _tumour_shares(labels: np.ndarray, size: tuple[int, int, int]) -> np.ndarray
 
 
 def _white_matter_lesions(tissue: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Small bright spots of old age in white matter, which are no tumour: ``(*box)`` float32 from 0 to 1."""
+    """Small bright age-related spots in white matter, which are not tumour: ``(*box)`` float32 from 0 to 1."""
     spots = smooth_noise(rng, tissue.shape[1:], 28) - rng.uniform(1.7, 3.0)
     return np.asarray(np.clip(spots * 2, 0, 1) * tissue[1])
 
@@ -350,7 +350,7 @@ def _image(
     lesions: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """One contrast as a scanner would give it: tissue, tumour, texture, bias field, noise and an arbitrary gain; ``(*box)`` int16."""
+    """One contrast as a scanner would show it: tissue, tumour, texture, bias field, noise and an arbitrary gain; ``(*box)`` int16."""
     normal, ill = (np.array(values) for values in _SIGNAL[name])
     signal = np.einsum("t,txyz->xyz", (normal * rng.normal(1, 0.05, 3)).astype(np.float32), tissue)
     signal += lesions * {"flair": 0.3, "t2": 0.25, "t1": -0.15, "t1ce": -0.15}[name]
@@ -359,7 +359,7 @@ def _image(
     tumour = np.einsum("t,txyz->xyz", ill.astype(np.float32), shares)
     if name == "t1ce":
         tumour += shares[2] * enhancement
-    # Tumour replaces most, not all, of what it grows into.
+    # Tumour replaces most, but not all, of the tissue it grows into.
     signal = signal * (1 - 0.85 * shares.sum(0)) + 0.85 * tumour + 0.15 * shares.sum(0) * normal[0]
     signal *= np.exp(0.10 * smooth_noise(rng, brain.shape, 3) + 0.04 * smooth_noise(rng, brain.shape, 20))
     signal += rng.uniform(0.02, 0.045) * rng.standard_normal(brain.shape, dtype=np.float32)
@@ -371,7 +371,7 @@ def _image(
 
 
 def _write_patient(atlas: Path, out: Path, layout: Layout, seed: int, index: int, grade: str, size: tuple[int, int, int]) -> dict[str, Any]:
-    """Generate and write one patient; what the tables need to know of it."""
+    """Generate and write one patient; returns its entries for the tables."""
     patient = make_patient(np.load(atlas, mmap_mode="r"), seed=seed, index=index, grade=grade, size=size)
     if layout != "hdf5":
         _write_nifti(out / patient.name, patient)
@@ -408,7 +408,7 @@ def _write_hdf5(folder: Path, patient: Patient, index: int, seed: int) -> list[d
 
 
 def _write_tables(folder: Path, written: list[dict[str, Any]], seed: int) -> None:
-    """Survival and grades, with BraTS2020's own column names; the name mapping goes last."""
+    """Survival and grades, with BraTS2020's own column names; the name mapping is written last."""
     high = [record for record in written if record["grade"] == "HGG"]
     _write_csv(folder / "survival_info.csv", pd.DataFrame(_survival(high, seed)))
     older = ("BraTS_2017_subject_ID", "BraTS_2018_subject_ID", "TCGA_TCIA_subject_ID", "BraTS_2019_subject_ID")

@@ -30,10 +30,10 @@ Thing = TypeVar("Thing", bound=Callable[..., Any])
 Kind = Literal["distiller", "loss", "network", "source", "augmentation"]
 
 LIMIT = 120.0
-"""Seconds that a plug-in may take to import, with all that it imports itself."""
+"""Seconds that the import of a plug-in may take, including its own imports."""
 GROUP = "raredistill"
 HINT = "a plug-in's name needs --plugin FILE_OR_MODULE"
-"""The end of a message about a name that nobody has registered."""
+"""End of a message about an unregistered name."""
 _HOMES: dict[str, str] = {
     "distiller": "raredistill.distill.registry",
     "loss": "raredistill.losses",
@@ -49,13 +49,13 @@ class Plugin:
     """One registered thing.
 
     Attributes:
-        kind: what it is.
-        name: in configurations.
+        kind: its kind.
+        name: its name in configurations.
         thing: the class or function.
-        facts: what its decorator was given beside the name.
-        spec: file or module that defines it, as ``--plugin`` takes it; empty for what was defined in a script or notebook.
-        digest: hash of the source code, of the whole package for a module of a package.
-        package: the installed package that brings it as an entry point; empty for others.
+        facts: arguments of its decorator other than the name.
+        spec: file or module that defines it, as given to ``--plugin``; empty if it was defined in a script or notebook.
+        digest: hash of its source code; for a module of a package, of the whole package.
+        package: the installed package that provides it as an entry point; empty for others.
     """
 
     kind: Kind
@@ -68,17 +68,17 @@ class Plugin:
 
     @property
     def place(self) -> str:
-        """Where it comes from, for people."""
+        """Its origin, for messages and tables."""
         return f"{self.spec} (package {self.package})" if self.package else self.spec or "this Python session"
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Everything of one kind that a configuration may name: what is built in, then what plug-ins have registered.
+    """All things of one kind that a configuration can name: built-in ones, then those registered by plug-ins.
 
     Args:
-        kind: of the things.
-        built_in: by name.
-        adopt: makes of a plug-in what the registry holds; raises ConfigError where it does not keep the contract.
+        kind: kind of the things.
+        built_in: built-in things by name.
+        adopt: converts a plug-in to an entry of the registry; raises ConfigError if it does not fulfil the contract.
     """
 
     def __init__(self, kind: Kind, built_in: Mapping[str, T], adopt: Callable[[Plugin], T]) -> None:
@@ -101,14 +101,14 @@ class Registry(Mapping[str, T], Generic[T]):
         return sum(1 for _ in self)
 
     def plugin(self, name: str) -> Plugin | None:
-        """The plug-in that registered a name; None for what is built in or unknown."""
+        """The plug-in that registered a name; None for built-in and unknown names."""
         return self.plugins.get(name) if name in self else None
 
     def add(self, plugin: Plugin) -> None:
-        """Take a plug-in in.
+        """Add a plug-in.
 
         Raises:
-            ConfigError: its name is taken, or it does not keep the contract of its kind.
+            ConfigError: its name is taken, or it does not fulfil the contract of its kind.
         """
         if plugin.name in self._built_in:
             raise ConfigError(f"the {plugin.kind} {plugin.name} of {plugin.place} has the name of a built-in one; give it another name")
@@ -120,14 +120,14 @@ class Registry(Mapping[str, T], Generic[T]):
         self.plugins[plugin.name] = plugin
 
     def remove(self, plugin: Plugin) -> None:
-        """Forget a plug-in."""
+        """Remove a plug-in."""
         self._adopted.pop(plugin.name, None)
         self.plugins.pop(plugin.name, None)
 
 
 _REGISTRIES: dict[str, Registry[Any]] = {}
 _LOADED: dict[str, str] = {}
-"""Digest of each plug-in that was loaded here, by the file or module that other processes load it from."""
+"""Digest of each plug-in loaded in this process, by the file or module that other processes load it from."""
 
 
 _OBJECTS: dict[str, tuple[Callable[..., Any], str]] = {}
@@ -136,7 +136,7 @@ _OBJECTS: dict[str, tuple[Callable[..., Any], str]] = {}
 
 @dataclass
 class _State:
-    """What is being loaded now."""
+    """The plug-in that is being loaded now."""
 
     spec: str = ""
     package: str = ""
@@ -228,13 +228,13 @@ _SESSIONS = ("__main__", "__mp_main__")
 
 
 def _redefined(known: Plugin, plugin: Plugin) -> bool:
-    """A notebook's cell that is run again defines its things anew."""
+    """Whether a plug-in was redefined by running a notebook's cell again."""
     same = known.thing.__module__, known.thing.__qualname__
     return plugin.thing.__module__ == "__main__" and same == ("__main__", plugin.thing.__qualname__)
 
 
 def load(spec: str, *, package: str = "") -> None:
-    """Load a plug-in and register all that it defines.
+    """Load a plug-in and register everything it defines.
 
     Args:
         spec: a file ``*.py``, or the name of a module that can be imported.
@@ -273,7 +273,7 @@ def _import(key: str, package: str) -> None:
 
 
 def _execute(file: Path, text: bytes) -> None:
-    """Run a file as a module of its own, which stays importable here under the name that pickles and tracebacks use."""
+    """Run a file as a separate module, which stays importable under the name used by pickles and tracebacks."""
     name = module_name(file)
     module = ModuleType(name)
     module.__file__ = str(file)
@@ -286,7 +286,7 @@ def _execute(file: Path, text: bytes) -> None:
 
 
 def module_name(file: Path) -> str:
-    """The name of the module that a plug-in's file becomes."""
+    """Name of the module for a plug-in's file."""
     return f"raredistill_plugin_{re.sub(r'[^0-9A-Za-z]', '_', file.stem)}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
 
 
@@ -295,7 +295,7 @@ def _is_file(spec: str) -> bool:
 
 
 def _key(spec: str) -> str:
-    """The one name of a plug-in, also for processes that work in another folder."""
+    """Unique name of a plug-in, valid for processes with any working directory."""
     return str(Path(spec).resolve()) if _is_file(spec) else spec
 
 
@@ -321,12 +321,12 @@ def _loading(spec: str, digest: str, package: str) -> Iterator[None]:
 
 
 class _TooLongError(BaseException):
-    """Raised inside a plug-in whose time is up; not an Exception, so that nothing there takes it for its own."""
+    """Raised inside a plug-in when its time is up; not an Exception, so that the plug-in does not catch it."""
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt what takes longer; only the main thread of a process can be interrupted."""
+    """Interrupt the block after a time limit; this works only in the main thread."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -345,7 +345,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _one_message(spec: str, package: str) -> Iterator[None]:
-    """Whatever a plug-in does while it is imported becomes one error that names it."""
+    """Convert every failure during the import of a plug-in into one error that names it."""
     who = f"plug-in {spec}" + (f" (entry point of the installed package {package}; uninstall or repair it)" if package else "")
     try:
         yield
@@ -377,7 +377,7 @@ def _forget(plugins: Iterable[Plugin]) -> None:
 
 
 def forget(spec: str) -> None:
-    """Take all that a file or module registered out of the registries, so that it can be loaded again."""
+    """Remove everything that a file or module registered, so that it can be loaded again."""
     key = _key(spec)
     _forget([plugin for plugin in registered() if plugin.spec == key])
     _LOADED.pop(key, None)
@@ -407,15 +407,15 @@ def _package(entry: EntryPoint) -> str:
 
 
 def loaded() -> dict[str, str]:
-    """The plug-ins that another process has to load, with the hash of each: files and modules, not what a session defined."""
+    """The plug-ins that another process has to load, with their hashes; files and modules only, not definitions of this session."""
     return dict(_LOADED)
 
 
 def load_again(known: Mapping[str, str]) -> None:
-    """Load in a process what the one that started it had loaded.
+    """Load the plug-ins of the process that started this one.
 
     Args:
-        known: as :func:`loaded` gave it there.
+        known: the result of :func:`loaded` there.
 
     Raises:
         ConfigError: one cannot be loaded here, or is not the same here.
@@ -428,7 +428,7 @@ def load_again(known: Mapping[str, str]) -> None:
 
 
 def sources_of(names: Iterable[tuple[Kind, str]]) -> dict[str, str]:
-    """The hash of the source of each plug-in among some names, such as ``distiller mine``; nothing for what is built in."""
+    """Hashes of the source of the plug-ins among some names, such as ``distiller mine``; built-in names are left out."""
     listed = list(names)
     found = {f"{kind} {name}": _REGISTRIES[kind].plugin(name) for kind, name in listed if kind in _REGISTRIES and ":" not in name}
     digests = {name: plugin.digest for name, plugin in found.items() if plugin is not None}
@@ -453,13 +453,13 @@ def _object_digest(name: str) -> str:
 
 
 def plugins_table() -> list[dict[str, str]]:
-    """Rows of ``raredistill methods``: every plug-in with where it comes from."""
+    """Rows of ``raredistill methods``: all plug-ins with their origin."""
     discover()
     return [{"name": plugin.name, "kind": plugin.kind, "from": plugin.place} for plugin in registered()]
 
 
 def source_digest(thing: Callable[..., Any]) -> str:
-    """Hash of the code that a thing rests on: its file, all files of its package, or its own text where it was typed into a session."""
+    """Hash of the code that a thing depends on: its file, all files of its package, or its own text if defined in a session."""
     module = sys.modules.get(thing.__module__)
     return _hash([("", _text(thing).encode())]) if getattr(module, "__file__", None) is None else _module_digest(module)
 

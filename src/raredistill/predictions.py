@@ -1,4 +1,4 @@
-"""The table between training and evaluation: one row a sample, checkpoint and part, with its logits; also read from other makers."""
+"""The predictions table between training and evaluation: logits, one row per sample, checkpoint and part; other programs can write it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from raredistill.names import first_fault
 COLUMNS = ("run", "sample", "patient", "patient_label", "split", "repeat", "fold", "seed", "checkpoint", "label", "logits")
 
 MOST_ROWS = 5_000_000
-"""Rows that a table of predictions may have; in memory each takes about a kilobyte."""
+"""Most rows in a table of predictions; in memory, each takes about a kilobyte."""
 
 _NUMBERS = ("repeat", "fold", "seed")
 _TEXTS = ("run", "sample", "patient", "patient_label", "split", "checkpoint", "label")
@@ -35,14 +35,14 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of one run or several, checked.
+    """Checked predictions of one or several runs.
 
     Attributes:
-        table: the columns ``COLUMNS``; both labels are class names (a patient's is empty if it carries no class), ``logits`` holds K
+        table: the columns ``COLUMNS``; both labels are class names (a patient's is empty if it has no class), ``logits`` contains K
             numbers in the order of ``classes``.
         classes: K class names.
-        background: the class that no patient carries, such as healthy slices beside a tumour; None when each class is a patient's.
-        hard: only the predicted class is known, so nothing that needs probabilities has a value.
+        background: the class that is not a patient's label, such as healthy slices beside a tumour; None if each class can be.
+        hard: only the predicted class is known, so metrics that need probabilities are not available.
     """
 
     table: pd.DataFrame
@@ -68,7 +68,7 @@ class Predictions:
         return cast("NDArray[np.float64]", exponentials / exponentials.sum(axis=1, keepdims=True))
 
     def with_logits(self, logits: NDArray[np.float64]) -> Predictions:
-        """The same rows with other logits ``(N, K)``."""
+        """The same rows with different logits ``(N, K)``."""
         other = replace(self, table=self.table.assign(logits=list(logits)))
         other.__dict__["_logits"] = logits
         return other
@@ -106,15 +106,15 @@ class Predictions:
         return self.rows(np.flatnonzero(self.table["checkpoint"] == name))
 
     def rows(self, places: NDArray[np.int64]) -> Predictions:
-        """Keep the rows at these places, in this order."""
+        """Keep the rows at these positions, in this order."""
         kept = replace(self, table=self.table.iloc[places].reset_index(drop=True))
-        # What was computed from the logits column is not computed again: it is a column of arrays, which is slow to gather.
+        # Reuse the array of logits: gathering it again from a column of arrays is slow.
         kept.__dict__["_logits"] = self._logits[places]
         return kept
 
 
 def concatenate(parts: Sequence[Predictions]) -> Predictions:
-    """Rows of several tables of the same classes, one after another."""
+    """Concatenate tables with the same classes."""
     whole = replace(parts[0], table=pd.concat([part.table for part in parts], ignore_index=True))
     whole.__dict__["_logits"] = np.concatenate([part.logits() for part in parts])
     return whole
@@ -124,10 +124,10 @@ def write(path: Path, table: pd.DataFrame, classes: Sequence[str], background: s
     """Check a table and write it as Parquet, whole or not at all.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created.
         table: has the columns ``COLUMNS``; others are left out.
         classes: class names in the order of the logits.
-        background: the class that no patient carries, if there is one.
+        background: the class that is not a patient's label, if there is one.
 
     Raises:
         DataError: as :func:`read`.
@@ -142,21 +142,21 @@ def write(path: Path, table: pd.DataFrame, classes: Sequence[str], background: s
 
 
 def read(path: Path, *, classes: Sequence[str] | None = None, background: str | None = None) -> Predictions:
-    """Read a table of :func:`write`, or one made elsewhere (CSV or Parquet).
+    """Read a table of :func:`write`, or one of another program (CSV or Parquet).
 
     A foreign table needs ``label``, ``patient`` and for each class a probability ``p_<class>`` or a logit ``logit_<class>``, or else the
-    predicted class in ``predicted`` (hard labels: what needs probabilities then has no value). It may have the other columns of
+    predicted class in ``predicted`` (hard labels: metrics that need probabilities are then missing). It may have the other columns of
     ``COLUMNS``; without them all rows are one run's test predictions of its best checkpoint, and ``patient_label`` is the patient's only
     label beside the background.
 
     Args:
         path: ``.csv`` or ``.parquet``.
         classes: the order of the classes in a foreign table; by default that of its columns.
-        background: the class that no patient carries in a foreign table.
+        background: the class that is not a patient's label, in a foreign table.
 
     Raises:
         DataError: unreadable or altered, a column is missing, an unknown class, a sample with two labels, a patient with two patient
-            labels, a row that stands there twice, logits that are not finite, probabilities that do not add up to 1.
+            labels, a repeated row, logits that are not finite, probabilities that do not add up to 1.
     """
     if is_text_table(path):
         return _foreign(read_text_table(path, texts=_CSV_TEXTS), path, classes, background)
@@ -226,10 +226,10 @@ def _read_parquet(path: Path) -> tuple[pd.DataFrame, bytes | None]:
 
 
 def _plain_columns(handle: pq.ParquetFile, path: Path) -> list[str]:
-    """The columns that a table of predictions can have, found from the file's head alone: a small file may promise any number of rows.
+    """Select the known columns from the file's metadata alone: a small file may claim any number of rows.
 
     Raises:
-        DataError: it has too many rows, or a column that is needed is nested.
+        DataError: it has too many rows, or a required column is nested.
     """
     if (rows := handle.metadata.num_rows) > MOST_ROWS:
         raise DataError(f"{path}: has {rows} rows; at most {MOST_ROWS} are read: write fewer runs into one file")
@@ -238,7 +238,7 @@ def _plain_columns(handle: pq.ParquetFile, path: Path) -> list[str]:
     for field in wanted:
         plain = pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type)
         if pa.types.is_nested(field.type) and not (field.name == "logits" and plain):
-            raise DataError(f"{path}: its column {field.name} holds {field.type!s:.60}; write one plain value in each cell")
+            raise DataError(f"{path}: its column {field.name} contains {field.type!s:.60}; write one plain value in each cell")
     return [field.name for field in wanted]
 
 
@@ -291,8 +291,8 @@ def _is_hard(frame: pd.DataFrame) -> bool:
 def _hard_logits(frame: pd.DataFrame, classes: tuple[str, ...], path: Path) -> NDArray[np.float64]:
     predicted = frame["predicted"].astype(str)
     if unknown := sorted(set(predicted) - set(classes)):
-        raise DataError(f"{path}: predicted holds {unknown[0]!r}, which is not one of the classes {list(classes)}")
-    # So far apart that the softmax is exactly 0 or 1.
+        raise DataError(f"{path}: predicted contains {unknown[0]!r}, which is not one of the classes {list(classes)}")
+    # Far enough apart that the softmax is exactly 0 or 1.
     return np.where(predicted.to_numpy()[:, None] == np.array(classes), 0.0, -1e6)
 
 
@@ -351,7 +351,7 @@ def _check(table: pd.DataFrame, classes: tuple[str, ...], background: str | None
             raise DataError(f"{where}: the {column} {name!r:.80} {said}; rename it")
     for column, allowed in (("label", ()), ("patient_label", ("",))):
         if unknown := sorted(set(checked[column]) - {*classes, *allowed}):
-            raise DataError(f"{where}: {column} holds {unknown[0]!r}, which is not one of the classes {list(classes)}")
+            raise DataError(f"{where}: {column} contains {unknown[0]!r}, which is not one of the classes {list(classes)}")
     _check_units(checked, where)
     logits = _matrix(checked["logits"], len(classes), where)
     if not (finite := np.isfinite(logits).all(axis=1)).all():
@@ -377,7 +377,7 @@ def _check_units(table: pd.DataFrame, where: str) -> None:
     if (twice := table.duplicated([column for column in COLUMNS if column not in ("logits", "label", "patient_label")])).any():
         row = table[twice].iloc[0]
         raise DataError(
-            f"{where}: sample {row['sample']} of patient {row['patient']} stands twice in run {row['run']}, {row['split']} part"
+            f"{where}: sample {row['sample']} of patient {row['patient']} occurs twice in run {row['run']}, {row['split']} part"
         )
 
 
@@ -403,7 +403,7 @@ def _matrix(logits: pd.Series[Any], classes: int, where: str = "predictions") ->
     except (TypeError, ValueError):
         matrix = np.empty((0, 0))
     if matrix.shape != (len(logits), classes):
-        raise DataError(f"{where}: every row needs {classes} logits, one a class")
+        raise DataError(f"{where}: every row needs {classes} logits, one per class")
     return matrix
 
 

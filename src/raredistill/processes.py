@@ -1,4 +1,4 @@
-"""What worker processes have in common."""
+"""Helpers for worker processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def end_with_parent() -> None:
-    """Let this worker end as soon as the process that started it is gone, however that ended: kill -9 leaves no time to tell workers."""
+    """End this worker as soon as its parent process is gone, even after kill -9, which leaves no time to notify workers."""
     threading.Thread(target=_watch, name="end-with-parent", daemon=True).start()
 
 
@@ -23,15 +23,15 @@ def _watch() -> None:
 
 
 def failure_of(function: Callable[..., Any], seconds: float, **arguments: Any) -> str:
-    """Try a call in a process of its own, which can hang, crash or talk without harm.
+    """Try a call in a separate process, which can hang, crash or print without harm.
 
     Args:
         function: importable by its name.
-        seconds: that it may take.
-        arguments: of the call, by their names.
+        seconds: time limit.
+        arguments: keyword arguments of the call.
 
     Returns:
-        The last line of what went wrong; empty when nothing did.
+        The last line of the error; empty if there was none.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -60,6 +60,6 @@ def _try(answer: Connection, function: Callable[..., Any], arguments: dict[str, 
 
 
 def last_line(error: BaseException) -> str:
-    """The end of what an error says, which names the cause where it says much."""
+    """Last line of an error's message, which in long messages names the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[-1][:200]

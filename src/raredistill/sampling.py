@@ -6,7 +6,7 @@ import numpy as np
 
 from raredistill.errors import ConfigError
 
-# How strongly a class' share of an epoch follows its count: share ~ count ** power; of progressive sampling, in the last epoch.
+# How strongly a class's share of an epoch depends on its count: share ~ count ** power (for progressive sampling, in the last epoch).
 POWERS = {"natural": 1.0, "sqrt": 0.5, "balanced": 0.0, "progressive": 0.0}
 
 
@@ -15,12 +15,12 @@ def epoch_order(labels: np.ndarray, *, sampler: str, seed: int, epoch: int, epoc
 
     Args:
         labels: ``(N,)`` class indices.
-        sampler: ``natural`` (each sample once), ``sqrt`` or ``balanced`` (class shares by the root of the counts, or equal; a class is
-            gone through without replacement before any of its samples comes again), or ``progressive`` (from natural shares in the first
-            epoch in equal steps to equal shares in the last).
+        sampler: ``natural`` (each sample once), ``sqrt`` or ``balanced`` (class shares by the root of the counts, or equal; samples of a
+            class repeat only after all of them have been drawn), or ``progressive`` (in equal steps from natural shares in the first
+            epoch to equal shares in the last).
         seed: of the run.
         epoch: from 0.
-        epochs: of the whole training, for ``progressive``.
+        epochs: number of epochs in the training, for ``progressive``.
 
     Returns:
         ``(N,)`` int64 positions into ``labels``.

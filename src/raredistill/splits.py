@@ -25,11 +25,11 @@ class Split:
     """One division of a cohort.
 
     Attributes:
-        repeat: which repetition of the cross-validation.
-        fold: which fold of it.
+        repeat: number of the repetition of the cross-validation.
+        fold: number of the fold in it.
         train: rows of ``cohort.samples``, int64; so are ``validation`` (may be empty) and ``test``.
         patients: side -> its patients, sorted.
-        hash: of the patients and rows of each side.
+        hash: hash of the patients and rows of each side.
 
     Raises:
         SplitError: on construction, when a patient is on two sides.
@@ -69,16 +69,16 @@ def make_splits(
     """Divide a cohort by patient.
 
     Args:
-        cohort: what to divide.
-        protocol: ``outer`` (each patient is tested once a repeat; validation is cut from the training side), ``holdout`` (one fixed test
+        cohort: cohort to divide.
+        protocol: ``outer`` (each patient is tested once per repeat; validation is cut from the training side), ``holdout`` (one fixed test
             set and ``folds`` divisions of the rest; the thesis' protocol) or ``given`` (the column ``split`` of the samples).
         folds: number of folds.
-        repeats: repetitions of ``outer`` with other shuffles.
-        validation_share: share of the training side's patients that validate, ``outer`` only.
-        test_share: share of the rarest patient class that ``holdout`` tests; every other class gives as many patients.
+        repeats: repetitions of ``outer`` with different shuffles.
+        validation_share: share of the training side's patients used for validation, ``outer`` only.
+        test_share: share of the rarest patient class in the test set of ``holdout``; every other class contributes as many patients.
         seed: of the shuffles.
         rarefy: class -> share of its patients kept in training and validation; test parts keep every patient.
-        truncate_validation: cut the validation part to equally many samples of each class, as the thesis did.
+        truncate_validation: reduce the validation part to the same number of samples of each class, as the thesis did.
 
     Raises:
         SplitError: a part would lack a class, or the protocol does not fit the cohort.
@@ -108,7 +108,7 @@ class _Part:
 
 
 class Patients:
-    """Patients of a cohort with the class that stratifies each: its own label, or the rarest class among its samples."""
+    """Patients of a cohort, each stratified by its own label, or by the rarest class among its samples."""
 
     def __init__(self, cohort: Cohort) -> None:
         self.cohort = cohort
@@ -151,7 +151,7 @@ def _outer(people: Patients, folds: int, repeats: int, validation_share: float, 
 
 
 def _cut(people: Patients, rest: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    # At least one patient of each class must validate, also of a class that a plain share would leave out.
+    # At least one patient of each class must be in validation, even where a plain share would leave the class out.
     counts = pd.Series(people.strata[rest]).value_counts()
     number = max(round(share * len(rest)), len(counts))
     train, validation = train_test_split(rest, test_size=number, stratify=people.strata[rest], random_state=seed)
@@ -250,7 +250,7 @@ def _refuse_unlabelled(labels: np.ndarray, where: str) -> None:
 def cross_fit(cohort: Cohort, split: Split, folds: int) -> list[Split]:
     """Divide a split's training part by patient, so that each training patient is left out of one of ``folds`` smaller training parts.
 
-    Validation stays what it is; the left-out patients are the ``test`` side of each part, and the outer test patients are on no side.
+    Validation stays unchanged; the left-out patients are the ``test`` side of each part, and the outer test patients are on no side.
 
     Raises:
         SplitError: a training part would lack a class.
@@ -265,7 +265,7 @@ def cross_fit(cohort: Cohort, split: Split, folds: int) -> list[Split]:
     for kept, left in cut.split(places, people.strata[places]):
         names = {"train": people.names[places[kept]], "validation": np.array(split.patients["validation"], dtype=object)}
         names["test"] = people.names[places[left]]
-        # Rows come from the split, which may hold fewer than its patients have.
+        # Rows come from the split, which may hold only some of its patients' rows.
         rows = {side: np.intersect1d(people.rows(names[side]), split.train) for side in ("train", "test")}
         patients = {side: tuple(sorted(map(str, who))) for side, who in names.items()}
         part = Split(split.repeat, split.fold, rows["train"], split.validation, rows["test"], patients)
@@ -275,7 +275,7 @@ def cross_fit(cohort: Cohort, split: Split, folds: int) -> list[Split]:
 
 
 def split_table(cohort: Cohort, splits: Sequence[Split]) -> pd.DataFrame:
-    """Counts to look at before training: columns ``repeat, fold, side, class, slices, patients``."""
+    """Counts to check before training: columns ``repeat, fold, side, class, slices, patients``."""
     records = []
     for split in splits:
         for side in SIDES:
@@ -315,7 +315,7 @@ def load_split(path: Path, cohort: Cohort) -> Split:
     except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         raise SplitError(f"{path}: a side lacks its patients or its rows, or holds something else; make the splits again") from None
     if not all(type(raw[key]) is int for key in ("repeat", "fold")):
-        raise SplitError(f"{path}: its repeat and fold are no whole numbers; make the splits again")
+        raise SplitError(f"{path}: its repeat and fold are not whole numbers; make the splits again")
     split = Split(raw["repeat"], raw["fold"], rows["train"], rows["validation"], rows["test"], patients)
     for side in SIDES:
         _refuse_unlabelled(cohort.labels[rows[side]], f"{path}: the {side} part")

@@ -1,4 +1,4 @@
-"""What the command line shows of studies and cohorts: progress, tables and closing sentences."""
+"""Terminal output for studies and cohorts: progress, tables and closing sentences."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Terminal:
 
     @contextmanager
     def steps(self, what: str) -> Iterator[Progress]:
-        """Count towards a total."""
+        """Show progress towards a total."""
         with Progress(what) as progress:
             yield progress
 
     def planned(self, study: Study, chosen: Sequence[Run], busy: Sequence[str]) -> None:
         """Print the number of runs and the size of each side of each split."""
-        show_table(records(study.overview()), "slices (patients) of each class")
+        show_table(records(study.overview()), "samples (patients) of each class")
         for run in busy:
-            print(f"another process works on {run}: this one takes the other runs and waits for it at the end", file=sys.stderr)
+            print(f"another process is working on {run}: this one does the other runs and waits for it at the end", file=sys.stderr)
 
     @contextmanager
     def training(self, chosen: Sequence[Run]) -> Iterator[StudyProgress]:
@@ -43,7 +43,7 @@ class Terminal:
 
 
 class StudyProgress:
-    """Progress over the runs of a study, in their epochs."""
+    """Progress over the runs of a study, counted in epochs."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.total = sum(run.entry.settings.epochs for run in runs)
@@ -59,7 +59,7 @@ class StudyProgress:
         self.progress.__exit__(*error)
 
     def run_started(self, run: Run, epochs: int) -> None:
-        """A run starts to train, or starts again."""
+        """A run starts or restarts training."""
         self.done -= self.at.get(run.id, 0)
         self.at[run.id] = 0
 
@@ -68,7 +68,7 @@ class StudyProgress:
         self.progress(self.done, self.total, f"{run.id.rsplit('-', 1)[0]} queries its teacher, view {done} of {total}")
 
     def epoch_done(self, run: Run, record: dict[str, Any]) -> None:
-        """Count an epoch and show where the study is."""
+        """Count an epoch and show the study's progress."""
         self.at[run.id] += 1
         self.done += 1
         score = record.get("validation", record["train"])["macro_f1"]
@@ -84,7 +84,7 @@ class StudyProgress:
 
 
 def show_cohort(cohort: Cohort) -> None:
-    """Print the counts of a prepared cohort, and what was left out of it."""
+    """Print the counts of a prepared cohort, and the patients left out of it."""
     from raredistill.cohort.inspect import GENERATED, is_generated, rule_table
 
     who = f"of {cohort.samples['patient'].nunique()} patients" if cohort.patients_known else "(images: no patient is known)"
@@ -97,17 +97,17 @@ def show_cohort(cohort: Cohort) -> None:
         print("warning: no patient is known, so images of one patient may stand on both sides of a split")
     if skipped := cohort.provenance.get("skipped"):
         print("left out: " + "; ".join(f"{skip['count']} {skip['reason']} (such as {skip['examples'][0]})" for skip in skipped))
-    show_table(records(rule_table(cohort)), f"what the two label rules call the slices (used: {cohort.provenance['settings'].get('rule')})")
+    show_table(records(rule_table(cohort)), f"slices of each class by both label rules (used: {cohort.provenance['settings'].get('rule')})")
     if left_out := cohort.provenance["left_out"]:
         names = sorted({problem["patient"] for problem in left_out})
         print(f"left out, with the reasons in {cohort.root / 'cohort.json'}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}")
 
 
 def show_forecast(expected: list[Forecast], out: Path) -> None:
-    """Print what every run takes, what more devices would change, and the memory and disk of them all."""
+    """Print the cost of every run, the effect of more devices, and the memory and disk needed."""
     from raredistill.studies.estimate import device_rows, disk_free, disk_needed, longest_chain, run_rows, size
 
-    show_table(run_rows(expected), f"{len(expected)} runs in order; minutes that are left, at most where a run may stop early")
+    show_table(run_rows(expected), f"{len(expected)} runs in order; minutes left (an upper limit if a run may stop early)")
     show_table(device_rows(expected), "with more devices: GPUs, or machines like this one (processes on one CPU share its cores)")
     seconds, chain = longest_chain(expected)
     print(f"one device: about {duration(sum(each.seconds for each in expected))}")
@@ -131,7 +131,7 @@ def show_plan(plan: Plan) -> None:
 
 
 def show_finished(found: Finished) -> None:
-    """Print the scores of a finished study and what the evidence allows to say, and its remarks and failures on standard error."""
+    """Print the scores and conclusions of a finished study, and its remarks and failures on standard error."""
     if not found.waiting:
         show_table(records(found.summary()), "test results, mean over folds and seeds")
     _show_remarks(found.runs)
@@ -167,4 +167,4 @@ def _show_remarks(runs: Sequence[RunRecord]) -> None:
     caches = [record.teacher_cache for record in runs if record.teacher_cache]
     if caches:
         computed, seconds = (sum(cache[key] for cache in caches) for key in ("computed", "seconds"))
-        print(f"teacher cache: {computed} views were computed in {seconds:.1f} s, for {len(caches)} students", file=sys.stderr)
+        print(f"teacher cache: {computed} views computed in {seconds:.1f} s, for {len(caches)} students", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""The conformance suite: what every distiller, loss, network and source promises, ours and other people's.
+"""The conformance suite: checks of the promises of every distiller, loss, network and source, built-in or plug-in.
 
 ``raredistill check FILE_OR_MODULE`` runs it over a plug-in; ``tests/test_conformance.py`` runs it over everything that is built in.
-Each check returns what is wrong in words, or nothing.
+Each check returns a message on what is wrong, or an empty string.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from raredistill.training.settings import Settings
 from raredistill.training.teacher import Teacher
 
 SIZES = (2, 3, 100)
-"""Numbers of classes that everything is tried with."""
+"""Numbers of classes used in all checks."""
 WIDTHS = (4, 6)
 FEATURES = 8
 CLOSE = 1e-4
 TINY = (32, 64, 96, 224)
-"""Sides of images that a network is tried with; the first that it takes counts."""
+"""Image sizes to try with a network; the first supported one is used."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One promise that is not kept.
+    """One broken promise.
 
     Attributes:
         subject: such as ``distiller mine``.
         check: the promise.
-        problem: what happens instead.
+        problem: the observed behaviour.
     """
 
     subject: str
@@ -59,7 +59,7 @@ class Failure:
 
 
 def facts_of(classes: int, order: Tensor | None = None) -> Facts:
-    """Facts of a long-tailed problem; its classes in another order if one is given."""
+    """Facts of a long-tailed problem; its classes are reordered if an order is given."""
     counts, recalls = torch.arange(1.0, classes + 1) ** 2, torch.linspace(0.9, 0.3, classes)
     if order is not None:
         counts, recalls = counts[order], recalls[order]
@@ -68,7 +68,7 @@ def facts_of(classes: int, order: Tensor | None = None) -> Facts:
 
 
 def make(name: str, classes: int, order: Tensor | None = None) -> Method:
-    """A distiller with its defaults; layers of its own begin alike each time."""
+    """A distiller with its defaults; its own layers have the same initial weights each time."""
     torch.manual_seed(0)
     return make_method(name, facts_of(classes, order))
 
@@ -188,7 +188,7 @@ def means_over_the_batch(name: str) -> str:
         same = abs((4 * parts[0] + 2 * parts[1]) / 6 - whole) <= CLOSE * max(abs(whole), 1e-6)
         if same is METHODS[name].within_batch:
             declared = (
-                "it declares within_batch, but is a mean" if same else "it is no mean over the batch; divide by N or declare within_batch"
+                "it declares within_batch, but is a mean" if same else "it is not a mean over the batch: divide by N, or set within_batch"
             )
             return f"{declared} ({classes} classes: {whole:.6g} against {(4 * parts[0] + 2 * parts[1]) / 6:.6g})"
     return ""
@@ -211,7 +211,7 @@ def class_order_does_not_matter(name: str) -> str:
 
 
 def training_spares_the_teacher(name: str) -> str:
-    """Steps of real training leave every bit of the teacher, leave no hooks, and train what the method brings."""
+    """Steps of real training do not change the teacher, leave no hooks, and train the method's own layers."""
     fabric, counts = make_fabric("cpu", "32-true"), torch.tensor([50.0, 30.0, 10.0])
     network, student = (create("cifar_resnet8", channels=1, classes=3, image_size=16) for _ in range(2))
     teacher = Teacher(network, _promise(counts), fabric, maps="maps" in METHODS[name].needs)
@@ -267,7 +267,7 @@ def losses_stay_finite(name: str) -> str:
             value = make_loss(name, counts=facts_of(classes).counts)(logits, torch.tensor([1, 1]))
             value.backward()  # type: ignore[no-untyped-call]
             if value.ndim or not torch.isfinite(value) or logits.grad is None or not torch.isfinite(logits.grad).all():
-                return f"the value or its gradient is not finite, or the value is no scalar ({classes} classes, {dtype})"
+                return f"the value or its gradient is not finite, or the value is not a scalar ({classes} classes, {dtype})"
     return ""
 
 
@@ -289,7 +289,7 @@ def losses_carry_a_prior(name: str) -> str:
     carried = carried_prior(name, counts=facts_of(3).counts, sampler="natural")
     if carried is None:
         return ""
-    return "" if min(carried) > 0 and abs(sum(carried) - 1) < CLOSE else f"it carries {carried}, which are no shares"
+    return "" if min(carried) > 0 and abs(sum(carried) - 1) < CLOSE else f"it carries {carried}, which are not shares"
 
 
 LOSS_CHECKS: tuple[Callable[[str], str], ...] = (losses_stay_finite, losses_reduce_to_means, losses_carry_a_prior)
@@ -342,7 +342,7 @@ NETWORK_CHECKS: tuple[Callable[[str], str], ...] = (networks_give_features, netw
 
 
 def check_source(source: Source, size: tuple[int, int] = (16, 16)) -> Iterator[tuple[str, str]]:
-    """What a source promises, on the data that it was opened with: pairs of a promise and what is wrong, nothing where it is kept."""
+    """Check a source's promises on the data it was opened with: pairs of a promise and a message, empty if it is kept."""
     units, classes, channels = source.units(), source.classes(), source.channels
     yield "units are listed in the same order each time", "" if units == source.units() and units else "they are not, or there are none"
     yield (
@@ -376,10 +376,10 @@ def _pickles(source: Source) -> str:
 
 
 def check_plugin(plugin: Plugin, data: Path | None = None) -> list[Failure]:
-    """Run a plug-in through the checks of its kind; ``data`` is what a source is tried on.
+    """Run the checks of a plug-in's kind; ``data`` is the data for a source.
 
     Returns:
-        The promises that it does not keep.
+        The broken promises.
     """
     subject = f"{plugin.kind} {plugin.name}"
     checks: Sequence[Callable[[str], str]] = {
@@ -414,5 +414,5 @@ def _promise_of(check: Callable[[str], str]) -> str:
 def _outcome(check: Callable[[str], str], name: str) -> str:
     try:
         return check(name)
-    except Exception as error:  # whatever a stranger's code raises is the finding
+    except Exception as error:  # any error in foreign code is the result of the check
         return f"it raises {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""How strongly random views of an image differ, as settings; the computation is in :mod:`raredistill.augment`."""
+"""Strengths of random augmentations, as settings; the computation is in :mod:`raredistill.augment`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Zoom = Annotated[float, Gt(0), Le(10)]
 
 @dataclass(frozen=True)
 class Augmentation(Declared):
-    """How strongly views differ.
+    """Strengths of the random transformations.
 
     Attributes:
         rotation: largest angle to either side, in degrees.
@@ -26,9 +26,9 @@ class Augmentation(Declared):
         vflip: probability of an up-down flip.
         scale: smallest and largest zoom.
         brightness: largest change of the brightness factor (0.2: 0.8 to 1.2).
-        contrast: the same around the mean of each channel of each image, so that a view does not depend on which channels are read with it.
-        crop: largest shift up, down, left and right, in whole pixels; what comes in is 0, as of a random crop after padding.
-        steps: augmentations of plug-ins by name, applied in this order after everything above.
+        contrast: the same around the mean of each channel of each image, so that a view does not depend on which channels are loaded.
+        crop: largest shift up, down, left and right, in whole pixels; new pixels are 0, as in a random crop after padding.
+        steps: augmentations of plug-ins by name, applied in this order after all others.
     """
 
     rotation: Annotated[float, Interval(ge=0, le=180)] = 0.0
@@ -41,7 +41,7 @@ class Augmentation(Declared):
     steps: tuple[str, ...] = ()
 
     def conflicts(self) -> list[str]:
-        """Limits in the wrong order."""
+        """Messages on limits in the wrong order."""
         return ["scale: the smallest zoom comes first"] if self.scale[0] > self.scale[1] else []
 
 
@@ -54,7 +54,7 @@ PRESETS: dict[str, Augmentation | None] = {
 
 
 def from_preset(value: Any) -> Any:
-    """The fields of an augmentation from a mapping that may name a ``preset`` and changes some of its strengths; other values as they are.
+    """Complete a mapping that names a ``preset`` and changes some of its strengths; other values are returned unchanged.
 
     Raises:
         ConfigError: there is no such preset.

@@ -115,7 +115,7 @@ def test_another_runs_predictions_are_refused_by_report_and_compare(copied):
     files = {**record["files"], "predictions.parquet": read_json(other / "run.json")["files"]["predictions.parquet"]}
     write_json(one / "run.json", seal({**{key: value for key, value in record.items() if key != "seal"}, "files": files}))
     for refused in (lambda: write_report(copied), lambda: versus(one / "predictions.parquet", other)):
-        with pytest.raises(DataError, match=rf"holds predictions of the run '{other.name}', but its record is that of '{one.name}'"):
+        with pytest.raises(DataError, match=rf"contains predictions of the run '{other.name}', but its record is that of '{one.name}'"):
             refused()
 
 
@@ -123,7 +123,7 @@ def test_another_runs_whole_folder_is_refused(copied):
     one, *_, other = folders(copied)
     shutil.rmtree(one)
     shutil.copytree(other, one)
-    with pytest.raises(DataError, match=r"run.json: its id.* is not what study.json says"):
+    with pytest.raises(DataError, match=r"run.json: its id.* differs from study.json"):
         write_report(copied)
 
 
@@ -174,7 +174,7 @@ def test_pixels_that_are_a_link_out_of_the_cohort_are_refused(cohort, tmp_path):
 
 def test_a_background_that_is_no_class_is_refused_even_when_sealed(cohort):
     forged(cohort, background="zzz")
-    with pytest.raises(DataError, match="the background is none of the classes"):
+    with pytest.raises(DataError, match="the background is not among the classes"):
         Cohort.load(cohort)
 
 
@@ -223,7 +223,7 @@ def test_pixels_overwritten_during_training_stop_the_study_and_cost_the_run(tmp_
     before = next((cohort.root / "pixels").iterdir()).read_bytes()
     made = study(cohort, [{"name": "a", "model": "small_cnn"}], training={"epochs": 2, "batch_size": 16, "accelerator": "cpu"})
     vandal = Vandal(cohort)
-    with pytest.raises(DataError, match=r"was changed after the cohort was made; prepare the cohort again\. The run .* is discarded"):
+    with pytest.raises(DataError, match=r"was changed after the cohort was made; prepare the cohort again\. The run .* has been discarded"):
         run_study(made, tmp_path / "s", vandal)
     assert folders(tmp_path / "s") == []  # neither finished, nor a state from which it could be gone on with
     vandal.path.write_bytes(before)
@@ -239,8 +239,8 @@ PROMISE = Promise("small_cnn", "linear", 0.0, ("a", "b"), ("x",), 16, (0.5,), (0
 @pytest.mark.parametrize(
     ("prior", "said"),
     [
-        ([float("nan"), 1.0], "nan where something else"), ([-0.5, 1.5], "something else than shares"), ([0.5, 0.6], "add up to 1.1"),
-        ([1.0], "1 values for 2 classes"), (["a", "b"], "'a' where something else is needed"), ([float("inf"), 0], "inf where something"),
+        ([float("nan"), 1.0], "nan, which is not valid"), ([-0.5, 1.5], "not class shares"), ([0.5, 0.6], "add up to 1.1"),
+        ([1.0], "1 values for 2 classes"), (["a", "b"], "'a', which is not valid"), ([float("inf"), 0], "inf, which is not valid"),
     ],
 )  # fmt: skip
 def test_a_prior_that_is_none_is_refused_on_its_way_in_and_out(tmp_path, prior, said):

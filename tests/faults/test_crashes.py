@@ -263,7 +263,7 @@ def test_a_damaged_finished_run_is_noticed_and_made_again(tiny_cohort, done, tmp
     records = run_study(tiny_study(tiny_cohort), out, watcher)
     assert watcher.trained == [run]
     assert name in records[0].remarks[0]
-    assert "made again" in records[0].remarks[0]
+    assert "trained again" in records[0].remarks[0]
     again, before = contents(out / "runs"), contents(done[0] / "runs")
     assert again == before
 

@@ -68,7 +68,7 @@ def check_refused(cohort, said, **run):
 @pytest.mark.parametrize("patients", [None, ()])
 def test_a_teacher_without_a_list_of_patients_is_refused(tiny_cohort, large, tmp_path, patients):
     weights = resaved(large[0], tmp_path / "t.safetensors", training_patients=patients)
-    check_refused(tiny_cohort, "does not say which patients", teacher={"weights": str(weights)})
+    check_refused(tiny_cohort, "does not state which patients", teacher={"weights": str(weights)})
 
 
 def test_a_teacher_of_other_class_order_is_refused(tiny_cohort, large, tmp_path):

@@ -132,7 +132,7 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (MERGES, "'<<' cannot be a key"), ("a: 1\na: 2", "the key 'a' stands twice"), ("a: {b: {c: 1, c: 1}}", "the key 'c' stands twice"),
+        (MERGES, "'<<' cannot be a key"), ("a: 1\na: 2", "the key 'a' is given twice"), ("a: {b: {c: 1, c: 1}}", "the key 'c' is given twice"),
         ("[" * 400_000, "nested more than 100 deep"), ("- a\n" * 200_000, "more than 100000 values"), ("#" * 2**21, "at most 1048576"),
         ("!!int 1:30", "tags such as"), ("!!set {a}", "tags such as"), ("9" * 5000, "4300 digits"), ("{[1]: 2}", "cannot be a key"),
     ],
@@ -201,7 +201,7 @@ def test_nested_columns_are_refused_and_columns_that_are_not_needed_are_not_read
     pq.write_table(pa.table(plain), tmp_path / "t.parquet")
     assert len(predictions.read(tmp_path / "t.parquet").table) == 2
     pq.write_table(pa.table({**plain, column: [[{"deep": [1]}]] * 2}), tmp_path / "t.parquet")
-    assert f"its column {column} holds" in quickly(predictions.read, tmp_path / "t.parquet")
+    assert f"its column {column} contains" in quickly(predictions.read, tmp_path / "t.parquet")
 
 
 @pytest.mark.parametrize("text", ["e\x1b[2J", "u\u0308"])

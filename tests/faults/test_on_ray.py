@@ -88,7 +88,7 @@ def test_an_address_that_does_not_answer_is_told_in_a_bounded_time(monkeypatch, 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         began = time.monotonic()
-        with pytest.raises(ConfigError, match=rf"no Ray answers at {address} \(no answer within 3 s\). Start it with"):
+        with pytest.raises(ConfigError, match=rf"no Ray cluster responds at {address} \(no answer within 3 s\). Start it with"):
             on_ray.OnRay(address, 1.0).__enter__()
     assert time.monotonic() - began < 20
     assert capfd.readouterr() == ("", "")
@@ -118,7 +118,7 @@ def test_what_a_node_sees_wrongly_is_named(job, tmp_path):
         "is another cohort": replace(job, cohort_hash="0123"),
         "no such folder; make a cohort": replace(job, cohort=tmp_path / "none"),
         "other versions of training/loop.py; install the same": replace(job, made_with={**job.made_with, "code": code}),
-        "No such file or directory there; share that folder": replace(job, here=tmp_path / "gone"),
+        "No such file or directory on that node; share that folder": replace(job, here=tmp_path / "gone"),
     }
     (tmp_path / "study" / "free").write_text(job.word)
     assert {said: said in on_ray.look(changed) for said, changed in wrong.items()} == dict.fromkeys(wrong, True)

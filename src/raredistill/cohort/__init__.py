@@ -1,1 +1,1 @@
-"""Raw data becomes one cohort on disk."""
+"""Preparation of raw data as one cohort on disk."""

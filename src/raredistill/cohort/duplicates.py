@@ -1,4 +1,4 @@
-"""Pictures that occur more than once: equal pixels, near-copies, and names of patients that the pictures contradict."""
+"""Images that occur more than once: equal pixels, near-copies, and patient names that the images contradict."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from scipy.spatial import KDTree
 from raredistill.cohort.sources import Problem, Slices
 
 Treatment = Literal["refuse", "join", "drop", "near"]
-"""What becomes of equal pictures: an error; their patients are one; one of them is kept; as join, for near-copies too."""
+"""Treatment of equal images: an error; join their patients; keep one of them; join, for near-copies too."""
 
 SIDE = 32
-"""Pixels of a side of the small grey image by which samples are compared."""
+"""Side in pixels of the small grey image used to compare samples."""
 STRICTEST, SHARE = 0.985, 0.05
 """Two looks are near-copies when their correlation is a twentieth as far from 1 as that of usual nearest neighbours.
 
@@ -39,10 +39,10 @@ _HELD_OUT = {"test": 0, "validation": 1, "train": 2}
 
 @dataclass(frozen=True)
 class Prints:
-    """What is kept of samples to compare them: a digest of each one's pixels as decoded, and its look.
+    """Data for comparing samples: a digest of each sample's decoded pixels, and a small version of it (its look).
 
     Attributes:
-        digests: one a sample.
+        digests: one per sample.
         looks: ``(n, SIDE, SIDE)`` uint8 grey.
     """
 
@@ -61,7 +61,7 @@ class Prints:
 
 
 def prints_of(slices: Slices) -> Prints:
-    """The prints of what a source has read; where it gives no digests, those of the resized pixels."""
+    """The prints of a source's samples; if the source gives no digests, those of the resized pixels."""
     planes = list(slices.pixels.values())
     digests = slices.digests or tuple(digest_of(*(plane[row] for plane in planes)) for row in range(len(slices.rows)))
     looks = np.zeros((len(slices.rows), SIDE, SIDE), np.uint8)
@@ -87,13 +87,13 @@ def _look(plane: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Copies:
-    """What a search found.
+    """The result of a search for copies.
 
     Attributes:
         samples: the compared rows: ``sample, patient, patient_label, label, split``.
-        equal: groups of rows with equal pixels, in the order of their first.
+        equal: groups of rows with equal pixels, in the order of their first rows.
         near: columns ``first, second`` (rows of different patients) and ``similarity`` (correlation), the closest first.
-        flat: rows of one value all over, which are not compared.
+        flat: rows of constant images, which are not compared.
     """
 
     samples: pd.DataFrame
@@ -114,7 +114,7 @@ def find_copies(samples: pd.DataFrame, prints: Prints) -> Copies:
     codes = pd.factorize(np.array(prints.digests, dtype=object))[0]
     varied = np.setdiff1d(np.arange(len(samples)), flat)
     equal = _groups(codes, varied)
-    # One of each group of equals is enough; what it is near to, the others are near to as well.
+    # One of each group of equal images is enough: all have the same near-copies.
     single = varied[~pd.Series(codes[varied]).duplicated().to_numpy()]
     return Copies(samples, equal, _near(samples, prints.looks, single), flat)
 
@@ -138,7 +138,7 @@ def _near(samples: pd.DataFrame, looks: np.ndarray, rows: np.ndarray) -> pd.Data
 
 
 def _bound(looks: np.ndarray, rows: np.ndarray, patients: np.ndarray) -> float:
-    """The correlation from which two looks are near-copies: how alike nearest pictures of different patients usually are decides."""
+    """The correlation above which two looks are near-copies, from the usual similarity of nearest images of different patients."""
     chosen = np.random.default_rng(0).permutation(rows)[:_SAMPLED]
     nearest = np.zeros(len(chosen), np.float32)
     sample = _unit(looks[chosen]).reshape(len(chosen), -1)
@@ -151,7 +151,7 @@ def _bound(looks: np.ndarray, rows: np.ndarray, patients: np.ndarray) -> float:
 
 
 def _candidates(looks: np.ndarray, rows: np.ndarray, bound: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of rows whose lowest frequencies are near: each row's nearest few, so that time and memory stay near-linear."""
+    """Pairs of rows with similar lowest frequencies: a few nearest neighbours of each row, so that time and memory stay near-linear."""
     if len(rows) < 2:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     keys = np.concatenate([_keys(_unit(looks[block])) for block in _blocks(rows)])
@@ -211,10 +211,10 @@ def _best_turn(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def joined(copies: Copies, *, near: bool) -> dict[str, str]:
-    """Patients who share equal pictures (and near-copies), each with the name that they get: the first of their names.
+    """Patients that share equal images (or near-copies), each with its new name: the first of their names.
 
     Returns:
-        Only patients whose name changes.
+        Only patients whose names change.
     """
     patients, names = pd.factorize(copies.samples["patient"], sort=True)
     edges = [(group[0], other) for group in copies.equal for other in group[1:]]
@@ -227,14 +227,14 @@ def joined(copies: Copies, *, near: bool) -> dict[str, str]:
 
 
 def dropped(copies: Copies) -> np.ndarray:
-    """Rows that go when one of each group of equal pictures is kept: a held-out one stays before a training one, then the first."""
+    """Rows to drop so that one of each group of equal images remains: a held-out one if possible, else the first."""
     rank = copies.samples["split"].map(_HELD_OUT).fillna(len(_HELD_OUT)).to_numpy()
     kept = [min(group, key=lambda row: (rank[row], row)) for group in copies.equal]
     return np.setdiff1d(np.concatenate([*copies.equal, np.zeros(0, np.int64)]).astype(np.int64), np.array(kept, dtype=np.int64))
 
 
 def problems_of(copies: Copies, treatment: Treatment = "refuse") -> list[Problem]:
-    """What is wrong with the copies: contradictions and leaks are errors, what is treated already is a note."""
+    """Problems with copies: contradictions and leaks are errors, copies that are already treated are notes."""
     found = [_equal_problem(copies, groups, treatment) for groups in _by_patients(copies).values()]
     if len(copies.near):
         found.append(_near_problem(copies, treatment))
@@ -245,7 +245,7 @@ def problems_of(copies: Copies, treatment: Treatment = "refuse") -> list[Problem
 
 
 def _by_patients(copies: Copies) -> dict[tuple[Any, ...], list[np.ndarray]]:
-    """Groups of equal pictures by whose they are: a patient copied under another name is one finding, not one a slice."""
+    """Groups of equal images by their patients: a patient copied under another name is one problem, not one per slice."""
     found: dict[tuple[Any, ...], list[np.ndarray]] = {}
     for group in copies.equal:
         rows = copies.samples.iloc[group]
@@ -298,7 +298,7 @@ def _near_problem(copies: Copies, treatment: Treatment) -> Problem:
 
 
 def implausible_patients(samples: pd.DataFrame, looks: np.ndarray) -> list[Problem]:
-    """Classes in which pictures that follow each other by name, of different patients, are far more alike than chance.
+    """Classes in which consecutive images (by name) of different patients are far more alike than by chance.
 
     In each class, the correlation of neighbours by name that belong to different patients is compared with that of random pairs of
     different patients. One in a hundred neighbours should exceed the 99 % quantile; a quarter of them doing so means that the names of
@@ -325,7 +325,7 @@ def implausible_patients(samples: pd.DataFrame, looks: np.ndarray) -> list[Probl
 
 
 def _alike_neighbours(looks: np.ndarray, rows: np.ndarray, patients: np.ndarray) -> tuple[int, float]:
-    """How many rows are followed by one of another patient, and the share of these that chance would make 1 %."""
+    """Number of rows followed by a row of another patient, and the share of these that would be 1 % by chance."""
     first, second = _apart(rows[:-1], rows[1:], patients)
     rng = np.random.default_rng(0)
     if len(first) < _FEWEST_PAIRS:
@@ -346,6 +346,6 @@ def _correlations(looks: np.ndarray, first: np.ndarray, second: np.ndarray) -> n
 
 
 def _natural_order(names: Sequence[str] | pd.Series[str]) -> np.ndarray:
-    """Places of names in the order in which people number them: 9 before 10."""
+    """Positions of names in natural order: 9 before 10."""
     keys = [[(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)] for name in names]
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)

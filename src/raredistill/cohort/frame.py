@@ -1,4 +1,4 @@
-"""A cohort from what a notebook holds: a table of images or paths, or a PyTorch data set with a patient for each item."""
+"""Cohorts from objects of a notebook: a table of images or paths, or a PyTorch data set with a patient for each item."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLUMNS = ("image", "label", "patient")
 
 
 def cohort_of(data: Any, out: Path, *, size: int) -> Cohort:
-    """The cohort of data that were put together in Python, prepared once in a folder of ``out`` that their content names.
+    """The cohort of data created in Python, prepared once in a folder below ``out`` that is named by the data's content.
 
     Args:
         data: a cohort, the folder of one, a data frame with ``image`` (paths, or uint8 arrays ``(H, W)`` or ``(H, W, C)`` of one size),
@@ -31,7 +31,7 @@ def cohort_of(data: Any, out: Path, *, size: int) -> Cohort:
         size: side of the square images that paths are resized to, in pixels; arrays keep theirs.
 
     Raises:
-        DataError: a column is missing, an image cannot be used, or a folder is no cohort.
+        DataError: a column is missing, an image cannot be used, or a folder is not a cohort.
     """
     if isinstance(data, Cohort):
         return data
@@ -56,7 +56,7 @@ def _table(data: Any) -> pd.DataFrame:
 
 
 class ListedImages(ImageFiles):
-    """Image files with their labels and patients, as a data frame lists them."""
+    """Image files with labels and patients, listed in a data frame."""
 
     kind = "python"
 
@@ -70,7 +70,7 @@ class ListedImages(ImageFiles):
         return self._classes
 
     def problems(self) -> list[Problem]:
-        """Files that are missing or are no images, and patients of several classes."""
+        """Files that are missing or are not images, and patients with several classes."""
         return self.file_problems()
 
     def settings(self) -> dict[str, Any]:
@@ -133,6 +133,6 @@ def _channel_names(count: int) -> Sequence[str]:
 
 
 def _patient_labels(patients: np.ndarray, labels: np.ndarray) -> list[str]:
-    """A patient's own label where all of its samples share one, "" elsewhere."""
+    """A patient's own label if all of its samples share one, else ""."""
     of = pd.Series(labels).groupby(patients).agg(lambda own: own.iloc[0] if own.nunique() == 1 else "")
     return [str(of[patient]) for patient in patients]

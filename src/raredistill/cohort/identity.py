@@ -1,4 +1,4 @@
-"""Who a name stands for: the person, not the visit, the scan or the release of a data set."""
+"""The person that a name refers to, independent of visit, scan and release of a data set."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from raredistill.errors import ConfigError, DataError
 from raredistill.names import shown
 
 PATIENCE = 1.0
-"""Seconds in which the patient must be found in one name; a usual pattern takes a few microseconds."""
+"""Time limit in seconds for matching one name; usual patterns take a few microseconds."""
 
 TOLD = 5
-"""Groups of ids that one message lists before it only counts."""
+"""Number of groups of ids that a message lists; further ones are only counted."""
 _SCHEMES = (
     # BraTS-GLI-00001-000, BraTS-MEN-RT-0001-1: the last number is the time point (BraTS 2023 and later).
     re.compile(r"(?P<person>BraTS-(?:[A-Za-z]+-)+\d+)(?:-\d{1,3}[a-z]?)?", re.IGNORECASE),
@@ -42,10 +42,10 @@ _SUFFIXES = (
 
 
 def person_of(name: str) -> str:
-    """The person whose scan, visit or copy a name stands for, by the naming schemes of public data sets.
+    """The person that a name of a scan, visit or copy refers to, according to the naming schemes of public data sets.
 
     Visits (``BraTS-GLI-00001-000``, ``UCSF-PDGM-0429_FU001d``, ``UPENN-GBM-00001_21``, ``sub-01_ses-02``, ``P7_week-040-1``), dates,
-    single letters behind three digits (``0998a``), and the releases 2017 to 2019 of BraTS are left off. What is not understood stays.
+    single letters after three digits (``0998a``), and the releases 2017 to 2019 of BraTS are removed. Unknown parts are kept.
 
     >>> person_of("BraTS-GLI-00001-001"), person_of("0998b"), person_of("Brats18_TCIA01_425_1"), person_of("lena_3")
     ('BraTS-GLI-00001', '0998', 'BraTS_TCIA_425', 'lena_3')
@@ -72,7 +72,7 @@ def compile_pattern(pattern: str, option: str = "patient") -> regex.Pattern[str]
     """The regular expression that a user gave for an option.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a regular expression.
     """
     try:
         return regex.compile(pattern)
@@ -81,7 +81,7 @@ def compile_pattern(pattern: str, option: str = "patient") -> regex.Pattern[str]
 
 
 def apply_pattern(pattern: regex.Pattern[str], name: str) -> str | None:
-    """The patient in a name: the group ``patient``, else the first group, else the whole match; None where nothing matches.
+    """The patient in a name: the group ``patient``, else the first group, else the whole match; None if nothing matches.
 
     Raises:
         ConfigError: the pattern can match in too many ways.
@@ -100,13 +100,13 @@ def apply_pattern(pattern: regex.Pattern[str], name: str) -> str | None:
 
 
 def join_rows(rows: Iterable[Sequence[str]]) -> dict[str, str]:
-    """One key for all names that any row of a table puts together, also over several rows.
+    """One key for all names that the rows of a table connect, also over several rows.
 
     Args:
-        rows: the names of one person each, as a table that maps names of several releases holds them.
+        rows: the names of one person each, as in a table that maps the names of several releases.
 
     Returns:
-        Every name -> the name that stands for its group (the first of the table).
+        Every name -> the name that represents its group (the first in the table).
     """
     leader: dict[str, str] = {}
     place: dict[str, int] = {}
@@ -127,16 +127,16 @@ def join_rows(rows: Iterable[Sequence[str]]) -> dict[str, str]:
 
 
 def spelling_key(name: str) -> str:
-    """The id without what spreadsheets change: zeros in front of numbers, ``.0`` at the end, blanks, and the case of letters."""
+    """The id without features that spreadsheets change: leading zeros, a final ``.0``, blanks, and case."""
     shorter = re.sub(r"\.0+$", "", name.strip())
     return re.sub(r"(?<![\d.])0+(?=\d)", "", shorter).casefold()
 
 
 def refuse_ambiguous_ids(ids: Iterable[str], where: str) -> None:
-    """Refuse ids such as 7, 007 and 7.0: whether they are one patient cannot be known.
+    """Refuse ids such as 7, 007 and 7.0, which may or may not be the same patient.
 
     Args:
-        ids: of patients.
+        ids: ids of patients.
         where: the file or folder, for the message.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is in a cohort, to be read and to be looked at."""
+"""Summaries and contact sheets of a cohort."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ ALL = "all"
 PAIRS_SHOWN = 24
 _COLOUR = ("red", "green", "blue")
 GENERATED = "generated data (phantom), not patients"
-"""What is said wherever generated data appear."""
+"""Notice shown wherever generated data appear."""
 
 
 def summary(cohort: Cohort) -> pd.DataFrame:
-    """Slices and patients by class, and by part where the source gives a split.
+    """Slices and patients by class, and by part if the source gives a split.
 
     Returns:
         Columns ``split`` (only with a given split), ``class``, ``slices``, ``share`` (of its part's slices), ``patients``,
         ``slices_per_patient`` (median) and ``sources`` (files or cases). The class ``all`` sums up a part; a patient with several
-        classes counts once there. Where no patient is known, ``images`` stands for ``slices`` and nothing counts patients.
+        classes counts once there. If no patient is known, ``images`` replaces ``slices``, and patients are not counted.
     """
     table = _summary(cohort)
     return table if cohort.patients_known else table.drop(columns=["patients", "slices_per_patient"]).rename(columns={"slices": "images"})
@@ -62,7 +62,7 @@ def _row(name: str, group: pd.DataFrame, total: int) -> dict[str, str | int | fl
 
 
 def patient_table(cohort: Cohort) -> pd.DataFrame:
-    """Slices of each patient by class: index ``patient``, columns ``patient_label`` and one a class."""
+    """Slices of each patient by class: index ``patient``, columns ``patient_label`` and one per class."""
     samples = cohort.samples
     counts = pd.crosstab(samples["patient"], samples["label"]).reindex(columns=list(cohort.classes), fill_value=0)
     counts.insert(0, "patient_label", samples.groupby("patient")["patient_label"].first())
@@ -70,7 +70,7 @@ def patient_table(cohort: Cohort) -> pd.DataFrame:
 
 
 def rule_table(cohort: Cohort) -> pd.DataFrame:
-    """How the two label rules differ on the data: columns ``thesis``, ``default`` and ``slices``; empty where no rule was at work."""
+    """Differences between the two label rules on the data: columns ``thesis``, ``default`` and ``slices``; empty if no rule was used."""
     pairs = [(*name.split(" / "), count) for name, count in cohort.provenance.get("tally", {}).items() if " / " in name]
     rows = [(old.removeprefix("thesis "), new.removeprefix("default "), count) for old, new, count in pairs]
     return pd.DataFrame(rows, columns=["thesis", "default", "slices"]).sort_values(["thesis", "default"], ignore_index=True)
@@ -114,7 +114,7 @@ def contact_sheet(cohort: Cohort, path: Path, *, per_class: int = 8, channel: st
         _draw_class(row, name, cohort, chosen, shown)
     figure.suptitle(_title(cohort, channel), fontsize=14)
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a dollar sign in a name begins no formula
+        text.set_parse_math(False)  # a dollar sign in a name does not start a formula
     with files.atomic(path) as temporary:
         FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=110, metadata={"Software": None})
     return path
@@ -124,8 +124,8 @@ def pair_sheet(copies: Copies, looks: np.ndarray, path: Path) -> Path:
     """Draw near-copies side by side, the closest first, each with its sample's name; at most ``PAIRS_SHOWN`` pairs.
 
     Args:
-        copies: what a search found.
-        looks: ``(N, side, side)`` uint8 grey, as the search compared them.
+        copies: result of the search.
+        looks: ``(N, side, side)`` uint8 grey, the images that the search compared.
         path: the PNG to write.
     """
     pairs = copies.near.head(PAIRS_SHOWN)

@@ -1,4 +1,4 @@
-"""What a slice is called: tumour (then it takes its patient's grade), healthy, or left out, and why."""
+"""Labels of slices: tumour (with the patient's grade), healthy, or left out, with the reason."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ EMPTY, LITTLE_BRAIN, GREY_ZONE, CAVITY = "left out: empty", "left out: little br
 
 @dataclass(frozen=True)
 class Convention:
-    """What the numbers of a segmentation mean.
+    """The meaning of a segmentation's values.
 
     Attributes:
-        name: as the option ``labels`` takes it.
-        necrosis: labels of the core that does not enhance.
+        name: its name in the option ``labels``.
+        necrosis: labels of the non-enhancing core.
         oedema: labels of oedema and infiltration.
         enhancing: labels of enhancing tumour.
-        cavity: labels of what surgery left, which is no tumour.
+        cavity: labels of resection cavities, which are not tumour.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Convention:
 
     @property
     def known(self) -> frozenset[int]:
-        """All labels but the background."""
+        """All labels except the background."""
         return frozenset((*self.necrosis, *self.oedema, *self.enhancing, *self.cavity))
 
     def greys(self) -> np.ndarray:
@@ -60,7 +60,7 @@ CONVENTIONS = {
 
 @dataclass(frozen=True)
 class LabelRule:
-    """A rule and its thresholds.
+    """A label rule and its thresholds.
 
     ``default``: an empty slice, or one with less brain than ``min_brain_share`` of the patient's widest slice, is left out; one with
     at least ``min_tumour_voxels`` voxels of any tumour label is tumour; one with fewer, but some, is left out (the grey zone); the rest
@@ -69,9 +69,9 @@ class LabelRule:
     ``thesis``: a slice is left out if every modality is empty; it is tumour if it holds oedema or enhancing tumour (2, or 3 after
     4 -> 3), even one voxel, so that necrosis alone counts as healthy; the rest is healthy. The thesis' script also renumbered the labels
     of each volume by rank: where a patient had no necrosis, labels 0 2 3 became 0 1 2, so oedema turned into the necrosis that counts as
-    healthy. That is an error of the script and not part of the rule; it is not repeated here.
+    healthy. This is an error of the script, not part of the rule, and is not repeated here.
 
-    Under both rules a slice that would be healthy, but shows a resection cavity, is left out.
+    Under both rules, a slice that would be healthy but shows a resection cavity is left out.
 
     Raises:
         ConfigError: an unknown rule or an impossible threshold.
@@ -92,7 +92,7 @@ class LabelRule:
 
 @dataclass(frozen=True)
 class Voxels:
-    """What the rules need of a segmentation, each ``(n,)`` int64 by slice: voxels of tumour, of oedema or enhancing tumour, of cavity."""
+    """Counts that the rules need, each ``(n,)`` int64 by slice: voxels of tumour, of oedema or enhancing tumour, of cavity."""
 
     tumour: np.ndarray
     active: np.ndarray
@@ -100,14 +100,14 @@ class Voxels:
 
 
 def count_voxels(mask: np.ndarray, convention: Convention = BRATS2020) -> Voxels:
-    """Count what the rules need of a segmentation.
+    """Count the voxels that the rules need.
 
     Args:
         mask: ``(n, height, width)`` integers, at native resolution.
-        convention: what they mean.
+        convention: meaning of the values.
 
     Raises:
-        DataError: the convention does not know a label.
+        DataError: a label is not part of the convention.
     """
     counts = Voxels(*(np.zeros(len(mask), np.int64) for _ in range(3)))
     active = (*convention.oedema, *convention.enhancing)
@@ -133,20 +133,20 @@ def _check_labels(values: list[int], mask: np.ndarray, convention: Convention) -
 def label_slices(
     mask: np.ndarray, brain: np.ndarray, present: np.ndarray, *, rule: LabelRule, convention: Convention = BRATS2020
 ) -> np.ndarray:
-    """Call each slice of a patient tumour, healthy, or left out with the reason.
+    """Label each slice of a patient as tumour, healthy, or left out with the reason.
 
     Args:
         mask: ``(n, height, width)`` integers, at native resolution.
         brain: ``(n,)`` voxels of brain (unlike the background).
         present: ``(n,)`` whether any modality differs from the background anywhere.
         rule: the rule and its thresholds.
-        convention: what the mask's numbers mean.
+        convention: meaning of the mask's values.
 
     Returns:
         ``(n,)`` str: one of this module's six outcomes.
 
     Raises:
-        DataError: the segmentation holds an unknown label.
+        DataError: the segmentation contains an unknown label.
     """
     return _outcomes(count_voxels(mask, convention), brain, present, rule)
 
@@ -154,7 +154,7 @@ def label_slices(
 def compare_rules(
     mask: np.ndarray, brain: np.ndarray, present: np.ndarray, *, rule: LabelRule, convention: Convention = BRATS2020
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Label slices as ``label_slices`` does, and count how the two rules differ on them.
+    """Label slices like ``label_slices``, and count the differences between the two rules.
 
     Returns:
         ``(n,)`` outcomes of ``rule``, and counts with keys such as ``thesis tumour / default left out: grey zone``.

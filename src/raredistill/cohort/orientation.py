@@ -1,4 +1,4 @@
-"""Which way a volume's axes run, and the view of it in which they run as in BraTS: to the left, to the back, to the head."""
+"""Directions of a volume's axes, and its reorientation as in BraTS: to the left, to the back, to the head."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from nibabel.orientations import io_orientation
 from raredistill.errors import DataError
 
 LEFT_POSTERIOR_SUPERIOR = (-1, -1, 1)
-"""Signs of the three axes in a world that counts to the right, the front and the head."""
+"""Signs of the three axes in coordinates that increase to the right, the front and the head."""
 
 
 @dataclass(frozen=True)
 class Axes:
-    """How to turn a volume, whose axes are the file's third, second and first, into slices from feet to head.
+    """Reorientation of a volume, whose axes are the file's third, second and first, into slices from feet to head.
 
     Attributes:
         order: for numpy's ``transpose``.
-        flips: which axes are to be reversed afterwards.
+        flips: axes to be reversed afterwards.
         tilt: degrees between the axes and the closest ones of the patient; 0 for a scan that is not oblique.
     """
 
@@ -29,13 +29,13 @@ class Axes:
 
     @property
     def identity(self) -> bool:
-        """Whether nothing is to be done, as for BraTS' own files."""
+        """Whether no change is needed, as for BraTS's own files."""
         return self.order == (0, 1, 2) and not any(self.flips)
 
     def turn(self, volume: np.ndarray) -> np.ndarray:
         """``(slices, height, width)``: axial slices from feet to head, rows from front to back, columns from right to left.
 
-        Where only the order of slices changes it is a view; else a copy, in which a slice is contiguous.
+        If only the order of slices changes, the result is a view; else a copy in which each slice is contiguous.
         """
         if self.identity:
             return volume
@@ -47,13 +47,13 @@ AS_STORED = Axes((0, 1, 2), (False, False, False), 0.0)
 
 
 def axes_of(affine: np.ndarray) -> Axes:
-    """The closest turn of a volume by its affine.
+    """The closest reorientation of a volume, by its affine.
 
     Args:
         affine: ``(4, 4)`` from indices of the file's first, second and third axis to millimetres right, front and up, as in NIfTI.
 
     Raises:
-        DataError: two of the axes have one direction, or one has none.
+        DataError: two of the axes have the same direction, or one has none.
     """
     directions = np.asarray(affine, dtype=np.float64)[:3, :3]
     lengths = np.linalg.norm(directions, axis=0)

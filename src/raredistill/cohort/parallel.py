@@ -1,4 +1,4 @@
-"""One patient a worker process, over all cores."""
+"""Parallel processing with one patient per worker process, over all cores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Outcome = TypeVar("Outcome")
 LARGEST_KEPT = 2**25
 """Bytes of the largest block that a worker keeps for its next patient."""
 AHEAD = 8
-"""Units per worker that are handed out before their outcomes are taken."""
+"""Units per worker that are submitted before their results are consumed."""
 
 
 def cores() -> int:
@@ -42,20 +42,20 @@ def over_units(
     workers: int | None = None,
     executor: Executor | None = None,
 ) -> Iterator[Outcome]:
-    """Call ``work(unit, *arguments)`` for every unit and yield the outcomes as they come, in no particular order.
+    """Call ``work(unit, *arguments)`` for every unit and yield the results as they arrive, in no particular order.
 
-    One worker, or one unit, runs in this process; more of them in processes of one thread each. Leaving the iterator early, as an
-    interruption does, waits only for the units at work.
+    One worker, or one unit, runs in this process; several run in processes of one thread each. Leaving the iterator early, as an
+    interruption does, waits only for running units.
 
     Args:
-        work: a function at the top of a module.
+        work: a function at module level.
         units: patients.
         arguments: the rest of the function's arguments.
         workers: processes; all cores by default.
-        executor: processes that run already, used in place of new ones.
+        executor: running processes, used instead of new ones.
 
     Raises:
-        DataError: a worker was killed, as systems do when memory ends.
+        DataError: a worker was killed, for example because memory ran out.
     """
     count = min(workers or cores(), len(units))
     if executor is None and count <= 1:
@@ -72,13 +72,13 @@ def _call(work: Callable[..., Outcome], unit: Unit, packed: bytes) -> Outcome:
 
 @functools.lru_cache(maxsize=1)
 def _unpack(packed: bytes) -> tuple[Any, ...]:
-    """Arguments are unpacked once a worker, so that what a source finds out and keeps is found out once, not once a patient."""
+    """Unpickle the arguments once per worker, so that a source computes its cached values once, not once per patient."""
     arguments: tuple[Any, ...] = pickle.loads(packed)
     return arguments
 
 
 def _results(processes: Executor, units: Sequence[Unit], task: Callable[[Unit], tuple[Any, ...]], *, ahead: int) -> Iterator[Any]:
-    """Outcomes as they come; no more than ``ahead`` units wait or are done and not yet taken, so that memory stays small."""
+    """Yield results as they arrive; at most ``ahead`` units are pending or not yet consumed, so that memory stays small."""
     left, open_tasks = iter(units), set[Future[Any]]()
     try:
         open_tasks |= {processes.submit(_call, *task(unit)) for unit in islice(left, ahead)}
@@ -97,7 +97,7 @@ def _results(processes: Executor, units: Sequence[Unit], task: Callable[[Unit], 
 
 @contextmanager
 def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that start fast (they share one import of the sources) and leave interruption to their parent."""
+    """Processes that start fast (they share one import of the sources) and leave interruptions to their parent."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(plugins.loaded(),)) as executor:

@@ -1,4 +1,4 @@
-"""From a source to a cohort on disk: in parallel, one patient a worker, interruptible at any time."""
+"""Prepare a source as a cohort on disk: in parallel, one patient per worker, interruptible at any time."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from raredistill.errors import ConfigError, DataError
 JOB = "job.json"
 PAIRS = "near-duplicates.png"
 SMALLEST, LARGEST = 8, 1024
-"""Pixels of a side of a sample."""
+"""Limits of a sample's side in pixels."""
 TOLD = 20
-"""Problems that one message lists before it only counts."""
+"""Number of problems that a message lists; further ones are only counted."""
 LIBRARIES = ("raredistill", "numpy", "torch", "nibabel", "h5py", "isal", "pillow")
 
 Progress = Callable[[int, int], None]
@@ -49,21 +49,21 @@ def prepare(
 ) -> Cohort:
     """Read every patient of a source once and write a cohort.
 
-    Each patient's samples are kept in ``out/.parts`` until all are there, so that the same call after an interruption goes on where it
-    stopped. The disk needs room for the pixels twice while the cohort is put together.
+    Each patient's samples are kept in ``out/.parts`` until all are finished, so that the same call after an interruption resumes. The
+    disk needs space for the pixels twice while the cohort is assembled.
 
     Args:
         source: raw data.
         out: the folder of the cohort: new, empty, or of the same preparation, interrupted or done (then it is returned as it is).
         size: ``(height, width)`` of the samples in pixels.
         workers: processes; all cores by default, one patient each.
-        leave_out_bad: go on without the patients that have errors; they are named in the provenance.
-        progress: called with the patients done and all patients.
-        executor: processes that run already (``parallel.pool``), used in place of new ones; ``workers`` then says nothing.
+        leave_out_bad: leave out patients with errors, and list them in the provenance.
+        progress: called with the number of finished patients and the total.
+        executor: running processes (``parallel.pool``), used instead of new ones; ``workers`` is then ignored.
 
     Raises:
         ConfigError: the size is out of range.
-        DataError: the source has errors (all are told), nothing is left, or ``out`` holds something else.
+        DataError: the source has errors (all are listed), nothing is left, or ``out`` contains something else.
     """
     if not all(SMALLEST <= side <= LARGEST for side in size):
         raise ConfigError(f"size {size[0]} x {size[1]}: a side has from {SMALLEST} to {LARGEST} pixels")
@@ -97,7 +97,7 @@ def prepare(
             known = getattr(source, "patients_known", True)
             cohort = writer.finish(table, classes=source.classes(), size=size, provenance=provenance, patients_known=known)
     if len(copies.near):
-        # Drawing is slow to import and seldom needed.
+        # Drawing is slow to import and rarely needed.
         from raredistill.cohort.inspect import pair_sheet
 
         pair_sheet(copies, prints.looks, out / PAIRS)
@@ -105,7 +105,7 @@ def prepare(
 
 
 def _job(source: Source, size: tuple[int, int]) -> dict[str, Any]:
-    """What determines the outcome: files by name and size, so that a moved source is the same."""
+    """All inputs of the preparation; files by name and size, so that a moved source is the same."""
     units = [[unit.patient, unit.label, [[file.name, _file_size(file)] for file in unit.files]] for unit in source.units()]
     return {"kind": source.kind, "settings": source.settings(), "size": list(size), "inputs": files.fingerprint(units)}
 
@@ -138,13 +138,13 @@ def _file_size(file: Path) -> int:
     try:
         return file.stat().st_size
     except OSError:
-        return -1  # reading will tell, with the patient's other problems
+        return -1  # reading will report it, with the patient's other problems
 
 
 def _finished(out: Path, job: dict[str, Any]) -> Cohort:
     cohort = Cohort.load(out)
     _same_job(out, {"duplicates": "refuse", **cohort.provenance}, job, "a cohort")
-    if (out / WORK).exists():  # a kill came after the cohort and before the end, or another process is at its end
+    if (out / WORK).exists():  # killed after the cohort was written, or another process is just finishing
         with files.locked(out / WORK / "lock"):
             store.clear(out)
     return cohort
@@ -162,13 +162,13 @@ def _same_job(out: Path, found: dict[str, Any], job: dict[str, Any], what: str) 
     differing = [key for key in job if found.get(key) != _plain(job[key])]
     if differing:
         raise DataError(
-            f"{out} holds {what} that was made otherwise (what differs: {', '.join(differing)}); "
-            "name another folder, or delete this one to prepare it anew"
+            f"{out} holds {what} that was prepared differently (in {', '.join(differing)}); "
+            "name another folder, or delete this one to prepare it again"
         )
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON gives it back."""
+    """The value after a round trip through JSON."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -188,7 +188,7 @@ def _refuse(source: Source, problems: list[Problem], leave_out_bad: bool) -> Non
 def _read_parts(
     source: Source, writer: store.Writer, size: tuple[int, int], progress: Progress | None, **processes: Any
 ) -> tuple[list[dict[str, Any]], list[Problem]]:
-    """Bring every patient's part to disk and into the cohort, in the order of the units, while workers read the next."""
+    """Write every patient's part to disk and append it to the cohort, in the order of the units, while workers read the next."""
     units, folder = source.units(), writer.root / WORK
     later = treatment_of(source) == "drop"  # which samples go is known when all are there
     done = {unit.patient: part for unit in units if (part := _load_part(folder, unit, source.channels, size))}
@@ -214,7 +214,7 @@ def _tell(progress: Progress | None, done: int, total: int) -> None:
 
 
 def write_part(unit: Unit, source: Source, folder: Path, size: tuple[int, int]) -> tuple[str, dict[str, Any] | None, Problem | None]:
-    """Read one patient and write its part: pixel files first, the description last, so that a part with a description is whole."""
+    """Read one patient and write its part: pixel files first, the description last, so that a part with a description is complete."""
     try:
         slices = source.read(unit, size)
     except DataError as error:
@@ -237,7 +237,7 @@ def write_part(unit: Unit, source: Source, folder: Path, size: tuple[int, int]) 
 
 
 def _write_description(path: Path, part: dict[str, Any]) -> None:
-    """Whole or not at all, but without waiting for the disk: after a crash of the machine a part is made anew, or fails its checks."""
+    """Write a file completely or not at all, without waiting for the disk: after a crash, a part is written again or fails its checks."""
     temporary = path.with_suffix(".tmp")
     with files.naming(path):
         temporary.write_text(json.dumps(files.seal(part)), encoding="utf-8")
@@ -264,7 +264,7 @@ def _stamps(unit: Unit) -> list[list[Any]]:
 
 
 def _load_part(folder: Path, unit: Unit, channels: tuple[str, ...], size: tuple[int, int]) -> dict[str, Any] | None:
-    """A part of an interrupted preparation, if it is whole and unchanged and its raw files have not changed since."""
+    """A part of an interrupted preparation, if it is complete and neither it nor its raw files have changed."""
     try:
         part: dict[str, Any] = files.read_json(_part_file(folder, unit, "json"))
     except DataError:
@@ -279,7 +279,7 @@ def _load_part(folder: Path, unit: Unit, channels: tuple[str, ...], size: tuple[
 
 
 class _Assembly:
-    """Appends the parts to the cohort in the order of the patients, each as soon as all before it are there."""
+    """Appends the parts to the cohort in the order of the patients, each as soon as all previous ones are available."""
 
     def __init__(self, writer: store.Writer, patients: list[str]) -> None:
         self._writer, self._waiting = writer, iter(patients)
@@ -287,7 +287,7 @@ class _Assembly:
         self._settled: dict[str, dict[str, Any] | None] = {}
 
     def add(self, patient: str, part: dict[str, Any] | None) -> None:
-        """Take a patient's part, or None where the patient cannot be read."""
+        """Add a patient's part, or None if the patient cannot be read."""
         self._settled[patient] = part
         while self._next in self._settled:
             if (known := self._settled.pop(self._next)) is not None:

@@ -1,4 +1,4 @@
-"""The cohort on disk: samples.parquet, one raw pixel file a channel, and cohort.json, written last. Read-only once written."""
+"""The cohort on disk: samples.parquet, one raw pixel file per channel, and cohort.json, written last. Read-only once written."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ COLUMNS = ("sample", "patient", "patient_label", "label", "slice", "source", "sp
 DESCRIPTION = "cohort.json"
 SAMPLES = "samples.parquet"
 MASK = "mask"
-"""Channel that holds the segmentation: at hand in training only, so a run takes it only where it is named."""
+"""Channel with the segmentation: available in training only, so a run uses it only if named explicitly."""
 CONTENT = ("classes", "channels", "size", "pixels", "samples")
 """Entries of the description that the cohort's hash covers."""
 AT_ONCE = 256
-"""Images that one call of the system reads; it takes at most 1,024."""
+"""Images read by one system call; at most 1,024 are possible."""
 WORK = ".parts"
-"""Folder inside an unfinished cohort: its presence says that the folder is ours to go on with."""
+"""Folder inside an unfinished cohort: its presence shows that the preparation can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Cohort:
 
     Attributes:
         root: the folder.
-        samples: one row a sample, index 0..N-1, columns ``sample, patient, patient_label, label, slice, source, split``.
+        samples: one row per sample, index 0..N-1, columns ``sample, patient, patient_label, label, slice, source, split``.
         channels: such as ``("flair", "t1ce")``.
         classes: class names; their order is the order of class indices.
         size: ``(height, width)`` in pixels.
-        provenance: where the samples come from and how they were made.
-        hash: of samples, classes, channels and pixels; independent of the folder's place and of the machine.
-        background: the class that no patient carries (healthy), or None.
-        patients_known: whether patients are told; else each sample is its own unit, and nothing counts patients.
+        provenance: source of the samples and their preparation.
+        hash: hash of samples, classes, channels and pixels; independent of the folder's path and of the machine.
+        background: the class that is not a patient's label (healthy), or None.
+        patients_known: whether patients are known; otherwise each sample is its own unit, and patients are not counted.
     """
 
     root: Path
@@ -66,7 +66,7 @@ class Cohort:
         """Open a cohort folder; its pixels stay on disk.
 
         Raises:
-            DataError: the folder is no cohort, is unfinished, or was damaged.
+            DataError: the folder is not a cohort, is unfinished, or was damaged.
         """
         root = Path(root)
         description = _description(root)
@@ -94,17 +94,17 @@ class Cohort:
 
     @property
     def patient_classes(self) -> tuple[str, ...]:
-        """The classes that patients carry: all but the background."""
+        """The classes that patients can have: all except the background."""
         return tuple(name for name in self.classes if name != self.background)
 
     @property
     def labelled(self) -> np.ndarray:
-        """Rows that have a label, int64: only these are ever in a split."""
+        """Rows with a label, int64: only these can be in a split."""
         return np.flatnonzero((self.samples["label"] != "").to_numpy()).astype(np.int64)
 
     @property
     def unlabelled(self) -> np.ndarray:
-        """Rows without a label, int64: a part of their own, never tested or validated on."""
+        """Rows without a label, int64: a separate part, never used for testing or validation."""
         return np.flatnonzero((self.samples["label"] == "").to_numpy()).astype(np.int64)
 
     @property
@@ -124,9 +124,9 @@ class Cohort:
         return np.memmap(pixel_file(self.root, channel), dtype=np.uint8, mode="r", shape=shape)
 
     def check_pixels(self, channels: Iterable[str] | None = None) -> None:
-        """Read some channels once, all by default, and compare them with their hashes: a disk may change what it keeps.
+        """Read some channels once (all by default) and compare them with their hashes, to detect changes on disk.
 
-        A file that this process has read before, and that nobody has touched since, is not read again.
+        A file that this process has already checked, and that has not been modified since, is not read again.
 
         Raises:
             DataError: a channel's file was changed after the cohort was made.
@@ -139,7 +139,7 @@ class Cohort:
                     raise DataError(f"{paths[channel]} was changed after the cohort was made; prepare the cohort again")
 
     def counts(self) -> pd.DataFrame:
-        """Slices and patients by class: columns ``class, slices, patients``, one row a class in the order of ``classes``."""
+        """Slices and patients by class: columns ``class, slices, patients``, one row per class in the order of ``classes``."""
         grouped = self.samples.groupby("label", observed=True)["patient"]
         table = pd.DataFrame({"slices": grouped.size(), "patients": grouped.nunique()})
         table = table.reindex(list(self.classes), fill_value=0).astype(int)
@@ -147,13 +147,13 @@ class Cohort:
 
 
 class PixelReader:
-    """Reads rows of some channels from the cohort's files into memory of the caller.
+    """Reads rows of some channels from the cohort's files into the caller's memory.
 
-    Reading instead of mapping: Python's lock is free meanwhile, and nothing of the files counts as the process' own memory.
+    It reads instead of mapping files, which releases Python's lock, and does not count the files as the process's memory.
 
     Args:
         cohort: an open cohort.
-        channels: in the order in which images are to hold them.
+        channels: channels in the order of the images.
 
     Raises:
         OSError: a channel's file cannot be opened.
@@ -174,10 +174,10 @@ class PixelReader:
         self._opened.close()
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Fill ``out (M, C, height, width)`` uint8 with the images of ``rows (M,)``; rows that follow each other are read at once.
+        """Fill ``out (M, C, height, width)`` uint8 with the images of ``rows (M,)``; consecutive rows are read together.
 
         Raises:
-            DataError: a file is shorter than it was.
+            DataError: a file is shorter than before.
         """
         cuts = np.flatnonzero((np.diff(rows) != 1) | (np.arange(1, len(rows)) % AT_ONCE == 0)) + 1
         for start, stop in pairwise([0, *cuts.tolist(), len(rows)] if len(rows) else []):
@@ -200,14 +200,14 @@ def save(
 
     Args:
         root: a new or empty folder, or one whose preparation was interrupted.
-        samples: one row a sample with the columns of ``COLUMNS``; the row order is the pixels' order.
+        samples: one row per sample with the columns of ``COLUMNS``; the row order is the pixels' order.
         pixels: channel -> uint8 arrays that together hold N images of ``size``: one ``(N, height, width)`` array, or blocks of it in order.
         classes: class names in the order of class indices, a background class first.
         size: ``(height, width)``.
         provenance: JSON-like facts to carry.
 
     Raises:
-        DataError: the table and pixels do not fit together, or the folder holds something else.
+        DataError: the table and pixels do not match, or the folder contains something else.
     """
     names = tuple(classes)
     table = checked(samples, names)

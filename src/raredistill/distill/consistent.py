@@ -1,4 +1,4 @@
-"""Prior-consistent cross-fitted distillation: each prior is taken off once, and a teacher counts where it can be relied on."""
+"""Prior-consistent cross-fitted distillation: each prior is corrected once, and a teacher is weighted by its reliability."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def pckd(
     omega: Tensor,
     temperature: float,
 ) -> dict[str, Tensor]:
-    """Two terms that the posterior under the target prior minimises together; see ``docs/methods.md`` for why.
+    """Two loss terms that are both minimised by the posterior under the target prior; see ``docs/methods.md`` for the proof.
 
     Args:
         student_logits: ``(N, K)``.
-        teacher_logits: ``(N, K)``, moved to the target prior already.
+        teacher_logits: ``(N, K)``, already corrected to the target prior.
         target: ``(N,)`` class indices.
         student_prior: ``(K,)`` of the samples in the student's epochs.
-        target_prior: ``(K,)`` under which the student is to decide.
-        trust: ``(K,)`` in [0, 1): how much of a sample of each class the teacher decides.
+        target_prior: ``(K,)`` prior for which the student should decide.
+        trust: ``(K,)`` in [0, 1): weight of the teacher relative to the labels, by class.
         omega: ``(K,)`` weights of the teacher's term.
         temperature: T, positive.
 
@@ -58,16 +58,16 @@ class PCKD(Method):
 
     Attributes:
         student_prior: ``(K,)`` of the samples in the student's epochs.
-        target_prior: ``(K,)`` under which the student is to decide.
+        target_prior: ``(K,)`` prior for which the student should decide.
         trust: ``(K,)`` alpha times the teacher's reliability.
         omega: ``(K,)`` weights of the teacher's term.
-        alpha: largest share that the teacher decides.
-        tau: how much of the carried prior is taken off the teacher; only 1 is consistent.
+        alpha: largest weight of the teacher relative to the labels.
+        tau: share of the carried prior that is removed from the teacher's logits; only 1 is consistent.
         eta: power of the effective-number weights; 0 weights all classes alike.
         target: the target prior is proportional to ``count ** target``: 0 uniform, 1 the training prior.
         temperature: T.
-        correct: switch of the correction of the teacher.
-        reliable: switch of the reliability; without it every class is trusted by ``alpha``.
+        correct: whether to correct the teacher.
+        reliable: whether to use the reliability; without it, the trust of every class is ``alpha``.
     """
 
     student_prior: Tensor
@@ -89,13 +89,13 @@ class PCKD(Method):
 
     @classmethod
     def wants(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """What the switches leave on asks for."""
+        """Needs of the parts that are switched on."""
         off = {"prior": options.get("correct", True) is False, "reliability": options.get("reliable", True) is False}
         return tuple(need for need in cls.needs if not off.get(need, False))
 
     @classmethod
     def carries(cls, counts: Tensor, options: Mapping[str, Any]) -> tuple[float, ...] | None:
-        """The target prior, where all of the teacher's own is taken off."""
+        """The target prior, if the teacher's own prior is completely removed."""
         if cls.corrects(options) != 1.0:
             return None
         return tuple(_normal(counts.double() ** options.get("target", 0.0)).tolist())
@@ -108,7 +108,7 @@ class PCKD(Method):
 
     @classmethod
     def make(cls, facts: Facts, **options: Any) -> Self:
-        """Settle the priors, the trust and the weights."""
+        """Compute the priors, the trust and the weights."""
         given = {**defaults_of(cls), **options}
         counts = facts.counts.float()
         if bool((counts <= 0).any()):
@@ -129,7 +129,7 @@ class PCKD(Method):
         )  # fmt: skip
 
     def corrected(self, teacher: Outputs) -> Tensor:
-        """The teacher's logits ``(N, K)``, moved from the prior that they carry to the target prior.
+        """The teacher's logits ``(N, K)``, corrected from the prior that they carry to the target prior.
 
         Raises:
             ValueError: the carried prior is unknown.

@@ -1,4 +1,4 @@
-"""The contract of a distiller: a small class that returns named terms, declares its needs, and checks its own hyper-parameters."""
+"""The contract of a distiller: a small class that returns named loss terms, declares its needs, and checks its hyper-parameters."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from raredistill.outputs import Outputs
 
 @dataclass(frozen=True)
 class Shape:
-    """Width of a network's features, and of the feature maps of its stages (none for a network without maps)."""
+    """Widths of a network's features, and of the feature maps of its stages (empty for a network without maps)."""
 
     features: int
     maps: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
+@dataclass(frozen=True, eq=False)  # == is not defined for tensors as a whole
 class Facts:
-    """What a method may know before training.
+    """Facts that a method may use before training.
 
     Attributes:
         counts: ``(K,)`` training samples per class, on the device of the training.
-        share: ``(K,)`` how much of the student's epochs each class is; the training prior when not given.
-        classes: their names.
-        background: index of the class that no patient carries.
+        share: ``(K,)`` share of each class in the student's epochs; the training prior when not given.
+        classes: names of the classes.
+        background: index of the class that is not a patient's label.
         teacher: its name, for messages.
-        prior: ``(K,)`` that the teacher's logits carry; None when it is unknown.
-        reliability: ``(K,)`` recall of the teacher on patients that it has not seen.
-        student_shape: of the student's features.
-        teacher_shape: of the teacher's; None when several teach together, which have logits only.
+        prior: ``(K,)`` class prior that the teacher's logits carry; None if it is unknown.
+        reliability: ``(K,)`` recall of the teacher on patients it was not trained on.
+        student_shape: widths of the student.
+        teacher_shape: widths of the teacher; None for several teachers combined, which only return logits.
     """
 
     counts: Tensor
@@ -60,17 +60,17 @@ class Method(ABC):
     """A distiller: a frozen dataclass whose fields with defaults are its hyper-parameters, see :mod:`raredistill.options`.
 
     Attributes:
-        name: in configurations.
+        name: its name in configurations.
         family: logits, features, relations, ...
         source: the publication.
         needs: of ``logits``, ``features`` or ``maps`` of the teacher, its ``prior`` or ``reliability``, and hard ``labels``.
-        note: what its table row says beside the defaults.
-        min_classes: the fewest classes for which its signal is sound.
-        zero_at_equal: it has nothing to teach a student that equals its teacher.
-        within_batch: it relates the samples of a batch to each other, so its value depends on which come together; of others, the value
-            is the mean of those of a batch's parts, weighted by their sizes.
-        balances: it takes the training prior off its teacher without asking which prior that carries.
-        own_loss: name of the loss on labels that it brings as the term ``ce``, and that is left of it without a teacher; empty if none.
+        note: addition to the defaults in its table row.
+        min_classes: the smallest number of classes for which it is valid.
+        zero_at_equal: whether its terms are 0 for a student that equals its teacher.
+        within_batch: whether it relates the samples of a batch to each other, so that its value depends on their combination; otherwise,
+            its value is the mean over a batch's parts, weighted by their sizes.
+        balances: whether it removes the training prior from its teacher's logits without knowing which prior they carry.
+        own_loss: name of the loss on labels that it defines as the term ``ce``, and that remains without a teacher; empty if none.
     """
 
     name: ClassVar[str]
@@ -90,37 +90,37 @@ class Method(ABC):
 
     @classmethod
     def options(cls) -> dict[str, Option]:
-        """The hyper-parameters that a configuration may set, by name."""
+        """The hyper-parameters that a configuration can set, by name."""
         return options_of(cls)
 
     @classmethod
     def wants(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """The part of ``needs`` that remains with these options."""
+        """The part of ``needs`` that applies with these options."""
         return cls.needs
 
     @classmethod
     def make(cls, facts: Facts, **options: Any) -> Self:
-        """Build the method from what is known and the options that differ from the defaults."""
+        """Build the method from facts and from options that differ from the defaults."""
         return cls(**options)
 
     @classmethod
     def carries(cls, counts: Tensor, options: Mapping[str, Any]) -> tuple[float, ...] | None:
-        """The class prior that a taught student's logits carry; None where it mixes the labels' and the teacher's.
+        """The class prior that a student's logits will carry; None if it is a mixture of the labels' and the teacher's.
 
         Args:
             counts: ``(K,)`` training samples per class.
-            options: that differ from the defaults.
+            options: options that differ from the defaults.
         """
         return None
 
     @classmethod
     def corrects(cls, options: Mapping[str, Any]) -> float:
-        """How much of the prior that a teacher's logits carry the method takes off them: 0 nothing, 1 all of it."""
+        """Share of the teacher's carried prior that the method removes: 0 nothing, 1 all of it."""
         return 0.0
 
     @property
     def trainable(self) -> nn.Module | None:
-        """Layers that are trained beside the student, and thrown away with the method."""
+        """Layers that are trained together with the student and then discarded."""
         return None
 
     @abstractmethod

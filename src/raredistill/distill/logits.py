@@ -1,6 +1,6 @@
 """Distillers that compare logits.
 
-All include T squared, divide by the batch size, compute in float32 and let no gradient reach the teacher.
+All include T squared, divide by the batch size, compute in float32 and do not propagate gradients to the teacher.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) ->
 
     References:
         Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015.
+
+    Examples:
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -2.0]])
+        >>> kd(student, teacher, temperature=4.0)
+        tensor(0.2973)
     """
     return mean_divergence(softened(teacher_logits, temperature), softened(student_logits, temperature)) * temperature**2
 
@@ -50,6 +55,11 @@ def standardised_kd(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
 
     References:
         Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024; the variance divides by K - 1, as in the authors' code.
+
+    Examples:
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -2.0]])
+        >>> standardised_kd(student, teacher, temperature=2.0)
+        tensor(0.0016)
     """
     return kd(_standardised(student_logits), _standardised(teacher_logits), temperature=temperature)
 
@@ -64,7 +74,7 @@ def dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha
     """Decoupled distillation: the target class against the rest (alpha), and the others among themselves (beta).
 
     Args:
-        student_logits: ``(N, K)``, K at least 3: with two classes nothing is left among the others.
+        student_logits: ``(N, K)``, K at least 3: with two classes, there is only one other class.
         teacher_logits: ``(N, K)``.
         target: ``(N,)`` class indices.
         alpha: weight of the target part.
@@ -76,6 +86,11 @@ def dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha
 
     References:
         Zhao et al., Decoupled Knowledge Distillation, CVPR 2022.
+
+    Examples:
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -2.0]])
+        >>> dkd(student, teacher, torch.tensor([0]), alpha=1.0, beta=8.0, temperature=4.0)
+        tensor(1.2027)
     """
     mask = F.one_hot(target, student_logits.shape[1]).bool()
     sides = [softened(logits, temperature) for logits in (teacher_logits, student_logits)]
@@ -85,13 +100,13 @@ def dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha
 
 
 def _target_against_rest(log_probability: Tensor, mask: Tensor) -> Tensor:
-    # Log-sum-exp of the rest instead of log(1 - p): finite also where the target has all the probability.
+    # Log-sum-exp of the rest instead of log(1 - p): finite even if the target has all the probability.
     rest = torch.logsumexp(log_probability[~mask].view(len(mask), -1), dim=1)
     return torch.stack([log_probability[mask], rest], dim=1)
 
 
 def bkd(student_logits: Tensor, teacher_logits: Tensor, *, class_weights: Tensor, temperature: float) -> Tensor:
-    """Balanced distillation: the teacher's softened outputs are weighted by class and normalised again, so that rare classes count.
+    """Balanced distillation: the teacher's softened outputs are weighted by class and renormalised, so that rare classes count more.
 
     Args:
         student_logits: ``(N, K)``.
@@ -103,14 +118,19 @@ def bkd(student_logits: Tensor, teacher_logits: Tensor, *, class_weights: Tensor
         Scalar in nats, a mean over the batch, times T squared.
 
     References:
-        Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, Neurocomputing 2023 (targets normalised again).
+        Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, Neurocomputing 2023 (targets renormalised).
+
+    Examples:
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -2.0]])
+        >>> bkd(student, teacher, class_weights=torch.tensor([0.5, 1.0, 1.5]), temperature=2.0)
+        tensor(0.0137)
     """
     shifted = softened(teacher_logits, temperature) + class_weights.float().log()
     return mean_divergence(F.log_softmax(shifted, dim=1), softened(student_logits, temperature)) * temperature**2
 
 
 def dive(student_logits: Tensor, teacher_logits: Tensor, *, power: float, temperature: float) -> Tensor:
-    """Distil virtual examples: the teacher's softened outputs are flattened by a power, so that their sum over samples is less long-tailed.
+    """Distil virtual examples: the teacher's softened outputs are flattened by a power, which makes their sum less long-tailed.
 
     Args:
         student_logits: ``(N, K)``.
@@ -123,6 +143,11 @@ def dive(student_logits: Tensor, teacher_logits: Tensor, *, power: float, temper
 
     References:
         He, Wu, Wei: Distilling Virtual Examples for Long-tailed Recognition, ICCV 2021.
+
+    Examples:
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -2.0]])
+        >>> dive(student, teacher, power=0.5, temperature=3.0)
+        tensor(0.0312)
     """
     flattened = F.log_softmax(power * softened(teacher_logits, temperature), dim=1)
     return mean_divergence(flattened, softened(student_logits, temperature)) * temperature**2
@@ -143,6 +168,12 @@ def dist(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, gamma: 
 
     References:
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022.
+
+    Examples:
+        >>> student = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+        >>> teacher = torch.tensor([[3.0, 0.0, -2.0], [0.5, 1.0, 0.0]])
+        >>> dist(student, teacher, beta=1.0, gamma=1.0, temperature=1.0)
+        tensor(0.0367)
     """
     student, teacher = (softened(logits, temperature).exp() for logits in (student_logits, teacher_logits))
     teacher = teacher.detach()
@@ -167,7 +198,7 @@ class KD(Method):
     zero_at_equal: ClassVar[bool] = True
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """One term."""
+        """Return a single term."""
         return {"kd": kd(student.logits, teacher.logits, temperature=self.temperature)}
 
 
@@ -184,7 +215,7 @@ class StandardisedKD(Method):
     zero_at_equal: ClassVar[bool] = True
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """One term."""
+        """Return a single term."""
         return {"standardised_kd": standardised_kd(student.logits, teacher.logits, temperature=self.temperature)}
 
 
@@ -203,12 +234,12 @@ class DKD(Method):
     zero_at_equal: ClassVar[bool] = True
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """One term."""
+        """Return a single term."""
         options = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
         return {"dkd": dkd(student.logits, teacher.logits, batch.labels, **options)}
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
+@dataclass(frozen=True, eq=False)  # == is not defined for tensors as a whole
 class BKD(Method):
     """See ``bkd``; ``class_weights`` come from the training counts."""
 
@@ -223,11 +254,11 @@ class BKD(Method):
 
     @classmethod
     def make(cls, facts: Facts, **options: Any) -> Self:
-        """Weigh classes by effective number."""
+        """Weight classes by effective number."""
         return cls(effective_number_weights(facts.counts), **options)
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """One term."""
+        """Return a single term."""
         return {"bkd": bkd(student.logits, teacher.logits, class_weights=self.class_weights, temperature=self.temperature)}
 
 
@@ -243,7 +274,7 @@ class DiVE(Method):
     needs: ClassVar[tuple[str, ...]] = ("logits",)
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """One term."""
+        """Return a single term."""
         return {"dive": dive(student.logits, teacher.logits, power=self.power, temperature=self.temperature)}
 
 
@@ -263,5 +294,5 @@ class DIST(Method):
     within_batch: ClassVar[bool] = True
 
     def terms(self, batch: Labelled, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """One term."""
+        """Return a single term."""
         return {"dist": dist(student.logits, teacher.logits, beta=self.beta, gamma=self.gamma, temperature=self.temperature)}

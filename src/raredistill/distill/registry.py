@@ -1,4 +1,4 @@
-"""The table of distillers: a name becomes a method."""
+"""The registry of distillers by name."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ BUILT_IN: dict[str, type[Method]] = {
 
 
 def _adopt(plugin: Plugin) -> type[Method]:
-    """The class of a plug-in's distiller; a plain function becomes the one term of a class.
+    """The class of a plug-in's distiller; a plain function becomes the single term of a class.
 
     Raises:
-        ConfigError: a class that is not a :class:`Method`, or lacks what a method needs.
+        ConfigError: the class is not a :class:`Method`, or is incomplete.
     """
     thing = plugin.thing
     if not isinstance(thing, type):
@@ -40,7 +40,7 @@ def _adopt(plugin: Plugin) -> type[Method]:
     if not issubclass(thing, Method) or inspect.isabstract(thing) or not dataclasses.is_dataclass(thing):
         raise ConfigError(f"the distiller {plugin.name} must be a frozen dataclass on raredistill.distill.Method that has terms()")
     thing.name = plugin.name
-    thing.options()  # its annotations are read now, not in the first run
+    thing.options()  # read its annotations now, not in the first run
     return thing
 
 
@@ -67,20 +67,20 @@ def _from_function(plugin: Plugin) -> type[Method]:
 
 
 METHODS: Registry[type[Method]] = Registry("distiller", BUILT_IN, _adopt)
-"""Every distiller that a configuration may name."""
+"""All distillers that a configuration can name."""
 
 
 def make_method(name: str, facts: Facts, **options: Any) -> Method:
     """Build a distiller.
 
     Args:
-        name: as ``raredistill methods`` lists it.
-        facts: what is known of the classes, the student and the teacher.
+        name: name of the method, as listed by ``raredistill methods``.
+        facts: facts about the classes, the student and the teacher.
         options: hyper-parameters that differ from the published defaults.
 
     Raises:
-        ConfigError: the name or an option is unknown, a value is out of range, the method is not sound for so few classes, or it asks for
-            what the teacher cannot give.
+        ConfigError: the name or an option is unknown, a value is out of range, the method is not valid for so few classes, or the
+            teacher does not provide what it needs.
     """
     family = method_class(name, options)
     if len(facts.counts) < family.min_classes:
@@ -93,7 +93,7 @@ def make_method(name: str, facts: Facts, **options: Any) -> Method:
 
 
 def method_class(name: str, options: Mapping[str, Any]) -> type[Method]:
-    """The class of a distiller that takes these options.
+    """Look up the class of a distiller, and check its options.
 
     Raises:
         ConfigError: the name or an option is unknown, or a value is out of range.
@@ -108,15 +108,15 @@ def _check_teacher(family: type[Method], facts: Facts, options: Mapping[str, Any
     wants = family.wants(options)
     if "prior" in wants and facts.prior is None:
         raise ValueError(
-            f"it takes the carried class prior off {facts.teacher}, which is unknown; give it a validation part to estimate it on, "
-            "or train that teacher with cross_entropy, weighted_cross_entropy or balanced_softmax; of a teacher from elsewhere, state it: "
+            f"it removes the carried class prior of {facts.teacher}, which is unknown; give it a validation part to estimate it on, "
+            "or train that teacher with cross_entropy, weighted_cross_entropy or balanced_softmax; for an external teacher, state it: "
             "teacher: {weights: ..., prior: [share of each class]}"
         )
     for need in ("features", "maps"):
         if need in wants and not (facts.student_shape and facts.teacher_shape and getattr(facts.teacher_shape, need)):
-            raise ValueError(f"it compares {need}, but {facts.teacher} gives none; use a method of logits or one teacher that has them")
+            raise ValueError(f"it compares {need}, but {facts.teacher} has none; use a method of logits or one teacher that has them")
     if "maps" in wants and facts.student_shape is not None and not facts.student_shape.maps:
-        raise ValueError("it compares maps, but the student gives none; use a method of logits or a convolutional student")
+        raise ValueError("it compares maps, but the student has none; use a method of logits or a convolutional student")
     if family.balances and facts.prior is not None:
         _refuse_second_correction(facts.prior, facts)
 
@@ -125,8 +125,8 @@ def _refuse_second_correction(prior: Tensor, facts: Facts) -> None:
     training = (facts.counts / facts.counts.sum()).double().cpu()
     carried = prior.double().cpu()
     uniform = torch.full_like(training, 1 / len(training))
-    # Cross-fitted teachers see a little less than the training part, so their priors are near its prior, not equal to it.
-    if _apart(carried, training) > 0.5 * _apart(uniform, training):
+    # Cross-fitted teachers are trained on slightly less than the training part, so their priors are near its prior, but not equal.
+    if _distance(carried, training) > 0.5 * _distance(uniform, training):
         shown = [[round(value, 3) for value in side.tolist()] for side in (carried, training)]
         raise ValueError(
             f"it balances its teacher's outputs against the training prior {shown[1]}, but {facts.teacher} carries {shown[0]}: "
@@ -134,12 +134,12 @@ def _refuse_second_correction(prior: Tensor, facts: Facts) -> None:
         )
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
+def _distance(one: Tensor, other: Tensor) -> float:
     return float((one.log() - other.log()).abs().max())
 
 
 def methods_table() -> list[dict[str, Any]]:
-    """What ``raredistill methods`` prints."""
+    """Rows about distillers that ``raredistill methods`` prints."""
     return [
         {
             "name": method.name,

@@ -1,4 +1,4 @@
-"""What a student took over of its teacher, errors included."""
+"""Agreement of students with their teachers, including inherited errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KEYS = ["repeat", "fold", "seed", "patient", "sample"]
 
 
 def guesses(*sides: Predictions) -> list[Any]:
-    """Labels and each side's predicted classes, row by row in one order: ``label (N,)``, then ``(N,)`` a side.
+    """Labels and each side's predicted classes, in a common order of rows: ``label (N,)``, then ``(N,)`` per side.
 
     Raises:
         DataError: the sides do not predict the same samples in the same folds and seeds.
@@ -29,7 +29,7 @@ def guesses(*sides: Predictions) -> list[Any]:
 
 
 def inheritance(student: Predictions, teacher: Predictions, control: Predictions) -> dict[str, float]:
-    """Agreement of a student with its teacher, against that of its control, which never saw the teacher.
+    """Agreement of a student with its teacher, compared with that of its control, which was trained without the teacher.
 
     Args:
         student: test part of one checkpoint.
@@ -41,7 +41,7 @@ def inheritance(student: Predictions, teacher: Predictions, control: Predictions
         the student and the control repeat with the same wrong class: ``inherited`` and ``control_same_errors`` (NaN without errors).
 
     Raises:
-        DataError: the sides do not fit.
+        DataError: the sides do not match.
     """
     label, taught, teaches, alone = guesses(student, teacher, control)
     wrong = teaches != label

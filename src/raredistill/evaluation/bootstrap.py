@@ -32,11 +32,11 @@ _BLOCK = 256
 def patient_bootstrap(
     predictions: Predictions, metric: Metric, *, resamples: int = 2000, seed: int = 0, interval: Interval = "percentile"
 ) -> tuple[float, float, float]:
-    """A metric with its 95 % interval over patients drawn with replacement within each patient class.
+    """A metric and its 95 % interval, over patients drawn with replacement within each patient class.
 
     Args:
-        predictions: one part of one checkpoint. The metric is that of a run, averaged over runs (see :func:`runs_of`); a patient that is
-            drawn comes with all rows.
+        predictions: one part of one checkpoint. The metric is that of a run, averaged over runs (see :func:`runs_of`); a drawn patient
+            contributes all rows.
         metric: ``macro_f1``, ``balanced_accuracy``, ``accuracy``, ``g_mean``, ``mcc``, ``kappa``, ``brier``, ``log_loss``; by class
             ``f1:CLASS``, ``recall``, ``precision``, ``specificity``, ``auprc``, ``auroc``; or a function of labels ``(N,)`` and
             probabilities ``(N, K)``.
@@ -61,19 +61,19 @@ def patient_intervals(
     predictions: Predictions, metrics: Sequence[Metric], *, resamples: int = 2000, seed: int = 0,
     intervals: Sequence[Interval] = ("percentile", "bca"),
 ) -> list[tuple[float, dict[Interval, tuple[float, float]]]]:  # fmt: skip
-    """Several metrics on the same draws: what :func:`patient_bootstrap` finds for each, in the time of few.
+    """Several metrics on the same draws: like :func:`patient_bootstrap` for each, but faster.
 
     Args:
         predictions: as :func:`patient_bootstrap`.
         metrics: their names.
         resamples: draws.
         seed: of the draws.
-        intervals: wanted.
+        intervals: requested kinds.
 
     Returns:
-        Estimate, and low and high by kind of interval, of each metric; NaN where it has no value. Proportions of patients (recall,
-        specificity, precision and accuracy where each patient is one row) get Wilson's interval in place of both kinds, as do other scores
-        whose draws do not differ, with the number of patients that they rest on.
+        Estimate, and low and high by kind of interval, of each metric; NaN if it has no value. Proportions of patients (recall,
+        specificity, precision and accuracy if each patient is one row) get Wilson's interval instead of both kinds, as do other scores
+        whose draws do not differ, with the number of patients that they are based on.
 
     Raises:
         ConfigError: unknown metric or class.
@@ -93,7 +93,7 @@ def patient_intervals(
 
 
 def _with_edge(metric: Metric, estimate: float, limits: tuple[float, float], share: tuple[float, bool]) -> tuple[float, float]:
-    """Wilson's interval for a proportion of patients, and for any score whose draws do not differ: no spread is not certainty."""
+    """Wilson's interval for a proportion of patients, and for any score whose draws do not differ, as no spread is not certainty."""
     number, proportion = share
     if not isinstance(metric, str) or np.isnan(estimate) or not number or not (proportion or limits[0] == limits[1]):
         return limits
@@ -109,9 +109,14 @@ def wilson(share: float, number: float, level: float = 0.05) -> tuple[float, flo
     """Wilson's score interval (1927) of a proportion.
 
     Args:
-        share: seen, 0 to 1.
-        number: of independent units, patients.
+        share: observed proportion, 0 to 1.
+        number: number of independent units, patients.
         level: two-sided.
+
+    Examples:
+        >>> low, high = wilson(1.0, 10)
+        >>> round(low, 3), round(high, 3)
+        (0.722, 1.0)
     """
     squared = float(stats.norm.isf(level / 2)) ** 2
     centre = (share + squared / (2 * number)) / (1 + squared / number)
@@ -120,7 +125,7 @@ def wilson(share: float, number: float, level: float = 0.05) -> tuple[float, flo
 
 
 def patient_share(predictions: Predictions, metric: Metric) -> tuple[float, bool]:
-    """How many patients a score rests on, and whether it is a proportion of patients (one row each) rather than a score of their rows."""
+    """Number of patients that a score is based on, and whether it is a proportion of patients (one row each)."""
     if not isinstance(metric, str):
         return 0.0, False
     name, place = parse_metric(metric, predictions.classes)
@@ -139,7 +144,7 @@ def patient_share(predictions: Predictions, metric: Metric) -> tuple[float, bool
 def paired_patient_bootstrap(
     a: Predictions, b: Predictions, metric: Metric, *, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float, float]:
-    """The difference of a metric on the same patients, its 95 % interval and its two-sided p.
+    """The difference of a metric on the same patients, with its 95 % interval and two-sided p.
 
     Args:
         a: one part of one checkpoint; averaged over runs as in :func:`patient_bootstrap`.
@@ -188,13 +193,13 @@ def p_of_draws(draws: Floats) -> float:
 
 
 def tested_once(predictions: Predictions) -> bool:
-    """Whether folds have test parts of their own (outer cross-validation), so that no two folds of a repeat test the same patient."""
+    """Whether folds have separate test parts (outer cross-validation), so that no two folds of a repeat test the same patient."""
     table = predictions.table
     return bool((table.groupby(["repeat", "patient"])["fold"].nunique() == 1).all())
 
 
 def runs_of(predictions: Predictions) -> list[Integers]:
-    """Rows of each run: a repeat and seed with all its folds where folds have test parts of their own, otherwise each fold by itself."""
+    """Rows of each run: a repeat and seed with all its folds if folds have separate test parts, otherwise each fold separately."""
     keys = ["repeat", "seed"] if tested_once(predictions) else ["repeat", "fold", "seed"]
     return [np.asarray(rows, dtype=np.int64) for rows in predictions.table.groupby(keys, sort=True).indices.values()]
 
@@ -230,7 +235,7 @@ def _rarest(predictions: Predictions, of_row: Integers, patients: int) -> Intege
 
 
 def _draws(patients: _Patients, resamples: int, seed: int) -> Iterator[Integers]:
-    """How often each patient was drawn, ``(block, P)``; blocks bound the memory."""
+    """Number of times each patient was drawn, ``(block, P)``; blocks limit the memory."""
     if resamples < 1:
         raise ConfigError(f"resamples must be at least 1, not {resamples}")
     weights = _weights(patients.strata.tobytes(), resamples, seed)
@@ -240,7 +245,7 @@ def _draws(patients: _Patients, resamples: int, seed: int) -> Iterator[Integers]
 
 @lru_cache(maxsize=4)
 def _weights(strata: bytes, resamples: int, seed: int) -> NDArray[np.int32]:
-    # Kept, because every metric and every pair of a study draws the same patients.
+    # Cached, because every metric and every pair of a study draws the same patients.
     generator, classes = np.random.default_rng(seed), np.frombuffer(strata, dtype=np.int64)
     weights = np.empty((resamples, len(classes)), dtype=np.int32)
     for stratum in np.unique(classes):
@@ -255,7 +260,7 @@ def _once(patients: _Patients) -> Integers:
 
 
 def _over_runs(predictions: Predictions, metrics: Sequence[Metric], patients: _Patients) -> Statistic:
-    """The metrics, averaged over runs, as a function of how often each patient counts: ``(R, P)`` to ``(M, R)``."""
+    """The metrics, averaged over runs, as a function of the patients' weights: ``(R, P)`` to ``(M, R)``."""
     runs = runs_of(predictions)
     number = len(patients.strata)
     if len(runs) == 1:
@@ -284,7 +289,7 @@ def _statistic(predictions: Predictions, metrics: Sequence[Metric], of_row: Inte
 
 
 def _alone(predictions: Predictions, metric: Metric, of_row: Integers, patients: int) -> Statistic:
-    """A metric that shares nothing with others, ``(R, P)`` to ``(R,)``."""
+    """A metric that shares no computation with others, ``(R, P)`` to ``(R,)``."""
     if not isinstance(metric, str):
         return _looped(predictions, metric, of_row)
     name, place = parse_metric(metric, predictions.classes)
@@ -293,7 +298,7 @@ def _alone(predictions: Predictions, metric: Metric, of_row: Integers, patients:
 
 
 def _counted(predictions: Predictions, wanted: Sequence[tuple[str, int]], of_row: Integers, patients: int) -> Statistic:
-    """Metrics of sums only, ``(R, P)`` to ``(M, R)``: the sums of a draw are made once for all of them."""
+    """Metrics of sums only, ``(R, P)`` to ``(M, R)``: the sums of a draw are computed once for all of them."""
     sums = patient_sums(predictions, of_row, patients)
     return lambda weights: scores_of(weights @ sums, wanted)
 
@@ -321,7 +326,7 @@ def _tails(interval: Interval, draws: Floats, estimate: float, acceleration: flo
 
 
 def _accelerations(statistic: Statistic, patients: _Patients) -> Floats:
-    """Skew of the jackknife over patients, each class about its own mean, a metric each; 0 where leaving a patient out changes nothing."""
+    """Skew of the jackknife over patients, each class about its own mean, for each metric; 0 if leaving out a patient changes nothing."""
     number = len(patients.strata)
     blocks = [np.arange(start, min(start + _BLOCK, number)) for start in range(0, number, _BLOCK)]
     values = np.concatenate([statistic((block[:, None] != np.arange(number)).astype(np.int64)) for block in blocks], axis=1)
@@ -361,6 +366,6 @@ def _samples(predictions: Predictions) -> pd.DataFrame:
     found = predictions.table.groupby(["repeat", "patient", "sample"])["label"].agg(["first", "size"])
     if found["size"].nunique() > 1:
         raise DataError(
-            "some samples were predicted by more runs than others, so they would weigh more; compare the seeds that are complete"
+            "some samples were predicted by more runs than others, so they would have more weight; compare the seeds that are complete"
         )
     return found.rename(columns={"first": "label"})

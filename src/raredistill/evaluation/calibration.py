@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say, and the temperature and the prior that make them."""
+"""Calibration of probabilities: errors, temperature scaling and correction of the prior."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RANGE = (0.01, 100.0)
 
 
 def calibration_metrics(label: ArrayLike, probability: ArrayLike) -> dict[str, Any]:
-    """Everything that is reported of calibration.
+    """Compute all reported calibration metrics.
 
     Args:
         label: ``(N,)`` class indices.
@@ -49,17 +49,21 @@ def equal_mass_ece(label: ArrayLike, probability: ArrayLike, bins: int = BINS) -
     Args:
         label: ``(N,)`` class indices.
         probability: ``(N, K)``.
-        bins: their number; sizes differ by one at most. Rows of equal confidence share their accuracy.
+        bins: number of bins, whose sizes differ by at most one. Rows of equal confidence share their accuracy.
 
     Returns:
         Between 0 and 1; NaN without samples.
 
     Raises:
         DataError: as :func:`raredistill.metrics.checked`.
+
+    Examples:
+        >>> round(equal_mass_ece([0, 1], [[0.9, 0.1], [0.8, 0.2]], bins=1), 3)
+        0.35
     """
     truth, scores = checked(label, probability)
     top = scores.max(axis=1)
-    # Rows of equal confidence share their accuracy, so that the order of rows does not decide which bin a hit falls into.
+    # Rows of equal confidence share their accuracy, so that the order of rows does not affect the bins.
     tied = np.unique(top, return_inverse=True)[1]
     right = (np.bincount(tied, weights=scores.argmax(axis=1) == truth) / np.bincount(tied))[tied] if len(top) else top
     parts = [part for part in np.array_split(np.argsort(top, kind="stable"), bins) if len(part)]
@@ -74,13 +78,17 @@ def class_ece(label: ArrayLike, probability: ArrayLike, bins: int = BINS) -> Flo
     Args:
         label: ``(N,)`` class indices.
         probability: ``(N, K)``.
-        bins: of equal width.
+        bins: number of bins of equal width.
 
     Returns:
         ``(K,)``; NaN for a class without samples.
 
     Raises:
         DataError: as :func:`raredistill.metrics.checked`.
+
+    Examples:
+        >>> class_ece([0, 1], [[0.9, 0.1], [0.8, 0.2]]).round(3).tolist()
+        [0.45, 0.45]
     """
     truth, scores = checked(label, probability)
     found = np.full(scores.shape[1], np.nan)
@@ -97,11 +105,11 @@ def brier_decomposition(label: ArrayLike, probability: ArrayLike, bins: int = BI
     Args:
         label: ``(N,)`` class indices.
         probability: ``(N, K)``.
-        bins: of equal width, over which forecasts are gathered.
+        bins: number of bins of equal width for grouping forecasts.
 
     Returns:
-        ``brier`` = ``brier_reliability`` - ``brier_resolution`` + ``brier_uncertainty`` + ``brier_within``; the last is what forecasts of
-        one bin differ by (Stephenson et al. 2008). NaN without samples.
+        ``brier`` = ``brier_reliability`` - ``brier_resolution`` + ``brier_uncertainty`` + ``brier_within``; the last is the variation
+        of forecasts within bins (Stephenson et al. 2008). NaN without samples.
 
     Raises:
         DataError: as :func:`raredistill.metrics.checked`.
@@ -125,7 +133,7 @@ def _murphy(positive: NDArray[np.bool_], score: Floats, bins: int) -> Floats:
 
 
 def _binned(positive: NDArray[np.bool_], score: Floats, bins: int) -> tuple[Floats, Floats, Floats]:
-    """Count, mean forecast and share of positives of each filled bin."""
+    """Count, mean forecast and share of positives of each non-empty bin."""
     place = np.clip(np.digitize(score, np.linspace(0, 1, bins + 1), right=True) - 1, 0, bins - 1)
     count = np.bincount(place, minlength=bins).astype(np.float64)
     sums = [np.bincount(place, weights=each, minlength=bins) for each in (score, positive.astype(np.float64))]
@@ -134,12 +142,12 @@ def _binned(positive: NDArray[np.bool_], score: Floats, bins: int) -> tuple[Floa
 
 
 def reliability_table(label: ArrayLike, probability: ArrayLike, bins: int = BINS) -> pd.DataFrame:
-    """The reliability diagram as a table: one row a bin of the top class' probability.
+    """The reliability diagram as a table: one row per bin of the top class's probability.
 
     Args:
         label: ``(N,)`` class indices.
         probability: ``(N, K)``.
-        bins: of equal width.
+        bins: number of bins of equal width.
 
     Returns:
         Columns low, high, count, confidence, accuracy; the last two are NaN in empty bins.
@@ -161,10 +169,14 @@ def fit_temperature(label: ArrayLike, logits: ArrayLike) -> float:
         logits: ``(N, K)``.
 
     Returns:
-        T between 0.01 and 100; at an end where the likelihood grows beyond it (separable data, or logits that tell nothing).
+        T between 0.01 and 100; at an end of this range if the likelihood still grows there (separable data, or uninformative logits).
 
     Raises:
         DataError: no samples, or as :func:`raredistill.metrics.checked`.
+
+    Examples:
+        >>> round(fit_temperature([0, 0, 1, 1], [[4.0, 0.0], [4.0, 0.0], [0.0, 4.0], [4.0, 0.0]]), 2)
+        3.64
     """
     truth, scores = checked(label, logits)
     if not len(truth):
@@ -174,22 +186,27 @@ def fit_temperature(label: ArrayLike, logits: ArrayLike) -> float:
         scaled_scores = scores / math.exp(log_temperature)
         return float((logsumexp(scaled_scores, axis=1) - scaled_scores[np.arange(len(truth)), truth]).mean())
 
-    # The loss is convex in 1/T, hence has one minimum in log T.
+    # The loss is convex in 1/T, so it has one minimum in log T.
     found = minimize_scalar(loss, bounds=(math.log(_RANGE[0]), math.log(_RANGE[1])), method="bounded", options={"xatol": 1e-7})
     return math.exp(float(found.x))
 
 
 def scaled(logits: ArrayLike, temperature: float) -> Floats:
-    """Probabilities ``(N, K)`` of ``logits (N, K)`` at a temperature."""
+    """Probabilities ``(N, K)`` of ``logits (N, K)`` at a temperature.
+
+    Examples:
+        >>> scaled([[2.0, 0.0]], 2.0).round(3).tolist()
+        [[0.731, 0.269]]
+    """
     return np.asarray(softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1))
 
 
 def restore_prior(probability: ArrayLike, carried: ArrayLike, wanted: ArrayLike) -> Floats:
-    """Bring posteriors from the class prior that they carry to that of deployment (Saerens et al. 2002, eq. 2.4).
+    """Convert posteriors from the class prior that they carry to that of deployment (Saerens et al. 2002, eq. 2.4).
 
     Args:
         probability: ``(N, K)``.
-        carried: ``(K,)`` prior that training gave them, such as the uniform one of balanced sampling; all above 0.
+        carried: ``(K,)`` prior from training, such as the uniform one of balanced sampling; all above 0.
         wanted: ``(K,)`` prior of deployment.
 
     Returns:
@@ -197,9 +214,13 @@ def restore_prior(probability: ArrayLike, carried: ArrayLike, wanted: ArrayLike)
 
     Raises:
         DataError: the priors do not have K values, or a carried one is 0.
+
+    Examples:
+        >>> restore_prior([[0.5, 0.5]], carried=[0.5, 0.5], wanted=[0.9, 0.1]).round(3).tolist()
+        [[0.9, 0.1]]
     """
     scores, old, new = (np.asarray(each, dtype=np.float64) for each in (probability, carried, wanted))
     if old.shape != scores.shape[1:] or new.shape != old.shape or not (old > 0).all():
-        raise DataError(f"priors {old.tolist()} and {new.tolist()} do not fit {scores.shape[1]} classes; give one value above 0 a class")
+        raise DataError(f"priors {old.tolist()} and {new.tolist()} do not fit {scores.shape[1]} classes; give one value above 0 per class")
     weighted = scores * (new / old)
     return np.asarray(weighted / weighted.sum(axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""Tests of a difference between two methods, each for what it can show, and the correction for many of them."""
+"""Tests of a difference between two methods, each with its estimand, and the correction for multiple tests."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from raredistill.evaluation.ranking import placements
 
 
 def corrected_resampled_t(differences: ArrayLike, *, train_size: float, test_size: float) -> tuple[float, float]:
-    """Nadeau and Bengio's corrected resampled t-test (2003), a reference beside :func:`raredistill.evaluation.gains.gain_test`.
+    """Nadeau and Bengio's corrected resampled t-test (2003), a reference in addition to :func:`raredistill.evaluation.gains.gain_test`.
 
     Estimand: this recipe on a new cohort of this size. Splits share training patients, so their differences are not independent.
-    ``train_size`` is what was trained on; leaving validation and rarefied patients out of it widens the interval by 1.07 to 1.16.
+    ``train_size`` counts only patients trained on; leaving out validation and rarefied patients widens the interval by 1.07 to 1.16.
 
     Args:
-        differences: ``(n,)``, one a split: a metric of one method minus that of the other.
+        differences: ``(n,)``, one per split: a metric of one method minus that of the other.
         train_size: patients in a training side.
         test_size: patients in a test side.
 
     Returns:
-        t with n - 1 degrees of freedom, and the two-sided p. Without any spread p is that of n equal signs, 2^(1-n): a variance of 0
-        is never taken for certainty.
+        t with n - 1 degrees of freedom, and the two-sided p. Without any spread, p is that of n equal signs, 2^(1-n): a variance of 0
+        does not count as certainty.
 
     Raises:
         DataError: fewer than two differences, one is not finite, a size is not positive.
+
+    Examples:
+        >>> t, p = corrected_resampled_t([0.02, 0.05, 0.01, 0.04], train_size=80, test_size=20)
+        >>> round(t, 3), round(p, 3)
+        (2.324, 0.103)
     """
     mean, spread, freedom = _corrected(differences, train_size, test_size)
     t = mean / spread
@@ -37,16 +42,21 @@ def corrected_resampled_t(differences: ArrayLike, *, train_size: float, test_siz
 
 
 def corrected_interval(differences: ArrayLike, *, train_size: float, test_size: float, level: float = 0.95) -> tuple[float, float]:
-    """The interval of the mean difference that belongs to :func:`corrected_resampled_t`.
+    """The interval of the mean difference for :func:`corrected_resampled_t`.
 
     Args:
-        differences: ``(n,)``, one a split.
+        differences: ``(n,)``, one per split.
         train_size: patients in a training side.
         test_size: patients in a test side.
-        level: its confidence.
+        level: confidence level.
 
     Raises:
         DataError: as :func:`corrected_resampled_t`.
+
+    Examples:
+        >>> low, high = corrected_interval([0.02, 0.05, 0.01, 0.04], train_size=80, test_size=20)
+        >>> round(low, 3), round(high, 3)
+        (-0.011, 0.071)
     """
     mean, spread, freedom = _corrected(differences, train_size, test_size)
     half = float(stats.t.ppf((1 + level) / 2, freedom)) * spread
@@ -54,7 +64,7 @@ def corrected_interval(differences: ArrayLike, *, train_size: float, test_size: 
 
 
 def bayesian_correlated_t(differences: ArrayLike, *, train_size: float, test_size: float, rope: float = 0.01) -> tuple[float, float, float]:
-    """Bayesian correlated t-test (Corani and Benavoli 2015): how probable is it that the methods are practically equal?
+    """Bayesian correlated t-test (Corani and Benavoli 2015): the probability that the methods are practically equal.
 
     Estimand: this recipe on a new cohort of this size, as :func:`corrected_resampled_t`; a reference, not the verdict.
 
@@ -62,7 +72,7 @@ def bayesian_correlated_t(differences: ArrayLike, *, train_size: float, test_siz
     corrected t-test (correlation rho = test / (train + test)).
 
     Args:
-        differences: ``(n,)``, one a split.
+        differences: ``(n,)``, one per split.
         train_size: patients in a training side.
         test_size: patients in a test side.
         rope: half the width of the region of practical equivalence, in units of the metric.
@@ -72,6 +82,11 @@ def bayesian_correlated_t(differences: ArrayLike, *, train_size: float, test_siz
 
     Raises:
         DataError: as :func:`corrected_resampled_t`.
+
+    Examples:
+        >>> worse, equal, better = bayesian_correlated_t([0.02, 0.05, 0.01, 0.04], train_size=80, test_size=20)
+        >>> round(worse, 3), round(equal, 3), round(better, 3)
+        (0.027, 0.083, 0.89)
     """
     mean, spread, freedom = _corrected(differences, train_size, test_size)
     if math.isinf(spread):
@@ -91,16 +106,20 @@ def corrected_error(differences: ArrayLike, *, train_size: float, test_size: flo
 
 
 def detectable(error: float, freedom: float = math.inf, *, power: float = 0.8, level: float = 0.05) -> float:
-    """The smallest true difference that a two-sided test finds with the given power.
+    """The smallest true difference that a two-sided test detects with the given power.
 
     Args:
         error: standard error of the difference.
         freedom: degrees of freedom of the t-test; infinite for a normal one.
-        power: wanted.
-        level: of the test.
+        power: desired power.
+        level: level of the test.
 
     Returns:
-        In units of the metric; by the noncentral t distribution. Infinite where the error is unknown.
+        In units of the metric; from the noncentral t distribution. Infinite if the error is unknown.
+
+    Examples:
+        >>> round(detectable(0.02), 3), round(detectable(0.02, 4), 3)
+        (0.056, 0.075)
     """
     if math.isinf(error):
         return math.inf
@@ -115,10 +134,10 @@ def detectable(error: float, freedom: float = math.inf, *, power: float = 0.8, l
 
 
 def wilcoxon_over_datasets(differences: ArrayLike) -> tuple[float, float]:
-    """Wilcoxon's signed-rank test over data sets, which are independent; folds of one data set are not, so it is not for folds.
+    """Wilcoxon's signed-rank test over independent data sets; folds of one data set are not independent, so do not use it for folds.
 
     Args:
-        differences: ``(n,)``, one a data set.
+        differences: ``(n,)``, one per data set.
 
     Returns:
         Two-sided exact p, ties included, and the smallest p that the data sets can reach, 2 / 2^n over those that differ (five: 0.0625);
@@ -126,10 +145,14 @@ def wilcoxon_over_datasets(differences: ArrayLike) -> tuple[float, float]:
 
     Raises:
         DataError: fewer than two differences, or one is not finite.
+
+    Examples:
+        >>> wilcoxon_over_datasets([0.02, 0.05, 0.01, 0.04, 0.03])
+        (0.0625, 0.0625)
     """
     values = np.asarray(differences, dtype=np.float64).ravel()
     if len(values) < 2 or not np.isfinite(values).all():
-        raise DataError(f"Wilcoxon's test needs at least two finite differences, one a data set; it got {values.tolist()}")
+        raise DataError(f"Wilcoxon's test needs at least two finite differences, one per data set; it got {values.tolist()}")
     values = values[values != 0]
     if not len(values):
         return 1.0, 1.0
@@ -144,16 +167,16 @@ def wilcoxon_over_datasets(differences: ArrayLike) -> tuple[float, float]:
 
 
 def swap_within_cells(right: ArrayLike, called: ArrayLike, actual: float, run: ArrayLike, *, draws: int = 9999, seed: int = 0) -> float:
-    """Randomisation test that the second arm changes nothing at all in this cohort: arms are exchanged within cells.
+    """Randomisation test of no difference at all between the arms in this cohort: arms are exchanged within cells.
 
-    Estimand: this recipe on this cohort. It has no part in the verdict: of true nulls about new cohorts it rejects 21 to 31 %.
+    Estimand: this recipe on this cohort. It is not used in the verdict: of true nulls about new cohorts, it rejects 21 to 31 %.
 
     Args:
         right: ``(2, C)`` correct calls of the class, by arm and cell (repeat, fold, seed).
         called: ``(2, C)`` calls of the class.
         actual: samples of the class in a run.
         run: ``(C,)`` the run of each cell.
-        draws: exchanges; the one seen is one of them.
+        draws: number of exchanges, including the observed one.
         seed: of the exchanges.
 
     Returns:
@@ -171,20 +194,24 @@ def swap_within_cells(right: ArrayLike, called: ArrayLike, actual: float, run: A
 
 
 def mcnemar(first_right: ArrayLike, second_right: ArrayLike) -> tuple[int, int, float]:
-    """McNemar's exact test on samples that one side gets right and the other wrong.
+    """McNemar's exact test on samples that one side classifies correctly and the other does not.
 
     Estimand: these two trained networks on new samples. It takes the networks as fixed and samples as independent: against the claim that
     one recipe is better than another it rejects far too often.
 
     Args:
-        first_right: ``(N,)`` whether the first side is right.
+        first_right: ``(N,)`` whether the first side is correct.
         second_right: ``(N,)`` whether the second is.
 
     Returns:
-        Samples right by the first only, by the second only, and the two-sided p.
+        Samples correct by the first side only, by the second only, and the two-sided p.
 
     Raises:
         DataError: different lengths.
+
+    Examples:
+        >>> mcnemar([True, True, False, True], [False, True, False, False])
+        (2, 0, 0.5)
     """
     first, second = np.asarray(first_right, dtype=bool).ravel(), np.asarray(second_right, dtype=bool).ravel()
     if len(first) != len(second):
@@ -210,6 +237,11 @@ def delong(positive: ArrayLike, first: ArrayLike, second: ArrayLike) -> tuple[fl
 
     Raises:
         DataError: fewer than two positives or negatives.
+
+    Examples:
+        >>> first, second, error, p = delong([True, True, False, False], [0.9, 0.6, 0.7, 0.1], [0.8, 0.7, 0.2, 0.1])
+        >>> first, second, round(error, 3), round(p, 3)
+        (0.75, 1.0, 0.354, 0.48)
     """
     truth = np.asarray(positive, dtype=bool).ravel()
     if truth.sum() < 2 or (~truth).sum() < 2:
@@ -228,13 +260,13 @@ def _corrected(differences: ArrayLike, train_size: float, test_size: float) -> t
     """Mean, corrected standard error, degrees of freedom."""
     values = np.asarray(differences, dtype=np.float64).ravel()
     if len(values) < 2 or not np.isfinite(values).all():
-        raise DataError(f"the corrected t-test needs at least two finite differences, one a split; it got {values.tolist()}")
+        raise DataError(f"the corrected t-test needs at least two finite differences, one per split; it got {values.tolist()}")
     if train_size <= 0 or test_size <= 0:
         raise DataError(f"train_size and test_size are numbers of patients above 0, not {train_size} and {test_size}")
     mean, freedom = float(values.mean()), len(values) - 1
     error = math.sqrt(float(values.var(ddof=1)) * (1 / len(values) + test_size / train_size))
     if error <= 1e-12 * max(abs(mean), 1.0):
-        # n equal signs show no more than p = 2^(1-n); equal values of 0 show nothing at all.
+        # n equal signs allow at best p = 2^(1-n); equal values of 0 are no evidence at all.
         error = abs(mean) / float(stats.t.isf(2.0 ** -len(values), freedom)) if mean else math.inf
     return mean, error, freedom
 
@@ -246,10 +278,14 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
         p_values: ``(m,)``.
 
     Returns:
-        Adjusted p values ``(m,)`` in the order given.
+        Adjusted p values ``(m,)`` in the given order.
 
     Raises:
         DataError: a value outside 0 to 1.
+
+    Examples:
+        >>> holm([0.01, 0.04, 0.03]).tolist()
+        [0.03, 0.06, 0.06]
     """
     values = np.asarray(p_values, dtype=np.float64).ravel()
     if not ((values >= 0) & (values <= 1)).all():

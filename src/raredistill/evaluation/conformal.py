@@ -1,8 +1,8 @@
-"""Prediction sets that hold the true class with a stated frequency, for new patients.
+"""Prediction sets that contain the true class of new patients with a stated frequency.
 
-Written out rather than taken from MAPIE: MAPIE calibrates on rows as if they were exchangeable, and slices of one patient are not. Here
-patients are the units (Lee, Barber and Willett 2023), in each class of its own (Mondrian; Vovk 2012), so that the rare class keeps its
-coverage instead of lending it to the common ones.
+Not taken from MAPIE, because MAPIE calibrates on rows as if they were exchangeable, and slices of one patient are not. Here
+patients are the units (Lee, Barber and Willett 2023), separately in each class (Mondrian; Vovk 2012), so that the rare class keeps its
+coverage instead of losing it to the common ones.
 """
 
 from __future__ import annotations
@@ -19,20 +19,26 @@ Bools = NDArray[np.bool_]
 
 
 def class_thresholds(label: ArrayLike, probability: ArrayLike, patient: ArrayLike, *, miss: float = 0.1) -> Floats:
-    """How improbable a class may be and still stand in a set, from validation.
+    """Thresholds of nonconformity for each class, from validation.
 
     Args:
         label: ``(N,)`` class indices.
         probability: ``(N, K)``.
-        patient: ``(N,)`` names or indices; a patient's rows of one class share one vote.
+        patient: ``(N,)`` names or indices; a patient's rows of one class share a total weight of 1.
         miss: share of each class's samples that sets may miss.
 
     Returns:
-        ``(K,)`` largest 1 - p that is let in; infinite where a class has fewer patients than 1 / miss - 1, so that it is in every set.
+        ``(K,)`` largest 1 - p with which a class is included; infinite for a class with fewer than 1 / miss - 1 patients, so that it is
+        in every set.
 
     Raises:
         ConfigError: ``miss`` is not between 0 and 1.
         DataError: a class has no sample.
+
+    Examples:
+        >>> probability = [[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.2, 0.8]]
+        >>> class_thresholds([0, 0, 1, 1], probability, ["a", "b", "c", "d"], miss=0.4).round(3).tolist()
+        [0.4, 0.3]
     """
     if not 0 < miss < 1:
         raise ConfigError(f"miss is the share of samples that sets may miss, between 0 and 1, not {miss}")
@@ -45,19 +51,24 @@ def _threshold(scores: Floats, patient: NDArray[np.generic], miss: float) -> flo
         raise DataError("a prediction set needs validation samples of every class; one has none")
     _, of_row, rows = np.unique(patient, return_inverse=True, return_counts=True)
     order = np.argsort(scores, kind="stable")
-    # The new patient has a vote too, and it may lie beyond all others.
+    # The new patient counts, too, and may lie beyond all others.
     reached = np.cumsum(1 / rows[of_row[order]]) / (len(rows) + 1)
     place = int(np.searchsorted(reached, 1 - miss - 1e-12))
     return float(scores[order][place]) if place < len(scores) else float("inf")
 
 
 def prediction_sets(probability: ArrayLike, thresholds: ArrayLike) -> Bools:
-    """Which classes stand in each sample's set ``(N, K)``, from :func:`class_thresholds`; a set may be empty or hold all."""
+    """Whether each class is in each sample's set ``(N, K)``, from :func:`class_thresholds`; a set may be empty or contain all classes.
+
+    Examples:
+        >>> prediction_sets([[0.7, 0.3], [0.5, 0.5]], [0.4, 0.3]).tolist()
+        [[True, False], [False, False]]
+    """
     return np.asarray(1 - np.asarray(probability, dtype=np.float64) <= np.asarray(thresholds, dtype=np.float64))
 
 
 def set_coverage(validation: Predictions, test: Predictions, *, miss: float = 0.1) -> pd.DataFrame:
-    """Sets calibrated on a run's validation part and counted on its test part, class by class.
+    """Calibrate sets on a run's validation part and evaluate them on its test part, class by class.
 
     Args:
         validation: the validation part of a run.
@@ -65,8 +76,8 @@ def set_coverage(validation: Predictions, test: Predictions, *, miss: float = 0.
         miss: share of each class's samples that sets may miss.
 
     Returns:
-        Columns ``class, patients, coverage, size, only``: mean over patients of the share of their samples of the class whose set holds
-        it, mean size of those sets, and share of those sets that hold nothing else.
+        Columns ``class, patients, coverage, size, only``: mean over patients of the share of their samples of the class whose set contains
+        it, mean size of those sets, and share of those sets that contain nothing else.
 
     Raises:
         DataError: as :func:`class_thresholds`.

@@ -1,4 +1,4 @@
-"""From two predictions tables to what the test needs: gains and patients' influences, over the runs that both sides have completed."""
+"""Gains and patients' influences from two predictions tables, over the runs that both sides have completed: the input of the test."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _FEW = "only {number} patients {kind} {name} are tested: {metric} is described, 
 
 @dataclass(frozen=True)
 class Tally:
-    """One side's predictions added up by run and patient.
+    """One side's predictions, summed by run and patient.
 
     Attributes:
         classes: K names.
         runs: T (repeat, seed), sorted.
         patients: P names, sorted.
         cells: finished (repeat, fold, seed).
-        fold: ``(T, P)`` fold that tests a patient in a run; -1 where none does.
+        fold: ``(T, P)`` fold that tests a patient in a run; -1 if none does.
         sums: ``(T, P, 3 K + 3)`` as :func:`raredistill.evaluation.sums.patient_sums`.
         areas: by metric: each patient's area under the curve of his cell, and his influence on it, ``(T, P)``; NaN where undefined.
-        carried: ``(P,)`` the class that a patient carries; empty where none does.
+        carried: ``(P,)`` the label of a patient; empty if there is none.
         hard: only the predicted class is known.
     """
 
@@ -56,9 +56,9 @@ class Contrasts:
     """Several metrics' contrasts of one pair.
 
     Attributes:
-        found: by metric.
-        problems: why the other metrics have none, and why some that have one may only be described.
-        missing: cells without a result on one side or on both, in words; their runs are left out.
+        found: contrasts by metric.
+        problems: why the other metrics have none, and why some of those found may only be described.
+        missing: messages on cells without a result on one side or both; their runs are left out.
     """
 
     found: dict[str, Contrast] = field(default_factory=dict)
@@ -67,11 +67,11 @@ class Contrasts:
 
 
 def tally(predictions: Predictions, metrics: Sequence[str] = ()) -> Tally:
-    """Add up one side once, for any number of comparisons.
+    """Sum one side once, for any number of comparisons.
 
     Args:
         predictions: one part of one checkpoint; each run (repeat and seed) tests a patient in one fold.
-        metrics: areas (``auroc:CLASS``, ``auprc:CLASS``) that will be asked for; others need no mention.
+        metrics: areas (``auroc:CLASS``, ``auprc:CLASS``) that will be needed; others need not be listed.
 
     Raises:
         ConfigError: unknown metric or class.
@@ -104,7 +104,7 @@ def _codes(table: pd.DataFrame, columns: list[str]) -> tuple[Integers, list[tupl
 
 
 def _carried(predictions: Predictions, of_row: Integers) -> NDArray[np.object_]:
-    """Each patient's own label, or the rarest of his samples' where the table has none."""
+    """Each patient's own label, or the rarest label of the patient's samples if the table has none."""
     table = predictions.table
     order = {name: place for place, name in enumerate(table["label"].value_counts().index)}
     rarest = table["label"].map(order).groupby(of_row).max()
@@ -128,7 +128,7 @@ def _areas(predictions: Predictions, wanted: dict[str, int], group: Integers, sh
 
 
 def contrasts(control: Tally, other: Tally, metrics: Sequence[str], rare: str, *, expected: Collection[Cell] | None = None) -> Contrasts:
-    """Compare two sides by many metrics, over the runs that both have completed.
+    """Compare two sides by several metrics, over the runs that both have completed.
 
     Args:
         control: first side.
@@ -170,7 +170,7 @@ def missing_cells(control: Collection[Cell], other: Collection[Cell], expected: 
 
 
 def _aligned(control: Tally, other: Tally, expected: frozenset[Cell]) -> tuple[Tally, Tally]:
-    """Both sides over the runs that both have completed, in one order of patients."""
+    """Both sides, restricted to the runs that both have completed, with patients in the same order."""
     complete = [run for run in control.runs if run in set(other.runs) and _cells_of(run, expected) <= control.cells & other.cells]
     if not complete:
         raise DataError("no repeat and seed has all its folds on both sides: the difference can be described, not tested; finish its runs")
@@ -254,7 +254,7 @@ def _apart(sides: tuple[Tally, Tally], columns: slice) -> NDArray[np.bool_]:
 
 
 def _of_areas(sides: tuple[Tally, Tally], metrics: list[str], layout: Layout) -> dict[str, Contrast]:
-    """Areas rank within a network's test part, so their gain is a mean over cells; a cell's own level is spread over its patients."""
+    """Gains in areas, as means over cells, since areas rank within one network's test part; a cell's level is spread over its patients."""
     found = {}
     members = np.stack([np.bincount(fold, minlength=int(layout.fold.max()) + 1)[fold] for fold in layout.fold])
     for metric in (each for each in metrics if all(each in side.areas for side in sides)):
@@ -267,7 +267,7 @@ def _of_areas(sides: tuple[Tally, Tally], metrics: list[str], layout: Layout) ->
 
 
 def _few(side: Tally, found: dict[str, Contrast], rare: str) -> dict[str, str]:
-    """Metrics of a class that too few, or all but too few, patients carry."""
+    """Metrics of a class that too few patients have, or too few do not have."""
     said = {}
     for metric in found:
         name = metric.partition(":")[2] or rare

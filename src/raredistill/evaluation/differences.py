@@ -1,4 +1,4 @@
-"""What the evidence says of the difference between two methods: chosen by how the patients were divided."""
+"""Evidence on the difference between two methods, by a test that depends on how patients were divided."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ Floats = NDArray[np.float64]
 ROPE = 0.01
 _ABSENT = "{metric} has no value on these predictions: its class has no samples here; choose another class or part"
 FEW_SPLITS = 3
-"""With two splits the corrected t-test has one degree of freedom and finds nothing."""
+"""With two splits, the corrected t-test has one degree of freedom and almost no power."""
 FEW_PATIENTS = 20
 
 
 @dataclass(frozen=True)
 class Differences:
-    """The difference of one metric, second method minus first, with the values that it can be tested by.
+    """The difference of one metric, second method minus first, with the values that a test needs.
 
     Attributes:
         estimate: the difference.
         values: ``(n,)`` differences by fold and repeat, averaged over seeds (``folds``); or bootstrap draws over patients.
-        basis: ``folds``: folds test patients of their own, so the corrected t-test holds and covers training; ``patients``: all runs
-            share a test set, so only a bootstrap over its patients is possible, and the variance of training is not covered.
+        basis: ``folds``: folds test different patients, so the corrected t-test is valid and covers training; ``patients``: all runs
+            share a test set, so only a bootstrap over its patients is possible, which does not cover the variance of training.
         train_size: patients in a training side, for ``folds``.
         test_size: patients in a test side, for ``folds``.
         splits: the (repeat, fold) of each value, for ``folds``.
@@ -50,7 +50,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A difference with its 95 % interval, two-sided p, the smallest difference found with 80 % power, and Bayesian probabilities.
+    """A difference with its 95 % interval, two-sided p, the smallest difference detected with 80 % power, and Bayesian probabilities.
 
     ``worse, equal, better`` are those of :func:`raredistill.evaluation.compare.bayesian_correlated_t`; NaN without folds.
     """
@@ -76,12 +76,12 @@ def differences(
         other: predictions of the same samples in the same repeats.
         metric: a name as in :func:`raredistill.evaluation.bootstrap.patient_bootstrap`.
         sizes: patients in a training and in a test side; by default what :func:`side_sizes` finds in the control.
-        resamples: draws, where a bootstrap is the test.
+        resamples: number of draws, if the test is a bootstrap.
         seed: of the draws.
 
     Raises:
         ConfigError: unknown metric or class.
-        DataError: the sides do not fit, or the metric has no value.
+        DataError: the sides do not match, or the metric has no value.
     """
     check_same(control, other)
     found, problems = differences_of(control, other, [metric], sizes=sizes, resamples=resamples, seed=seed)
@@ -94,7 +94,7 @@ def differences_of(
     control: Predictions, other: Predictions, metrics: Sequence[str], *, sizes: tuple[float, float] | None = None, resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[dict[str, Differences], dict[str, str]]:  # fmt: skip
-    """As :func:`differences`, of many metrics at once, for sides that have passed :func:`raredistill.evaluation.bootstrap.check_same`.
+    """:func:`differences` for several metrics at once, for sides that have passed :func:`raredistill.evaluation.bootstrap.check_same`.
 
     Returns:
         Differences by metric, and why the others have none.
@@ -144,7 +144,7 @@ def combine(parts: Sequence[Differences], weights: Sequence[float]) -> Differenc
 
 
 def weigh(found: Differences, *, rope: float = ROPE) -> Evidence:
-    """Test a difference by what its basis allows.
+    """Test a difference as its basis allows.
 
     Raises:
         DataError: too few folds for a test.
@@ -166,19 +166,19 @@ def weigh(found: Differences, *, rope: float = ROPE) -> Evidence:
 
 
 def in_folds(predictions: Predictions) -> bool:
-    """Whether there are several folds and each tests patients of its own (outer cross-validation)."""
+    """Whether there are several folds that test different patients (outer cross-validation)."""
     return len(predictions.table[["repeat", "fold"]].drop_duplicates()) > 1 and tested_once(predictions)
 
 
 def split_values(predictions: Predictions, metrics: Sequence[str]) -> pd.DataFrame:
-    """Metrics by repeat and fold, averaged over seeds first: seeds of one fold share everything, so they are no further splits."""
+    """Metrics by repeat and fold, averaged over seeds first: seeds of one fold share its patients, so they are not additional splits."""
     groups = predictions.table.groupby(["repeat", "fold", "seed"], sort=True).indices
     by_run = pd.DataFrame({key: _metrics_of(predictions, metrics, np.asarray(rows)) for key, rows in groups.items()}, index=list(metrics)).T
     return by_run.groupby(level=[0, 1]).mean()
 
 
 def metric_of(predictions: Predictions, metric: str) -> float:
-    """A named metric of all rows; NaN where its class is absent.
+    """A named metric of all rows; NaN if its class is absent.
 
     Raises:
         ConfigError: unknown metric or class.
@@ -203,8 +203,8 @@ def _area(predictions: Predictions, name: str, place: int) -> float:
 def side_sizes(predictions: Predictions) -> tuple[float, float]:
     """Patients in a training and in a test side, means over folds, from a table of outer folds.
 
-    A fold trains on everyone whom the other folds of its repeat test, less its validation patients where the table names them. Leaving
-    them out of the training side widens Nadeau and Bengio's interval by 1.07 to 1.16 against counting them.
+    A fold trains on all patients tested by the other folds of its repeat, except its validation patients if the table names them. Leaving
+    these out of the training side widens Nadeau and Bengio's interval by 1.07 to 1.16 compared with counting them.
     """
     table = predictions.table
     everyone = table["patient"].nunique()

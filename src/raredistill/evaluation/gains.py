@@ -1,7 +1,7 @@
-"""The test that decides: what a second method gains, for new patients and new trainings on a cohort of the same size.
+"""The gain test, which decides verdicts: the gain of a second method for new patients and new trainings on a cohort of the same size.
 
-Each patient's influence on the gain is split into what belongs to the patient, to the run, and to both, so that the noise of training is
-averaged away by repeats instead of staying in every variance. Derivation, assumptions and measured error rates: docs/statistics.md.
+Each patient's influence on the gain is split into parts due to the patient, the run, and their interaction, so that repeats average out
+the noise of training instead of leaving it in every variance. Derivation, assumptions and measured error rates: docs/statistics.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Integers = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 FEWEST_PATIENTS = 10
-"""With fewer tested patients of a kind a difference is described, not tested."""
+"""With fewer tested patients of either kind, a difference is described, not tested."""
 POWER = 0.8
 _NOTHING = 1e-12
 _FARTHEST = 1e6
@@ -30,13 +30,13 @@ _FARTHEST = 1e6
 
 @dataclass(frozen=True)
 class Layout:
-    """Who was tested by which network.
+    """Which network tested which patients.
 
     Attributes:
         runs: the T (repeat, seed); each tests every patient once.
         patients: the n names.
         fold: ``(T, n)`` fold that tests a patient in a run.
-        rare: ``(n,)`` whether a patient carries the rare class.
+        rare: ``(n,)`` whether a patient has the rare class.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -51,11 +51,11 @@ class Layout:
 
     @cached_property
     def folds(self) -> int:
-        """Networks of a run."""
+        """Number of networks per run."""
         return len(np.unique(self.fold[0]))
 
     def check(self) -> None:
-        """Refuse what cannot be tested.
+        """Refuse a layout that cannot be tested.
 
         Raises:
             DataError: a single run, or fewer than ten patients with or without the rare class.
@@ -75,20 +75,20 @@ class Gain:
         gain: mean over runs of the metric pooled over a run's folds.
         low: end of its interval at the level asked for.
         high: the other end.
-        p: two-sided; never below what the patients who differ could show by their signs.
-        se: standard error; infinite where no patient differs at all, since no variance is then known.
+        p: two-sided; never smaller than a sign test on the patients that differ could give.
+        se: standard error; infinite if no patient differs, since the variance is then unknown.
         df: degrees of freedom.
         variance_patients: V_P, of patients' means over runs.
         variance_interaction: V_I, the part of V_P that is noise of training by patient.
         variance_training: V_M, noise of whole networks.
-        detectable: smallest true gain that the test at this level finds with 80 % power.
-        training_share: part of the variance that more repeats would narrow.
-        variance: the whole.
-        folds: networks of a run.
+        detectable: smallest true gain that the test at this level detects with 80 % power.
+        training_share: part of the variance that more repeats would reduce.
+        variance: total variance.
+        folds: number of networks per run.
         runs: repeats x seeds.
         df_patients: degrees of freedom of V_P.
         spread_training: standard deviation of V_M as an estimate.
-        patients_apart: patients whom the two sides treat differently in any run.
+        patients_apart: number of patients that the two sides classify differently in any run.
     """
 
     gain: float
@@ -122,13 +122,13 @@ class Gain:
 
 @dataclass(frozen=True)
 class Contrast:
-    """What is tested: a gain and the influence of every patient on it in every run.
+    """The input of the test: a gain, and the influence of every patient on it in every run.
 
     Attributes:
         gain: second method minus first, mean over runs.
-        values: ``(T, n)``; a run's influences add up to its deviation from the mean run, so they are about 0 in sum.
-        layout: who was tested by which network.
-        apart: ``(n,)`` whether the two sides treat a patient differently in any run.
+        values: ``(T, n)``; a run's influences add up to its deviation from the mean run, so their sum is about 0.
+        layout: which network tested which patients.
+        apart: ``(n,)`` whether the two sides classify a patient differently in any run.
     """
 
     gain: float
@@ -144,15 +144,15 @@ def gain_test(
 
     Args:
         tp: ``(2, repeats, seeds, n)`` samples of each patient that are correctly called rare; the first arm is the control.
-        pp: ``(2, repeats, seeds, n)`` samples of each patient that are called rare at all, by the network of the fold that tests him.
+        pp: ``(2, repeats, seeds, n)`` all samples of each patient that are called rare, by the network of the fold that tests the patient.
         actual: ``(n,)`` samples of the rare class.
         fold: ``(repeats, n)``.
-        rare: ``(n,)`` whether the patient carries the rare class.
+        rare: ``(n,)`` whether the patient has the rare class.
         kept: share of the rare class's patients that training keeps (``splits.rarefy``).
         level: two-sided level of the interval and of ``detectable``.
 
     Raises:
-        DataError: shapes do not fit, one run only, fewer than ten patients of a kind, or no sample of the rare class.
+        DataError: shapes do not match, there is only one run, fewer than ten patients of either kind, or no sample of the rare class.
     """
     hits, calls = (np.asarray(each, dtype=np.float64) for each in (tp, pp))
     there, folds, carries = np.asarray(actual, dtype=np.float64), np.asarray(fold, dtype=np.int64), np.asarray(rare, dtype=bool)
@@ -174,7 +174,7 @@ def gain_test(
 
 
 def assess(contrasts: Sequence[Contrast], *, kept: float = 1.0, level: float = 0.05) -> list[Gain]:
-    """Test contrasts of one layout at once.
+    """Test several contrasts with the same layout.
 
     Args:
         contrasts: of the same runs and patients.
@@ -202,7 +202,7 @@ def training_factor(kept: float) -> float:
 
 
 def combine(contrasts: Sequence[Contrast], weights: Sequence[float]) -> Contrast:
-    """A weighted sum of contrasts over the same patients and networks, such as a slope over several pairs.
+    """A weighted sum of contrasts with the same patients and networks, such as a slope over several pairs.
 
     Raises:
         DataError: they were not made on the same runs, folds and patients.
@@ -222,21 +222,21 @@ def same_layout(contrasts: Sequence[Contrast]) -> Layout:
     first = contrasts[0].layout
     for other in (each.layout for each in contrasts[1:]):
         if other is not first and (other.runs, other.patients) != (first.runs, first.patients):
-            raise DataError(f"these comparisons were not made on the same runs and patients ({_apart(first, other)}); finish their runs")
+            raise DataError(f"these comparisons were not made on the same runs and patients ({_mismatch(first, other)}); finish their runs")
         if other is not first and not np.array_equal(other.fold, first.fold):
             raise DataError("these comparisons were not made on the same folds; compare runs of the same splits")
     return first
 
 
-def _apart(one: Layout, other: Layout) -> str:
+def _mismatch(one: Layout, other: Layout) -> str:
     if lone := sorted({*one.runs} ^ {*other.runs}):
-        return f"repeat {lone[0][0]}, seed {lone[0][1]} stands on one side only"
+        return f"repeat {lone[0][0]}, seed {lone[0][1]} is on one side only"
     lone_patients = sorted({*one.patients} ^ {*other.patients})
-    return f"patient {lone_patients[0]} stands on one side only" if lone_patients else "their order differs"
+    return f"patient {lone_patients[0]} is on one side only" if lone_patients else "their order differs"
 
 
 def slope(contrasts: Sequence[Contrast], against: Sequence[float]) -> Contrast:
-    """Least-squares slope of several pairs' gains on one number each, such as log2 of the teacher's size over the student's.
+    """Least-squares slope of several pairs' gains on one number per pair, such as log2 of the teacher's size over the student's.
 
     Raises:
         DataError: fewer than two different numbers, or as :func:`combine`.
@@ -258,7 +258,7 @@ def closed_gap(student: Contrast, teacher: Contrast, *, kept: float = 1.0, level
         level: two-sided.
 
     Returns:
-        Share, low, high; None where the teacher's advantage over the control is not shown at this level.
+        Share, low, high; None if the teacher's advantage over the control is not shown at this level.
 
     Raises:
         DataError: as :func:`assess`.
@@ -271,7 +271,7 @@ def closed_gap(student: Contrast, teacher: Contrast, *, kept: float = 1.0, level
     def surplus(ratio: float) -> float:
         return assess([combine([student, teacher], [1.0, -ratio])], kept=kept)[0].p - level
 
-    # The shares that the same test does not reject: Fieller's set, which is an interval since the teacher's advantage is shown.
+    # Fieller's set of shares that the same test does not reject; it is an interval, since the teacher's advantage is shown.
     ends = []
     for step in (-0.1, 0.1):
         while surplus(share + step) > 0 and abs(step) < _FARTHEST:
@@ -297,13 +297,13 @@ def _parts(values: Floats, layout: Layout) -> dict[str, Floats]:
 
 
 def _training(rest: Floats, layout: Layout) -> tuple[Floats, Floats]:
-    """V_M ``(M,)``, from products of different patients of one network, and its standard deviation where networks do not differ."""
+    """V_M ``(M,)``, from products of different patients of one network, and its standard deviation if networks do not differ."""
     runs, folds = len(layout.runs), layout.folds
     products, noise = np.zeros(len(rest)), np.zeros(len(rest))
     for run in range(runs):
         own = (layout.fold[run][:, None] == np.unique(layout.fold[run])).astype(np.float64)
         alike = int((layout.repeat == layout.repeat[run]).sum())
-        # What a network's own level leaves in residuals about a patient's mean: in its run, in runs of the same split, in other repeats.
+        # Contribution of a network's level to residuals about a patient's mean: in its run, in runs of the same split, in other repeats.
         left = (1 - 1 / runs) ** 2 + (alike - 1) / runs**2 + (runs - alike) / (folds * runs**2)
         squares = rest[:, run] ** 2
         sums = squares @ own
@@ -329,7 +329,7 @@ def _gain(gain: float, parts: dict[str, float], layout: Layout, kept: float, lev
 
 
 def _freedom(of_patients: float, df_patients: float, training: float, df_training: float, networks: int) -> float:
-    """Satterthwaite's degrees of freedom; a variance of few runs that happens to be small may not claim more than there are networks."""
+    """Satterthwaite's degrees of freedom, at most the number of networks, in case the variance of a few runs is small by chance."""
     variance = of_patients + training
     if not variance > 0:
         return 1.0
@@ -338,7 +338,7 @@ def _freedom(of_patients: float, df_patients: float, training: float, df_trainin
 
 
 def _bounded(gain: float, variance: float, df: float, fewest: float) -> tuple[float, float]:
-    """Standard error and p; both no better than the signs of the patients who differ, so that no variance of 0 is taken for certainty."""
+    """Standard error and p, bounded by a sign test on the patients that differ, so that a variance of 0 does not count as certainty."""
     if variance > 0:
         p = float(2 * stats.t.sf(abs(gain) / variance**0.5, df))
         if p >= fewest:

@@ -1,4 +1,4 @@
-"""The same predictions by slice and by patient."""
+"""Evaluation of the same predictions per sample and per patient."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PatientPredictions:
-    """One prediction a patient.
+    """One prediction per patient.
 
     Attributes:
         patient: P identifiers, sorted.
         label: ``(P,)`` indices into ``classes``.
         probability: ``(P, Kp)``, each row adding up to 1.
-        classes: the Kp classes that a patient can carry.
+        classes: the Kp classes that a patient can have.
     """
 
     patient: list[str]
@@ -50,15 +50,15 @@ def select(predictions: Predictions, split: str = "test", checkpoint: str = "bes
 
 
 def patient_predictions(predictions: Predictions, rule: Rule = "mean") -> PatientPredictions:
-    """Put a patient's slices together over the classes that a patient can carry.
+    """Combine a patient's slices into one prediction over the classes that a patient can have.
 
     A slice's probabilities are averaged over the seeds and repeats of the table, so that a table of several runs gives their ensemble
-    (:func:`by_patient` keeps runs apart). Then the rule makes one number a class of the patient's slices, without the
-    background class; these are brought back to a sum of 1. Patients that carry no class are left out.
+    (:func:`by_patient` keeps runs apart). Then the rule gives one number per class from the patient's slices, without the
+    background class; these are renormalised to a sum of 1. Patients without a class are left out.
 
     Args:
         predictions: one part of one checkpoint.
-        rule: ``mean`` (a slice that looks like background weighs little), ``max``, or ``top5``, the mean of a class's five highest.
+        rule: ``mean`` (slices that look like background have little weight), ``max``, or ``top5``, the mean of a class's five highest.
 
     Raises:
         DataError: no patient has a class.
@@ -105,7 +105,7 @@ def _slice_means(of_row: NDArray[np.int64], sample: pd.Series[Any], probability:
 
 
 def _put_together(of_slice: NDArray[np.int64], means: Floats, rule: Rule) -> Floats:
-    """``(P, Kp)`` from slices ``(S, Kp)``, which come patient by patient."""
+    """``(P, Kp)`` from slices ``(S, Kp)``, which are sorted by patient."""
     starts = np.flatnonzero(np.diff(of_slice, prepend=-1))
     number = np.diff(np.append(starts, len(of_slice)))
     if rule == "max":
@@ -119,12 +119,12 @@ def _put_together(of_slice: NDArray[np.int64], means: Floats, rule: Rule) -> Flo
 
 
 def has_patients(predictions: Predictions) -> bool:
-    """Whether there is a patient level that differs from the slices'."""
+    """Whether the patient level differs from the slice level."""
     return _no_patient_level(predictions) is None
 
 
 def by_patient(predictions: Predictions, rule: Rule = "mean") -> Predictions:
-    """The patient level as a table of its own, one row a patient and run, so that everything that reads predictions works on it.
+    """The patient level as a predictions table, one row per patient and run, so that all functions on predictions can be used on it.
 
     Args:
         predictions: one part of one checkpoint.
@@ -151,10 +151,10 @@ def evaluate(predictions: Predictions, checkpoint: str = "best", split: str = "t
     """Metrics and confusion matrices by slice and by patient.
 
     Args:
-        predictions: a whole table; rows of several runs are pooled at both levels, a patient of each run being one row.
+        predictions: a complete table; rows of several runs are pooled at both levels, with one row per patient and run.
         checkpoint: ``best`` or ``last``.
         split: ``test`` or ``validation``.
-        rule: how slices make a patient; see :func:`patient_predictions`.
+        rule: how a patient's slices are combined; see :func:`patient_predictions`.
 
     Returns:
         ``classes``; ``slice``: ``metrics`` (see :func:`raredistill.metrics.classification_metrics`), ``confusion`` ``(K, K)``, ``samples``,
@@ -170,18 +170,18 @@ def evaluate(predictions: Predictions, checkpoint: str = "best", split: str = "t
 def metrics_rows(
     predictions: Predictions, checkpoint: str = "best", split: str = "test", rule: Rule = "mean"
 ) -> dict[str, list[dict[str, Any]]]:
-    """The metrics as rows to print.
+    """The metrics as rows for printing.
 
     Args:
-        predictions: a whole table.
+        predictions: a complete table.
         checkpoint: ``best`` or ``last``.
         split: ``test`` or ``validation``.
-        rule: how slices make a patient.
+        rule: how a patient's slices are combined.
 
     Returns:
-        ``by slice`` and, where there is one, ``by patient``: a row a class (class, precision, recall, f1, auroc, auprc) and their mean,
-        ``macro``; ``overall``: a row a level (level, macro_f1, balanced_accuracy, g_mean, mcc); ``without a value``: a row a reason, where
-        a metric has none.
+        ``by slice`` and, if it differs, ``by patient``: one row per class (class, precision, recall, f1, auroc, auprc) and their mean,
+        ``macro``; ``overall``: one row per level (level, macro_f1, balanced_accuracy, g_mean, mcc); ``without a value``: one row per
+        reason, if a metric has no value.
 
     Raises:
         DataError: no rows of that part and checkpoint.

@@ -1,4 +1,4 @@
-"""When a study may stop: looks and their share of the error, fixed before the first run."""
+"""Rules for stopping a study early: looks and their levels, fixed before the first run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ TOTAL = 0.05
 
 @dataclass(frozen=True)
 class Looks:
-    """A rule of stopping.
+    """A stopping rule.
 
     Attributes:
         looks: numbers of repeats after which the study is tested, increasing, at least 2.
-        alpha: level of each look; they add up to at most 0.05, which holds whatever the looks have in common (union bound).
-        margin: largest difference without practical meaning; None leaves equivalence out.
-        wanted: a gain that would matter: a pair whose patients cannot show it is given up.
+        alpha: level of each look; they add up to at most 0.05, which is valid for any dependence of the looks (union bound).
+        margin: largest difference without practical meaning; None for no equivalence test.
+        wanted: a gain that would matter: a pair whose patients cannot show it is dropped.
     """
 
     looks: tuple[int, ...] = (2, 4, 10)
@@ -32,7 +32,7 @@ class Looks:
     wanted: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a rule that does not hold its level."""
+        """Refuse a rule that does not keep its level."""
         if not self.looks or len(self.looks) != len(self.alpha):
             raise ConfigError(f"evidence: give one alpha for each of the looks, not {len(self.alpha)} for {len(self.looks)}")
         if self.looks[0] < 2 or any(later <= earlier for earlier, later in zip(self.looks, self.looks[1:], strict=False)):
@@ -43,25 +43,25 @@ class Looks:
             raise ConfigError("evidence.margin and evidence.wanted are differences above 0")
 
     def place(self, repeats: int) -> int | None:
-        """The last look that so many repeats have reached."""
+        """Index of the last look reached with this many repeats."""
         reached = [place for place, look in enumerate(self.looks) if look <= repeats]
         return reached[-1] if reached else None
 
     def record(self) -> dict[str, Any]:
-        """What is written down before the first run."""
+        """The rule as recorded before the first run."""
         return {"looks": list(self.looks), "alpha": list(self.alpha), "margin": self.margin, "wanted": self.wanted}
 
 
 @dataclass(frozen=True)
 class State:
-    """Where one pair stands.
+    """The state of one pair.
 
     Attributes:
-        outcome: ``open`` while it is trained on; ``floor`` where these patients cannot show the wanted gain; ``budget`` after the
+        outcome: ``open`` while its training continues; ``floor`` if these patients cannot show the wanted gain; ``budget`` after the
             last look.
         look: repeats at which it was settled, or at which it was tested last.
         level: the alpha of that look.
-        gain: what was found there, with its interval at the look's level.
+        gain: the gain at that look, with its interval at the look's level.
         p_holm: adjusted over all pairs of the look.
         history: repeats, gain and adjusted p of each look so far.
     """
@@ -82,8 +82,8 @@ def settle(
     Args:
         rule: fixed before the first run.
         place: index of the look.
-        found: every pair's gain at this look; a pair settled before keeps the one that settled it.
-        before: states after the look before.
+        found: every pair's gain at this look; a pair that is already settled keeps the gain that settled it.
+        before: states after the previous look.
         kept: share of the rare class's patients that training keeps.
 
     Returns:
@@ -121,7 +121,7 @@ def _outcome(found: Gain, p: float, same: float | None, rule: Looks, *, last: bo
 
 
 def looks_table(states: Mapping[str, State], rule: Looks) -> list[dict[str, Any]]:
-    """A row for each pair and look: repeats, the look's level, gain, p after Holm, and the outcome at the look that settled it."""
+    """One row per pair and look: repeats, the look's level, gain, p after Holm, and the outcome at the look that settled it."""
     alphas = dict(zip(rule.looks, rule.alpha, strict=True))
     return [
         {"entry": name, "repeats": look, "alpha": alphas[look], "gain": gain, "p_holm": p,

@@ -1,4 +1,4 @@
-"""What a study of some size could find, from a pilot of two or more runs of the same cohort, or from stated assumptions."""
+"""Power of a planned study, from a pilot of two or more runs on the same cohort, or from stated assumptions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Pilot:
         interaction: V_I of the pilot.
         training: V_M of the pilot.
         runs: its repeats x seeds.
-        folds: networks of a run.
+        folds: networks per run.
         df_patients: degrees of freedom of V_P; infinite for an assumption.
         spread_training: standard deviation of V_M as an estimate; 0 for an assumption.
     """
@@ -42,25 +42,25 @@ class Pilot:
 
     @classmethod
     def of(cls, found: Gain) -> Pilot:
-        """The parts that a test has measured."""
+        """The parts measured by a test."""
         return cls(found.variance_patients, found.variance_interaction, found.variance_training, found.runs, found.folds,
                    found.df_patients, found.spread_training)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a planned study could find.
+    """Precision and power of a planned study.
 
     Attributes:
         se: standard error of its gain.
-        se_low: the 5 % end of what the pilot says of it.
+        se_low: the 5 % end of its range.
         se_high: the 95 % end.
-        detectable: smallest true gain found with 80 % power.
-        low: its 5 % end.
-        high: its 95 % end.
-        floor: what no number of trainings on these patients goes below.
+        detectable: smallest true gain detected with 80 % power.
+        low: the 5 % end of its range.
+        high: the 95 % end.
+        floor: lower limit of ``detectable`` for any number of trainings on these patients.
         df: degrees of freedom of the planned test.
-        level: two-sided level that ``detectable`` holds for.
+        level: two-sided level of ``detectable``.
     """
 
     se: float
@@ -82,10 +82,10 @@ def forecast(
     Args:
         pilot: measured on the same cohort, or assumed.
         runs: planned repeats x seeds.
-        folds: planned networks of a run; by default the pilot's.
-        patients: planned patients over the pilot's.
+        folds: planned networks per run; by default the pilot's.
+        patients: planned number of patients, relative to the pilot's.
         kept: share of the rare class's patients that training keeps.
-        level: two-sided; give the level over the number of comparisons for what Holm's adjustment leaves at worst.
+        level: two-sided; divide it by the number of comparisons for the worst case of Holm's adjustment.
 
     Raises:
         ConfigError: fewer than one run, or a share that is not positive.
@@ -104,7 +104,7 @@ def forecast(
 
 
 def _range(pilot: Pilot, variance: float, of_patients: float, shrink: float) -> tuple[float, float]:
-    """Where the standard error lies in 90 % of studies: V_P and V_M are estimates, and so is what the study itself will measure."""
+    """Range of the standard error in 90 % of studies: V_P and V_M are estimates, and so are the study's own variances."""
     if pilot.df_patients == float("inf") and not pilot.spread_training:
         return variance**0.5, variance**0.5
     networks = pilot.folds * max(pilot.runs - 1, 1)
@@ -116,13 +116,13 @@ def _range(pilot: Pilot, variance: float, of_patients: float, shrink: float) -> 
 
 
 def power(pilot: Pilot, gain: float, *, runs: int, folds: int | None = None, kept: float = 1.0, level: float = LEVEL) -> float:
-    """Chance that a study with so many runs shows a true gain."""
+    """Probability that a study with this many runs shows a true gain."""
     plan = forecast(pilot, runs=runs, folds=folds, kept=kept, level=level)
     return float(stats.t.cdf(abs(gain) / plan.se - stats.t.isf(level / 2, plan.df), plan.df)) if plan.se else 1.0
 
 
 def runs_needed(pilot: Pilot, gain: float, *, folds: int | None = None, kept: float = 1.0, level: float = LEVEL) -> int | None:
-    """Fewest runs (repeats x seeds) that show a true gain with 80 % power; None where no number of trainings on these patients does."""
+    """Fewest runs (repeats x seeds) that show a true gain with 80 % power; None if no number of trainings on these patients does."""
     found = (runs for runs in range(2, MOST_RUNS) if forecast(pilot, runs=runs, folds=folds, kept=kept, level=level).detectable <= gain)
     return next(found, None)
 
@@ -136,11 +136,17 @@ def power_table(
 
 
 def error_range(df: float) -> tuple[float, float]:
-    """Where an estimated standard error lies in 90 % of studies, as multiples of the true one: 0.42 to 1.54 with 4 degrees of freedom."""
+    """Range of an estimated standard error in 90 % of studies, relative to the true one: 0.42 to 1.54 with 4 degrees of freedom.
+
+    Examples:
+        >>> low, high = error_range(4)
+        >>> round(low, 2), round(high, 2)
+        (0.42, 1.54)
+    """
     low, high = ((float(stats.chi2.ppf(share, df)) / df) ** 0.5 for share in _RANGE)
     return low, high
 
 
 def floor_sentence(plan: Forecast, what: str, patients: str) -> str:
-    """Say what no number of trainings goes below."""
+    """Sentence on the lower limit of detectable gains for any number of trainings."""
     return f"With {patients} no number of trainings finds gains in {what} below {plan.floor:.3f} (80 % power)."

@@ -1,4 +1,4 @@
-"""Published confusion matrices: they can be described, and without patients or predictions nothing about them can be tested."""
+"""Published confusion matrices: they can be described but, without patients or predictions, not tested."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def is_published(path: Path) -> bool:
 
 
 def read_published(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """Every row's matrix as metrics beside its descriptive columns.
+    """Compute metrics of each row's matrix, next to its descriptive columns.
 
     Args:
-        path: CSV with a column ``TRUE_as_PREDICTED`` for each two classes, and any others; ``fold`` numbers the runs of one method.
+        path: CSV with a column ``TRUE_as_PREDICTED`` for each pair of classes, and any others; ``fold`` numbers the runs of a method.
 
     Returns:
         The other columns, the overall metrics, and ``precision_CLASS``, ``recall_CLASS``, ``f1_CLASS``; and the classes.
 
     Raises:
-        DataError: a column is missing, or a count is no whole number.
+        DataError: a column is missing, or a count is not a whole number.
     """
     table = read_text_table(path)
     names = [str(column) for column in table.columns if _BETWEEN in str(column)]
@@ -53,7 +53,7 @@ def read_published(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
 
 
 def published_tables(path: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """Metrics of every run, their mean and spread by method, and what may be said.
+    """Metrics of every run, their mean and standard deviation by method, and sentences on their interpretation.
 
     Raises:
         DataError: as :func:`read_published`.
@@ -70,7 +70,7 @@ def published_tables(path: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
 
 
 def _descriptions(number: pd.Series, means: pd.DataFrame, by: list[str], classes: tuple[str, ...]) -> list[str]:
-    """A sentence for every taught method beside the same student without a teacher, where the columns say who taught whom."""
+    """One sentence per distilled student, compared with the same student without a teacher, if the columns name the teachers."""
     if not {"teacher", "student"} <= set(by):
         return []
     same = [column for column in by if column not in ("teacher", "experiment")]
@@ -88,6 +88,6 @@ def _descriptions(number: pd.Series, means: pd.DataFrame, by: list[str], classes
 
 def _caution(number: int) -> str:
     return (
-        f"Descriptive only: {number} runs a method on one test set, without patients or predictions, cannot be tested. "
-        "Differences between rows may come from the patients of the test set or from chance in training; neither can be told here."
+        f"Descriptive only: {number} runs per method on one test set, without patients or predictions, cannot be tested. "
+        "Differences between rows may be due to the patients of the test set or to chance in training; these data cannot separate them."
     )

@@ -1,4 +1,4 @@
-"""Areas under the ROC and precision-recall curves for many weightings of the patients at once, without sorting again."""
+"""Areas under the ROC and precision-recall curves for many weightings of the patients, with a single sort."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Ranking:
-    """Counts by patient at every score that a positive has, highest first: T thresholds, P patients.
+    """Counts per patient at the scores of all positives, highest first: T thresholds, P patients.
 
     Attributes:
         hits: ``(P, T)`` positives at or above the threshold.
         calls: ``(P, T)`` rows at or above it.
         ties: ``(P, T)`` negatives exactly at it.
-        negatives: ``(P,)`` negatives in all.
+        negatives: ``(P,)`` total negatives.
     """
 
     hits: NDArray[np.float32]
@@ -30,7 +30,7 @@ class Ranking:
     negatives: Floats
 
     def auprc(self, weights: Integers) -> Floats:
-        """Average precision ``(R,)`` when patients count ``weights (R, P)`` times; NaN without positives."""
+        """Average precision ``(R,)`` with patients weighted by ``weights (R, P)``; NaN without positives."""
         # Counts stay below 2^24, so single precision is exact.
         drawn = weights.astype(np.float32)
         hits, calls = (drawn @ self.hits).astype(np.float64), drawn @ self.calls
@@ -39,7 +39,7 @@ class Ranking:
         return _share(area, hits[:, -1] if hits.shape[1] else np.zeros(len(hits)), np.nan)
 
     def auroc(self, weights: Integers) -> Floats:
-        """Area under the ROC curve ``(R,)``, ties counting half; NaN without both kinds."""
+        """Area under the ROC curve ``(R,)``, ties counting half; NaN unless both kinds are present."""
         drawn = weights.astype(np.float64)
         steps, above = self._steps
         # Negatives that outrank each positive are a quadratic form of a draw, over thresholds or over pairs of patients.
@@ -59,16 +59,16 @@ class Ranking:
 
 
 def rank(positive: NDArray[np.bool_], score: Floats, of_row: Integers, patients: int) -> Ranking:
-    """Sort once.
+    """Sort the scores once, for any number of weightings.
 
     Args:
         positive: ``(N,)``.
         score: ``(N,)``, higher for positives.
         of_row: ``(N,)`` index of the row's patient.
-        patients: P.
+        patients: number of patients, P.
     """
     thresholds = np.unique(score[positive])
-    # The first threshold, from the highest, that a row reaches; rows below all of them fall off the end.
+    # The first threshold, from the highest, that a row reaches; rows below all thresholds are dropped.
     place = len(thresholds) - np.searchsorted(thresholds, score, side="right")
     calls = _counts(of_row, place, patients, len(thresholds))
     hits = _counts(of_row[positive], place[positive], patients, len(thresholds))
@@ -79,7 +79,7 @@ def rank(positive: NDArray[np.bool_], score: Floats, of_row: Integers, patients:
 
 
 def area_influences(positive: NDArray[np.bool_], score: Floats, of_row: Integers, patients: int) -> dict[str, tuple[float, Floats]]:
-    """Both areas of one test part, and how much each patient's weight moves them (DeLong's placements; infinitesimal jackknife).
+    """Both areas of one test part, and each patient's influence on them (DeLong's placements; infinitesimal jackknife).
 
     Args:
         positive: ``(N,)``.
@@ -124,7 +124,7 @@ def _precision_rows(positive: NDArray[np.bool_], score: Floats) -> tuple[float, 
     calls, steps = ends + 1.0, np.diff(hits, prepend=0.0)
     precision, number = hits / calls, hits[-1]
     area = float((steps * precision).sum() / number)
-    # From a row's threshold downwards, one more positive raises hits and calls, one more negative calls only.
+    # From a row's threshold downwards, one more positive increases hits and calls, one more negative only calls.
     gained, lost = (np.cumsum(each[::-1])[::-1] for each in (steps / calls, steps * hits / calls**2))
     place = np.empty(len(score), dtype=np.int64)
     place[order] = np.searchsorted(ends, np.arange(len(score)))

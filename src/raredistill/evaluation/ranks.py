@@ -1,4 +1,4 @@
-"""Several methods over several data sets: mean ranks and the difference that counts (Demšar 2006)."""
+"""Several methods over several data sets: mean ranks and their critical difference (Demšar 2006)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FEWEST = 3
 
 @dataclass(frozen=True)
 class Ranks:
-    """Mean ranks, 1 is best; what a critical-difference diagram draws.
+    """Mean ranks (1 is best) and the other contents of a critical-difference diagram.
 
     Attributes:
         mean_ranks: by method, best first.
-        p: of Friedman's test that all methods are alike (Iman and Davenport's F).
-        critical_difference: Nemenyi's: mean ranks closer than this are not told apart.
-        cliques: methods that are not told apart, each group as wide as it goes; the bars of the diagram.
-        datasets: how many there are.
+        p: p value of Friedman's test that all methods are equal (Iman and Davenport's F).
+        critical_difference: Nemenyi's: methods whose mean ranks are closer than this are not distinguished.
+        cliques: maximal groups of methods that are not distinguished; the bars of the diagram.
+        datasets: number of data sets.
     """
 
     mean_ranks: pd.Series
@@ -36,8 +36,8 @@ def ranks_over_datasets(scores: pd.DataFrame, *, level: float = 0.05) -> Ranks:
     """Rank methods on every data set and compare all of them with all.
 
     Args:
-        scores: a row for each data set, a column for each method; higher is better. Folds of one data set are not data sets.
-        level: of Nemenyi's test.
+        scores: one row per data set, one column per method; higher is better. Folds of one data set are not data sets.
+        level: level of Nemenyi's test.
 
     Raises:
         DataError: fewer than three methods or data sets, or a gap.

@@ -21,11 +21,11 @@ _DISTINCT = 6
 
 
 def groups_of(values: Mapping[str, object], *, bins: int = BINS) -> dict[str, str]:
-    """A group for each patient: the value itself, or a third of the patients where it is a number with many values.
+    """A group for each patient: the value itself or, for numbers with many values, one of three ranges.
 
     Args:
-        values: by patient; None, NaN and the empty text are a group of their own, ``unknown``.
-        bins: groups of about equal size that numbers are cut into.
+        values: values by patient; None, NaN and the empty string form a separate group, ``unknown``.
+        bins: number of groups of about equal size for numbers.
 
     Raises:
         DataError: no patient has a value.
@@ -43,7 +43,7 @@ def groups_of(values: Mapping[str, object], *, bins: int = BINS) -> dict[str, st
 def subgroup_intervals(
     predictions: Predictions, groups: Mapping[str, str], metrics: Sequence[str], *, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """Scores of each group with the interval that the whole cohort's scores have.
+    """Scores of each group, with the same kind of interval as for the whole cohort.
 
     Args:
         predictions: one part of one checkpoint.
@@ -72,20 +72,20 @@ def subgroup_intervals(
 def subgroup_gains(
     control: Tally, other: Tally, groups: Mapping[str, str], metrics: Sequence[str], rare: str, *, kept: float = 1.0, level: float = 0.05
 ) -> pd.DataFrame:
-    """The gain within each group, tested as that of the whole cohort; groups are explored, so no p is adjusted.
+    """The gain within each group, tested as in the whole cohort; subgroups are exploratory, so no p is adjusted.
 
     Args:
         control: first side.
         other: second side.
         groups: by patient.
-        metrics: sums over patients (``f1``, ``recall``, ``macro_f1`` ...); areas rank all patients of a network and are not divided.
+        metrics: sums over patients (``f1``, ``recall``, ``macro_f1`` ...); areas rank all patients of a network and cannot be divided.
         rare: the rare class.
         kept: share of the rare class's patients that training keeps.
         level: two-sided.
 
     Returns:
         Columns ``group, patients, rare_patients, metric, gain, low, high, p, note``; a group with fewer than ten rare patients, or ten
-        others, is described: it has a gain and a note, no interval.
+        others, is only described: it has a gain and a note, but no interval.
 
     Raises:
         ConfigError: unknown metric or class.

@@ -1,4 +1,4 @@
-"""Metrics as functions of what is summed over patients: counts by class, and losses."""
+"""Metrics as functions of sums over patients: counts by class, and losses."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def lacks_probabilities(predictions: Predictions, metric: str) -> bool:
 
 
 def patient_sums(predictions: Predictions, group: Integers, groups: int) -> Floats:
-    """What metrics are made of, added up over the rows of each group.
+    """The sums that metrics are computed from, over the rows of each group.
 
     Args:
         predictions: N rows of K classes.
         group: ``(N,)`` such as the index of the row's patient.
-        groups: their number.
+        groups: number of groups.
 
     Returns:
         ``(groups, 3 K + 3)``: by class the correctly classified, actual and predicted rows; the Brier score, the log-loss, the rows.
@@ -70,10 +70,10 @@ def _by_class(group: Integers, label: Integers, groups: int, classes: int) -> Fl
 
 
 def scores_of(sums: Floats, wanted: Sequence[tuple[str, int]]) -> Floats:
-    """Metrics ``(M, ...)`` of sums ``(..., 3 K + 3)`` over patients; NaN where a class is absent.
+    """Metrics ``(M, ...)`` from sums ``(..., 3 K + 3)`` over patients; NaN if a class is absent.
 
     Args:
-        sums: as the rows of :func:`patient_sums`, added up.
+        sums: summed rows of :func:`patient_sums`.
         wanted: M parsed names.
     """
     found = metrics_from_margins(*np.split(sums[..., :-3], 3, axis=-1))
@@ -83,9 +83,10 @@ def scores_of(sums: Floats, wanted: Sequence[tuple[str, int]]) -> Floats:
 
 
 def gradients(sums: Floats, wanted: Sequence[tuple[str, int]]) -> Floats:
-    """Slopes of metrics on their sums ``(M, 3 K + 3)`` at ``sums (3 K + 3,)``, by central differences; NaN where there is none.
+    """Gradients of metrics with respect to the sums ``(M, 3 K + 3)``, at ``sums (3 K + 3,)``, by central differences; NaN if undefined.
 
-    A patient's own sums times the slope are his influence: the metrics do not change when all sums are doubled, so influences add up to 0.
+    The influence of a patient is the gradient times the patient's own sums: metrics do not change if all sums are doubled, so influences
+    add up to 0.
     """
     steps = np.diag(_STEP * np.maximum(sums, 1.0))
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Where to put the threshold of one class, what it costs, and when a classifier is worth using at all."""
+"""Thresholds of one class, their cost, and decision curves."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Floats = NDArray[np.float64]
 
 
 def operating_point(positive: ArrayLike, score: ArrayLike, sensitivity: float) -> float:
-    """The highest threshold that reaches the wanted sensitivity; choose it on validation, never on test.
+    """The highest threshold that reaches the desired sensitivity; choose it on validation, never on test.
 
     Args:
         positive: ``(N,)`` whether a sample is of the class.
         score: ``(N,)``, higher for positives.
-        sensitivity: wanted, above 0 and at most 1.
+        sensitivity: desired sensitivity, above 0 and at most 1.
 
     Returns:
         A score; samples at or above it are called positive.
@@ -27,6 +27,10 @@ def operating_point(positive: ArrayLike, score: ArrayLike, sensitivity: float) -
     Raises:
         ConfigError: the sensitivity is out of range.
         DataError: no positives.
+
+    Examples:
+        >>> operating_point([True, True, False], [0.9, 0.4, 0.6], sensitivity=1.0)
+        0.4
     """
     if not 0 < sensitivity <= 1:
         raise ConfigError(f"a wanted sensitivity lies above 0 and at most at 1, not at {sensitivity}")
@@ -37,7 +41,7 @@ def operating_point(positive: ArrayLike, score: ArrayLike, sensitivity: float) -
 
 
 def matched_shift(positive: ArrayLike, logits: ArrayLike, place: int) -> float:
-    """How much to take off a class's logit so that argmax calls as many samples this class as there are; choose it on validation.
+    """Amount to subtract from a class's logit so that argmax predicts the class as often as it occurs; choose it on validation.
 
     Args:
         positive: ``(N,)`` whether a sample is of the class.
@@ -45,7 +49,11 @@ def matched_shift(positive: ArrayLike, logits: ArrayLike, place: int) -> float:
         place: index of the class.
 
     Returns:
-        Half-way between the last sample that is called and the first that is not; 0 where all samples, or none, are of the class.
+        Half-way between the last sample that is predicted as the class and the first that is not; 0 if all samples, or none, are.
+
+    Examples:
+        >>> matched_shift([True, False, False], [[0.0, 1.0], [0.0, 2.0], [0.0, -1.0]], place=1)
+        1.5
     """
     scores = np.asarray(logits, dtype=np.float64)
     margins = np.sort(scores[:, place] - np.delete(scores, place, axis=1).max(axis=1))[::-1]
@@ -54,7 +62,7 @@ def matched_shift(positive: ArrayLike, logits: ArrayLike, place: int) -> float:
 
 
 def at_threshold(positive: ArrayLike, score: ArrayLike, threshold: float) -> dict[str, float]:
-    """What a threshold gives.
+    """Performance at a threshold.
 
     Args:
         positive: ``(N,)`` whether a sample is of the class.
@@ -63,6 +71,10 @@ def at_threshold(positive: ArrayLike, score: ArrayLike, threshold: float) -> dic
 
     Returns:
         ``sensitivity, specificity, precision`` and ``flagged`` (the share called positive); NaN where undefined.
+
+    Examples:
+        >>> at_threshold([True, True, False], [0.9, 0.4, 0.6], threshold=0.5)["sensitivity"]
+        0.5
     """
     truth, called = np.asarray(positive, dtype=bool), np.asarray(score, dtype=np.float64) >= threshold
     return {
@@ -72,11 +84,11 @@ def at_threshold(positive: ArrayLike, score: ArrayLike, threshold: float) -> dic
 
 
 def decision_curve(positive: ArrayLike, score: ArrayLike, thresholds: ArrayLike) -> pd.DataFrame:
-    """Net benefit (Vickers and Elkin 2006): true positives minus false ones at the odds that a threshold implies, a sample.
+    """Net benefit per sample (Vickers and Elkin 2006): true positives minus false positives weighted by the odds of the threshold.
 
     Args:
         positive: ``(N,)`` whether a sample is of the class.
-        score: ``(N,)`` its probability.
+        score: ``(N,)`` probability of the class.
         thresholds: ``(T,)`` probabilities, each below 1, at which one would act.
 
     Returns:
@@ -91,14 +103,14 @@ def decision_curve(positive: ArrayLike, score: ArrayLike, thresholds: ArrayLike)
 
 
 def decision_summary(curve: pd.DataFrame, at: float) -> dict[str, float]:
-    """What a decision curve says in five numbers (Vickers and Elkin 2006; Vickers et al. 2016).
+    """Summary of a decision curve (Vickers and Elkin 2006; Vickers et al. 2016).
 
     Args:
-        curve: of :func:`decision_curve`.
-        at: the threshold probability at which one would act; the nearest of the curve is read.
+        curve: result of :func:`decision_curve`.
+        at: the threshold probability at which one would act; the nearest one of the curve is used.
 
     Returns:
-        ``threshold``, ``benefit`` there, ``over_default``, what it adds to the better of acting on all and on nobody; ``spared``, actions
+        ``threshold``, ``benefit`` there, ``over_default``, its gain over the better of acting on all and on nobody; ``spared``, actions
         avoided per 100 samples without missing more than acting on all does; ``useful_from`` and ``useful_to``, the lowest and the highest
         threshold at which the classifier beats both (NaN where it never does).
 

@@ -1,4 +1,4 @@
-"""What may be said of a gain: helps, harms, makes no practical difference, not decided; and when it is only described."""
+"""Verdicts on gains: helps, harms, makes no practical difference, not decided; or described only."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Ruling:
-    """A verdict with what it rests on.
+    """A verdict with its basis.
 
     Attributes:
         verdict: the answer.
         sentence: the answer in words, with its numbers.
-        notes: what would decide it, and what its uncertainty is made of.
-        gain: None where nothing was tested.
-        p_holm: adjusted over the family; None where nothing was tested.
-        p_same: of a difference as large as the margin in either direction, adjusted likewise; None without a margin.
+        notes: what would decide it, and the sources of its uncertainty.
+        gain: the tested gain; None if nothing was tested.
+        p_holm: p value adjusted over the family; None if nothing was tested.
+        p_same: adjusted p value of a difference as large as the margin in either direction; None without a margin.
         family: number of comparisons that the adjustment covers.
     """
 
@@ -61,11 +61,11 @@ def rule(
         gains: tested comparisons by name.
         controls: the name of each comparison's control.
         what: the metric in words, such as ``LGG F1``.
-        described: why others (or tested ones, such as networks that did not learn) may only be described.
-        margin: largest difference without practical meaning, fixed before the study; None leaves equivalence out.
+        described: why other comparisons (or tested ones, such as networks that did not learn) may only be described.
+        margin: largest difference without practical meaning, fixed before the study; None for no equivalence test.
         kept: share of the rare class's patients that training keeps.
         rare_patients: number of tested rare patients, for the sentence on the floor.
-        states: where the looks of a study that stops by looks have left each comparison: they decide then, at their levels.
+        states: for a study with looks, the state of each comparison: then the looks decide, at their levels.
 
     Returns:
         A ruling by name; Holm's adjustment covers every comparison that is tested, at 5 %, and again for equivalence.
@@ -95,9 +95,13 @@ def _of_look(state: State) -> Verdict:
 
 
 def verdict_of(gain: float, p: float, p_same: float | None = None, level: float = LEVEL) -> Verdict:
-    """The answer from adjusted p values.
+    """The verdict from adjusted p values.
 
-    A gain that is both shown and smaller than the margin makes no practical difference: that is what a margin is for.
+    A gain that is shown but smaller than the margin makes no practical difference: this is the purpose of a margin.
+
+    Examples:
+        >>> verdict_of(0.03, p=0.01).value, verdict_of(0.03, p=0.2).value
+        ('helps', 'not decided')
     """
     if p_same is not None and p_same < level:
         return Verdict.SAME
@@ -125,7 +129,7 @@ def _sentence(
 
 def _excluded(found: Gain, low: float, high: float, level: float) -> str:
     if not np.isfinite(found.se):
-        return "The two sides treat every patient alike, so nothing is excluded."
+        return "The two sides classify every patient alike, so nothing is excluded."
     return f"Gains above {max(high, 0.0):.3f} and losses above {max(-low, 0.0):.3f} are excluded at {1 - level:.0%}.".replace("%", " %")
 
 
@@ -150,7 +154,7 @@ def not_learned(side: Tally, rare: str) -> str:
     place, classes = side.classes.index(rare), len(side.classes)
     right, actual, guessed = (side.sums[..., start * classes + place] for start in range(3))
     for run, fold in zip(side.runs, side.fold, strict=True):
-        tested = fold >= 0  # an unfinished run tests some patients only
+        tested = fold >= 0  # an unfinished run tests only some patients
         calls = np.bincount(fold[tested], weights=guessed[side.runs.index(run)][tested])
         for which in np.unique(fold[tested][calls[fold[tested]] == 0]):
             return f"a network never predicts {rare} (repeat {run[0]}, fold {which}, seed {run[1]})"
@@ -162,10 +166,20 @@ def not_learned(side: Tally, rare: str) -> str:
 
 
 def signed(value: float) -> str:
-    """Three decimals with a true minus sign."""
+    """Three decimals with a true minus sign.
+
+    Examples:
+        >>> signed(-0.0213)
+        '−0.021'
+    """
     return f"{value:+.3f}".replace("-", "−").replace("inf", "∞")
 
 
 def p_text(p: float) -> str:
-    """``p = 0.09``; two significant digits, never 0."""
+    """``p = 0.09``; two significant digits, never 0.
+
+    Examples:
+        >>> p_text(0.0912), p_text(0.0004)
+        ('p = 0.091', 'p < 0.001')
+    """
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"

@@ -1,4 +1,4 @@
-"""One name, one network: any of timm's, the thesis' and the CIFAR ResNets, behind one contract, ``head(features(images))``."""
+"""Networks by name: timm's, the thesis's and the CIFAR ResNets, all with the same contract, ``head(features(images))``."""
 
 from raredistill.models.build import ModelFacts, create, facts, restore, widths
 from raredistill.models.folded import unfold_batch_norm

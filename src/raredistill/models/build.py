@@ -1,4 +1,4 @@
-"""From a name to a network, to its cost, and from a checkpoint back to its network."""
+"""Build networks by name, count their cost, and restore them from checkpoints."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _BYTES_PER_WEIGHT = 4
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a network costs.
+    """The cost of a network.
 
     Attributes:
         parameters: trainable and frozen, head included.
-        flops: of one image's forward pass, where a multiply-add counts as two; element-wise work is not counted.
-        bytes: of its parameters in single precision.
+        flops: operations of one image's forward pass, with a multiply-add counted as two; element-wise operations are not counted.
+        bytes: size of its parameters in single precision.
     """
 
     parameters: int
@@ -65,20 +65,20 @@ def create(
     """Build a network by name.
 
     Args:
-        name: one of :func:`list_models`, with a timm weights tag if wanted.
-        channels: of the images; a pre-trained first convolution is summed for one channel, else repeated and rescaled.
-        classes: how many logits.
+        name: one of :func:`list_models`, optionally with a timm weights tag.
+        channels: channels of the images; a pre-trained first convolution is summed for one channel, else repeated and rescaled.
+        classes: number of logits.
         image_size: height and width in pixels.
         pretrained: True for timm's hub, or a ``.safetensors`` file: timm's weights of this network, or a checkpoint of raredistill.
         head: ``linear``, or ``thesis`` for its two layers.
-        dropout: in the head.
-        normalisation: mean and std for images in [0, 1]. By default what the file's metadata say, else that of timm's weights of this
-            name, averaged when the channels are not three; 0.5 and 0.25 when not pre-trained.
-        keep_classifier: take the file's classifier too, as the linear head: for a finished classifier that was trained elsewhere.
+        dropout: dropout rate in the head.
+        normalisation: mean and std for images in [0, 1]. By default those in the file's metadata, else those of timm's weights of this
+            name, averaged if there are not three channels; 0.5 and 0.25 if not pre-trained.
+        keep_classifier: also load the file's classifier as the linear head, for a finished classifier that was trained elsewhere.
 
     Raises:
-        ConfigError: unknown name, head or weights tag, or an image size that this network cannot take (says which it can).
-        CheckpointError: weights that cannot be had or do not fit.
+        ConfigError: unknown name, head or weights tag, or an image size that this network does not support (lists sizes that it does).
+        CheckpointError: weights are not available or do not fit.
     """
     timm_name = resolve(name)
     if min(channels, classes, image_size) < 1:
@@ -154,7 +154,7 @@ def _body(name: str, channels: int, size: int, weights: Weights | bool) -> nn.Mo
     try:
         return build(img_size=size)
     except TypeError:
-        # Networks that take any size do not know the word.
+        # Networks that accept any size do not have this argument.
         return build()
 
 
@@ -174,10 +174,10 @@ def _own_body(factory: Callable[[int], nn.Module], name: str, channels: int, wei
 
 
 def _features_of(body: nn.Module, channels: int, size: int) -> int:
-    """Try one empty image: a network that cannot take the size says so now, not after hours of preparation."""
+    """Try one empty image, so that an unsupported size fails now, not after hours of preparation."""
     patch = getattr(getattr(body, "patch_embed", None), "patch_size", 1)
     for step in patch if isinstance(patch, tuple) else (patch,):
-        # Vision transformers drop the pixels that fill no patch, silently.
+        # Vision transformers silently drop pixels that do not fill a patch.
         if size % int(step):
             raise ValueError(f"not a multiple of its {step}-pixel patches")
     training = body.training
@@ -196,7 +196,7 @@ def _sizes_explained(name: str, timm_name: str, channels: int, size: int) -> Ite
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         fitting = [str(tried) for tried in _TRIED_SIZES if tried != size and _takes(timm_name, channels, tried)]
         raise ConfigError(
-            f"{name} cannot take images of {size} x {size} ({error}); of the usual sizes it takes {', '.join(fitting) or 'none'}"
+            f"{name} does not support images of {size} x {size} ({error}); of the usual sizes it supports {', '.join(fitting) or 'none'}"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Weights whose batch norms were folded into the convolutions before them, as deployed networks have them."""
+"""Weights whose batch norms were folded into the preceding convolutions, as in deployed networks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Norm = nn.modules.batchnorm._BatchNorm
 
 @torch.no_grad()
 def unfold_batch_norm(network: nn.Module, images: Tensor) -> bool:
-    """Measure folded batch norms anew, so that the network can be trained: it computes the same, with statistics of its own.
+    """Re-estimate folded batch norms so that the network can be trained; its outputs in evaluation mode stay the same.
 
-    A folded batch norm only adds its bias. Trained as it is, it would divide by the deviation of each batch and forget the scale that its
-    weights rest on.
+    A folded batch norm only adds its bias. Trained without this step, it would divide by the standard deviation of each batch and lose
+    the scale that its weights rely on.
 
     Args:
-        network: in evaluation mode it computes the same before and after.
+        network: its outputs in evaluation mode do not change.
         images: a batch ``(N, C, H, W)`` of training images, on the network's device.
 
     Returns:
-        Whether there was something to unfold.
+        Whether the batch norms were folded.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, Norm)]
     if not _are_folded(layers):
@@ -37,7 +37,7 @@ def unfold_batch_norm(network: nn.Module, images: Tensor) -> bool:
 
 
 def _are_folded(layers: list[Any]) -> bool:
-    # Those of a new network have no bias either.
+    # New networks have batch norms without bias, too.
     fixed = all((x.running_mean == 0).all() and (x.running_var == 1).all() and (x.weight == 1).all() for x in layers)
     return fixed and any((layer.bias != 0).any() for layer in layers)
 

@@ -1,4 +1,4 @@
-"""How long one image takes, measured where a network is."""
+"""Latency of one image on a network's device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raredistill.models.network import Network
 WARM_UP = 2
 MOST, FEWEST = 21, 3
 LIMIT = 0.15
-"""Seconds after which no further forward pass begins."""
+"""Seconds after which no further forward pass is started."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Latency:
     """The median time of a forward pass of one image.
 
     Attributes:
-        milliseconds: until the logits are back on the CPU; in single precision.
-        device: where, as ``cpu, 2 threads`` or ``cuda, NVIDIA H100``: times of different devices cannot be compared.
+        milliseconds: time until the logits are back on the CPU, in single precision.
+        device: such as ``cpu, 2 threads`` or ``cuda, NVIDIA H100``; times of different devices cannot be compared.
     """
 
     milliseconds: float
@@ -31,7 +31,7 @@ class Latency:
 
 @torch.no_grad()
 def measure_latency(network: Network) -> Latency:
-    """Time single images on the network's own device, after passes that are not counted.
+    """Time single images on the network's own device, after a few warm-up passes.
 
     A network slower than ``LIMIT / MOST`` gets fewer passes, at least ``FEWEST``.
     """
@@ -43,7 +43,7 @@ def measure_latency(network: Network) -> Latency:
     times: list[float] = []
     while len(times) < FEWEST or (len(times) < MOST and sum(times) < LIMIT):
         start = time.perf_counter()
-        network(image).cpu()  # a device works on after the call has returned; its answer on the CPU says that it is done
+        network(image).cpu()  # GPU calls return before the work is finished; copying the result to the CPU waits for it
         times.append(time.perf_counter() - start)
     network.train(training)
     return Latency(1000 * statistics.median(times), _described(place))

@@ -1,4 +1,4 @@
-"""What a network may be called: timm's names, the thesis' names for some of them, and the networks that timm lacks."""
+"""Names of networks: timm's, the thesis's names for some of them, and networks that timm lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raredistill.plugins import HINT, Plugin, Registry
 
 @dataclass(frozen=True)
 class Alias:
-    """A thesis' name, the timm network with the same weights or the nearest, and what torchvision calls its own."""
+    """A name from the thesis, the timm network with the same or the closest weights, and torchvision's name."""
 
     timm: str
     torchvision: str
@@ -65,15 +65,15 @@ def own_network(name: str) -> Callable[[int], nn.Module] | None:
 
 
 def list_models() -> list[str]:
-    """Every name without a weights tag: the aliases, the own networks and timm's architectures."""
+    """All names without weights tags: aliases, our own networks and timm's architectures."""
     return sorted({*ALIASES, *OWN, *timm.list_models()})
 
 
 def resolve(name: str) -> str:
-    """Turn a name into the one that builds the network: an alias into timm's name, any other known name into itself.
+    """Resolve aliases to timm's names; other known names are returned unchanged.
 
     Raises:
-        ConfigError: no such network, or no such weights tag; says which names are near.
+        ConfigError: no such network or weights tag; the message suggests similar names.
     """
     if name in ALIASES:
         return ALIASES[name].timm
@@ -83,7 +83,7 @@ def resolve(name: str) -> str:
     if name in OWN:
         return name
     architecture, _, tag = name.partition(".")
-    # is_model alone would also let "hf-hub:..." through, which reaches for the network and runs what it finds.
+    # is_model alone would also accept "hf-hub:...", which downloads a model and runs its code.
     if architecture not in timm.list_models():
         raise ConfigError(
             f"unknown model {name!r}{did_you_mean(name, list_models(), most=3)}; `raredistill.models.list_models()` names them all, {HINT}"

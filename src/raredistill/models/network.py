@@ -1,4 +1,4 @@
-"""The contract of every network: it normalises its own images, and its logits are ``head(features(images))``."""
+"""The contract of all networks: they normalise their own images, and their logits are ``head(features(images))``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def linear_head(features: int, classes: int, dropout: float) -> nn.Module:
 
 
 def thesis_head(features: int, classes: int, dropout: float) -> nn.Module:
-    """The thesis' two layers: dropout, linear to 256, ReLU, dropout, linear to the classes."""
+    """The thesis's two layers: dropout, linear to 256, ReLU, dropout, linear to the classes."""
     return nn.Sequential(
         nn.Dropout(dropout), nn.Linear(features, _THESIS_WIDTH), nn.ReLU(), nn.Dropout(dropout), nn.Linear(_THESIS_WIDTH, classes)
     )
 
 
 class CosineHead(nn.Module):
-    """Dropout, then cosines between the features and one direction a class, times a fixed scale: what margins in angle need.
+    """Dropout, then cosines between the features and one direction per class, times a fixed scale, as angular margins require.
 
     References:
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019.
@@ -57,9 +57,9 @@ class Network(nn.Module):
     Args:
         body: from normalised images ``(N, C, H, W)`` to features ``(N, F)``.
         head: from features ``(N, F)`` to logits ``(N, K)``.
-        name: as asked for, alias or timm's name.
-        channels: C.
-        classes: K.
+        name: name as requested, alias or timm's name.
+        channels: number of channels, C.
+        classes: number of classes, K.
         image_size: H and W that it was built for.
         mean: C values, for images in [0, 1].
         std: C values, for images in [0, 1].
@@ -87,7 +87,7 @@ class Network(nn.Module):
         self.mean, self.std = list(mean), list(std)
         self.register_buffer("_mean", torch.tensor(self.mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).reshape(1, -1, 1, 1), persistent=False)
-        # Channels last: what convolutions compute on anyway, on CPUs (a fifth to a third of a step) as on GPUs with tensor cores.
+        # Channels last, the layout that convolutions use anyway; saves a fifth to a third of a step on CPUs, and suits tensor cores.
         self.to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
@@ -96,22 +96,22 @@ class Network(nn.Module):
         return body(((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last))
 
     def compile_body(self, mode: Literal["none", "default", "reduce-overhead"], *, training: bool) -> None:
-        """Let torch compile the body for one mode: whatever comes in the other mode, in batches of all sizes, is computed as before."""
+        """Let torch compile the body for one mode; the other mode, with batches of any size, stays uncompiled."""
         if mode == "none":
             return
         compiled = torch.compile(self.body, mode=None if mode == "default" else mode)
-        # A CUDA graph writes into the same memory at each call: what it has answered must outlive the next.
+        # A CUDA graph reuses its output memory at each call, so outputs must be copied to survive the next call.
         self._compiled[training] = compiled if mode == "default" else lambda images: compiled(images).clone()
 
     def see(self, images: Tensor, *, maps: bool = False) -> Outputs:
-        """Map images ``(N, C, H, W)`` in [0, 1] to logits and what they came from.
+        """Map images ``(N, C, H, W)`` in [0, 1] to logits, features and, if requested, feature maps.
 
         Args:
             images: as for :meth:`forward`.
-            maps: also the map ``(N, C, H, W)`` of each stage, shallow to deep; none of a network that has no maps.
+            maps: also return the map ``(N, C, H, W)`` of each stage, shallow to deep; none if the network has no maps.
         """
         caught: list[Tensor] = []
-        # Hooks live for this call only, so two methods in one process never share them.
+        # Hooks exist for this call only, so two methods in one process never share them.
         hooks = [stage.register_forward_hook(lambda _, __, output: caught.append(output)) for stage in self._stages()] if maps else []
         try:
             features = self.features(images)
@@ -127,7 +127,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def widths(self) -> tuple[int, tuple[int, ...]]:
-        """Width of the features, and of the maps of its stages (none where it has no maps)."""
+        """Widths of the features and of the maps of its stages (empty if it has no maps)."""
         training = self.training
         seen = self.eval().see(torch.zeros(1, self.channels, self.image_size, self.image_size, device=self._mean.device), maps=True)
         self.train(training)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from raredistill.checkpoint import load, read_safetensors
 from raredistill.errors import CheckpointError, ConfigError
 
-# Entries that some files carry and no network of today has: tables that are computed, and Inception's training-time branch.
+# Entries in some files that current networks do not have: computed tables, and Inception's training-time branch.
 _HARMLESS = ("relative_position_index", "attn_mask", "num_batches_tracked")
 _WRAPPERS = ("module.", "model.", "_orig_mod.", "backbone.", "encoder.", "net.", "network.", "state_dict.")
 _TRAINING_ONLY = "AuxLogits."
@@ -30,7 +30,7 @@ UNTRAINED: Normalisation = ((0.5,), (0.25,))
 
 @dataclass(frozen=True)
 class Weights:
-    """A body's weights in single precision, and the normalisation that the file tells, if it tells one."""
+    """A body's weights in single precision, and the normalisation stated in the file, if any."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -44,7 +44,7 @@ def read_weights(path: Path) -> Weights:
         CheckpointError: missing, unreadable, or not safetensors.
     """
     tensors, metadata = read_safetensors(path)
-    normalisation = _told(path, metadata)
+    normalisation = _stated(path, metadata)
     if metadata.get("kind", "").startswith("raredistill."):
         state, promise = load(path)
         tensors = {name.removeprefix("body."): tensor for name, tensor in state.items() if name.startswith("body.")}
@@ -61,10 +61,10 @@ def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_names(weights: Weights, body: nn.Module, classifiers: Sequence[str]) -> None:
-    """Refuse weights that lack a part of the body, or that hold another body's parts.
+    """Refuse weights that lack parts of the body, or that contain parts of another body.
 
     Raises:
-        CheckpointError: names the first few.
+        CheckpointError: lists the first few.
     """
     wanted, found = body.state_dict(), weights.tensors
     spare = (*(f"{classifier}." for classifier in classifiers), _TRAINING_ONLY)
@@ -79,8 +79,8 @@ def check_names(weights: Weights, body: nn.Module, classifiers: Sequence[str]) -
 def untrained(name: str, channels: int, **options: Any) -> nn.Module:
     """Build a timm body without its classifier: images ``(N, C, H, W)`` to pooled features ``(N, F)``."""
     with warnings.catch_warnings():
-        # timm's resizing of position tables draws two remarks of torch that no user can act on. Its values are right with today's torch
-        # (a test compares them with scipy), and where torch reads such an index otherwise, the shapes no longer fit and it fails aloud.
+        # timm's resizing of position tables triggers two warnings of torch that users cannot act on. Its values are correct with current
+        # torch (a test compares them with scipy); if torch changes its indexing, the shapes no longer match and an error is raised.
         for remark in (r"torch\.searchsorted", "Using a non-tuple sequence for multidimensional indexing"):
             warnings.filterwarnings("ignore", message=remark, category=UserWarning)
         body: nn.Module = timm.create_model(name, num_classes=0, in_chans=channels, **options)
@@ -88,7 +88,7 @@ def untrained(name: str, channels: int, **options: Any) -> nn.Module:
 
 
 def load_own(body: nn.Module, weights: Weights, channels: int) -> None:
-    """Load weights into one of the own networks; its first convolution is converted when the channels differ.
+    """Load weights into one of our own networks; its first convolution is converted if the channels differ.
 
     Raises:
         CheckpointError: names or shapes do not fit.
@@ -108,8 +108,8 @@ def load_timm(name: str, weights: Weights, channels: int, **options: Any) -> nn.
     Args:
         name: timm's name.
         weights: three-channel weights, or weights of ``channels`` channels.
-        channels: of the images.
-        options: handed to timm, such as ``img_size``.
+        channels: channels of the images.
+        options: passed to timm, such as ``img_size``.
 
     Raises:
         CheckpointError: names or shapes do not fit.
@@ -126,7 +126,7 @@ def load_timm(name: str, weights: Weights, channels: int, **options: Any) -> nn.
 
 
 def classifiers_of(name: str) -> tuple[str, ...]:
-    """What a timm network calls its classifier; some have several."""
+    """Names of a timm network's classifiers; some networks have several."""
     config: Any = timm.get_pretrained_cfg(name)
     classifier = config.classifier or ()
     return (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -136,7 +136,7 @@ def load_classifier(head: nn.Module, weights: Weights, names: Sequence[str]) -> 
     """Copy a file's classifier into a linear head.
 
     Raises:
-        CheckpointError: the file has none, or one of other classes or features.
+        CheckpointError: the file has none, or one with a different number of classes or features.
     """
     found = next((name for name in names if f"{name}.weight" in weights.tensors), None)
     if found is None:
@@ -156,20 +156,20 @@ def load_hub(name: str, channels: int, **options: Any) -> nn.Module:
     """Build a timm body with the weights of timm's hub (downloaded once, then kept by the hub's cache).
 
     Raises:
-        CheckpointError: timm has none for this name, or they cannot be had.
+        CheckpointError: timm has none for this name, or they are not available.
     """
     try:
         return untrained(name, channels, pretrained=True, **options)
     except (OSError, RuntimeError) as error:
         cure = "give `pretrained:` the path of a .safetensors file, or `pretrained: false`"
-        raise CheckpointError(f"the weights of {name} cannot be had ({error}); {cure}") from None
+        raise CheckpointError(f"the weights of {name} are not available ({error}); {cure}") from None
 
 
 def normalisation_for(values: Normalisation, channels: int) -> tuple[list[float], list[float]]:
-    """Spread mean and std over the channels; their averages when there are not as many values as channels.
+    """Mean and std for each channel; their averages if the number of values differs from the number of channels.
 
     Raises:
-        ConfigError: a std that is not positive.
+        ConfigError: a std is not positive.
     """
     mean, std = ([float(value) for value in part] for part in values)
     if min(std) <= 0:
@@ -191,13 +191,13 @@ def _channels_of(weights: Weights, config: Any) -> int:
     return int(tensor.shape[1]) if tensor is not None and tensor.ndim == 4 else int(config.input_size[0])
 
 
-def _told(path: Path, metadata: Mapping[str, str]) -> Normalisation | None:
+def _stated(path: Path, metadata: Mapping[str, str]) -> Normalisation | None:
     if "mean" in metadata and "std" in metadata:
         try:
             return _values(metadata["mean"]), _values(metadata["std"])
         except (TypeError, ValueError):
             raise CheckpointError(f"{path}: mean and std in its metadata must be JSON numbers, one or a list of them") from None
-    # Also the form "input: RGB in [0,1], mean 0.5, std 0.5" is a statement about the weights; ignoring it would train on shifted images.
+    # "input: RGB in [0,1], mean 0.5, std 0.5" also states the normalisation; ignoring it would train on shifted images.
     match = re.search(r"\bmean ([\d.]+), std ([\d.]+)", " ".join(metadata.values()))
     return ((float(match[1]),), (float(match[2]),)) if match else None
 

@@ -1,4 +1,4 @@
-"""What a reader sees of a study: one page, its tables and its figures."""
+"""The report of a study: one page with tables and figures."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def write_report(
     """Write ``STUDY/report``: report.html (self-contained), verdicts.json, methods.md, tables (CSV, LaTeX), figures (SVG, PDF, PNG).
 
     Args:
-        study: a study's folder, also an unfinished one.
-        results: what it holds, where it was read before.
-        sweep: folders of further studies with the same entries and another imbalance of training; the gain is shown against it.
+        study: folder of a study, finished or not.
+        results: its content, if it was already read.
+        sweep: folders of further studies with the same entries and a different imbalance in training; gains are plotted against it.
         across: folders of studies with the same entries on other data sets; gains are tested over them.
-        progress: called with the steps done and the steps in all.
+        progress: called with the number of finished steps and the total.
 
     Returns:
         Path of the page.
 
     Raises:
-        DataError: the folder is no study, a finished run is damaged, or two data sets are one.
+        DataError: the folder is not a study's, a finished run is damaged, or two data sets are the same.
     """
     tell = progress or (lambda done, total: None)
     folder, results = StudyFolder(study), results or read_results(study)
@@ -94,7 +94,7 @@ def summary_table(study: Path) -> pd.DataFrame:
 
 
 def verdict_sentences(study: Path) -> list[str]:
-    """What the evidence of a study allows to say, one sentence per distilled entry."""
+    """The conclusions supported by a study, one sentence per distilled entry."""
     results = read_results(study)
     return [record["sentence"] for record in _answer(results, make_pairs(results), states_of(study, results))["verdicts"]]
 

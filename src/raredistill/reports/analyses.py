@@ -1,4 +1,4 @@
-"""What lies beneath the verdicts: one data frame a question, each the source of a table or a figure."""
+"""Analyses behind the verdicts: one data frame per question, each the source of a table or a figure."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from raredistill.reports.results import Results
 from raredistill.runs.record import RunRecord
 
 WANTED = (0.8, 0.9, 0.95)
-"""Sensitivities that operating points are chosen for."""
+"""Sensitivities for which operating points are chosen."""
 PARTS = ("ece", "ece_equal_mass", "brier", "brier_reliability", "brier_resolution", "brier_uncertainty", "brier_within")
 POINT = ("entry", "level", "wanted_sensitivity")
 COSTS = {"parameters": "parameters", "flops": "flops", "latency": "latency_ms"}
-"""What a gain in score is bought with: name of the front, and its column of sizes."""
+"""Costs of a gain: name of the Pareto front, and its column in the table of sizes."""
 PRIOR = "prior restored"
-"""The stage of calibration that is left out by patient."""
+"""The stage of calibration that is left out at patient level."""
 HARDEST = 20
 MISS = 0.1
 """Share of each class's samples that prediction sets may miss."""
@@ -51,7 +51,7 @@ def intervals(results: Results) -> pd.DataFrame:
 
 
 Stages = dict[tuple[str, str], dict[str, tuple[Any, Any]]]
-"""Labels ``(N,)`` and probabilities ``(N, K)`` of test parts, by entry and level, then by stage; a patient has patient classes only."""
+"""Labels ``(N,)`` and probabilities ``(N, K)`` of test parts, by entry and level, then by stage; at patient level, only patient classes."""
 
 
 def calibration(results: Results, stages: Stages) -> pd.DataFrame:
@@ -70,7 +70,7 @@ def calibration(results: Results, stages: Stages) -> pd.DataFrame:
 
 
 def reliability(stages: Stages) -> pd.DataFrame:
-    """Reliability diagrams as rows: a row an entry, level, stage and bin."""
+    """Reliability diagrams as a table: one row per entry, level, stage and bin."""
     parts = [
         reliability_table(*sides).assign(entry=entry, level=level, stage=stage)
         for (entry, level), each in stages.items()
@@ -89,8 +89,8 @@ def calibrated_entries(results: Results) -> tuple[Stages, pd.DataFrame]:
 def calibrated(results: Results, entry: str, fitted: pd.DataFrame) -> dict[str, dict[str, tuple[Any, Any]]]:
     """Labels ``(N,)`` and probabilities ``(N, K)`` of an entry's test parts by level and stage; without a validation part raw only.
 
-    The deployment prior is the class share of the cohort outside a run's test part, before anything is made rare; it can be restored where
-    the carried prior is known. It is a prior of slices, so it is restored by slice only; a patient is made of slices at their temperature.
+    The deployment prior is the class share of the cohort outside a run's test part, before any class is made rare; it can be restored if
+    the carried prior is known. It is a prior of slices, so it is restored by slice only; patients combine slices after temperature scaling.
     """
     found: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
     known = {tuple(row[:4]): float(row[4]) for row in fitted.itertuples(index=False)}
@@ -120,7 +120,7 @@ def _stages(results: Results, run: RunRecord, test: Predictions, temperature: fl
 
 
 def deployment_prior(results: Results, test: Predictions) -> NDArray[np.float64]:
-    """Class shares ``(K,)`` of the cohort without a run's test part: validation may be rarefied or truncated, and is no deployment."""
+    """Class shares ``(K,)`` of the cohort without a run's test part; validation may be rarefied or truncated, so it cannot be used."""
     whole = {row["class"]: row["slices"] for row in results.study.cohort.counts}
     counts = np.array([whole[name] for name in test.classes], dtype=np.float64)
     rest = counts - np.bincount(test.labels(), minlength=len(test.classes))
@@ -140,7 +140,7 @@ def temperatures(results: Results) -> pd.DataFrame:
 
 
 def operating_points(results: Results) -> pd.DataFrame:
-    """The rare class's threshold chosen on validation for a wanted sensitivity, and what it gives on test; means over runs, by level."""
+    """The rare class's threshold, chosen on validation for a given sensitivity, and its performance on test; means over runs, by level."""
     rows = []
     for run in results.runs:
         for level, (chosen, scores), (truth, tested) in _sides(results.tables[run.id], results.study.rare):
@@ -154,7 +154,7 @@ def operating_points(results: Results) -> pd.DataFrame:
 
 
 def _sides(table: Predictions, rare: str) -> Iterator[tuple[str, tuple[Any, Any], tuple[Any, Any]]]:
-    """Level, then truth and score of the rare class on validation and on test; nothing without a validation part."""
+    """Level, and truth and score of the rare class on validation and on test; nothing without a validation part."""
     if not (table.table["split"] == "validation").any():
         return
     validation, test = table.part("validation"), table.part("test")
@@ -215,12 +215,12 @@ def prediction_sets(results: Results) -> pd.DataFrame:
 
 
 def roc_curves(results: Results) -> pd.DataFrame:
-    """ROC of the rare class over the pooled test parts, thinned to ``POINTS`` points an entry and level."""
+    """ROC of the rare class over the pooled test parts, thinned to ``POINTS`` points per entry and level."""
     return _by_level(results, lambda truth, score: _curve(truth, score)[["threshold", "false_positive_rate", "recall"]])
 
 
 def precision_recall_curves(results: Results) -> pd.DataFrame:
-    """Precision against recall of the rare class over the pooled test parts, thinned to ``POINTS`` points an entry and level."""
+    """Precision against recall of the rare class over the pooled test parts, thinned to ``POINTS`` points per entry and level."""
     return _by_level(results, lambda truth, score: _curve(truth, score)[["threshold", "recall", "precision"]])
 
 
@@ -238,7 +238,7 @@ def _curve(truth: Any, score: Any) -> pd.DataFrame:
 
 
 def patient_rules(results: Results) -> pd.DataFrame:
-    """Patient-level scores by each rule that makes a patient of slices; means over runs."""
+    """Patient-level scores for each rule that combines a patient's slices; means over runs."""
     rare, rows = results.study.rare, []
     for run in results.runs:
         part = results.tables[run.id].part("test")
@@ -251,7 +251,7 @@ def patient_rules(results: Results) -> pd.DataFrame:
 
 
 def footnotes(pairs: list[Pair], rare: str) -> pd.DataFrame:
-    """DeLong's test on patients' scores and McNemar's on patients called rightly, a row a pair."""
+    """DeLong's test on patients' scores and McNemar's on correctly classified patients, one row per pair."""
     rows = []
     for pair in pairs:
         if pair.sides is None or not has_patients(pair.sides[0]):
@@ -270,7 +270,7 @@ def footnotes(pairs: list[Pair], rare: str) -> pd.DataFrame:
 
 
 def inherited(results: Results, pairs: list[Pair]) -> pd.DataFrame:
-    """Agreement of every student with its teacher, and the share of the teacher's errors that it repeats, beside its control's."""
+    """Agreement of every student with its teacher, and the share of the teacher's errors that it repeats, compared with its control."""
     rows = []
     for pair in pairs:
         cells = results.cells(pair.entry) & results.cells(pair.control) & results.cells(pair.teacher)
@@ -282,7 +282,7 @@ def inherited(results: Results, pairs: list[Pair]) -> pd.DataFrame:
 
 
 def hardest_patients(results: Results) -> pd.DataFrame:
-    """Patients of the rare class that entries find hardest: the probability that each gives to the rare class, and their mean."""
+    """The hardest patients of the rare class: the probability that each entry gives to the rare class, and the mean."""
     columns = {}
     for entry in results.entries:
         pooled = results.pooled(entry)
@@ -296,7 +296,7 @@ def hardest_patients(results: Results) -> pd.DataFrame:
 
 
 def hardest_slices(results: Results) -> pd.DataFrame:
-    """Slices of the rare class that entries find hardest, by the probability of the rare class, averaged over seeds and repeats."""
+    """The hardest slices of the rare class, by the probability of the rare class, averaged over seeds and repeats."""
     columns = {}
     for entry in results.entries:
         pooled = results.pooled(entry)
@@ -310,7 +310,7 @@ def hardest_slices(results: Results) -> pd.DataFrame:
 def _hardest(columns: dict[str, pd.Series]) -> pd.DataFrame:
     if not columns:
         return pd.DataFrame()
-    # No entry's name can be that of another column.
+    # The prefix keeps entries' names apart from those of other columns.
     table = pd.DataFrame(columns).add_prefix("by ")
     table["mean"] = table.mean(axis=1)
     return table.sort_values("mean").head(HARDEST).reset_index()
@@ -346,14 +346,14 @@ def _latency(runs: list[RunRecord]) -> dict[str, Any]:
 
 
 def _front(cost: pd.Series, score: pd.Series) -> list[str]:
-    """Whether no other entry is at least as good in both and better in one; ``no`` without a score."""
+    """Whether no other entry is at least as good in both and better in one (Pareto front); ``no`` without a score."""
     pairs = list(zip(cost, score, strict=True))
     beaten = [any(c <= own and s >= reached and (c, s) != (own, reached) for c, s in pairs) for own, reached in pairs]
     return ["no" if worse or np.isnan(reached) else "yes" for worse, (_, reached) in zip(beaten, pairs, strict=True)]
 
 
 def gains(pairs: list[Pair], rare: str) -> pd.DataFrame:
-    """The rare class's gain of every pair against the size of its teacher."""
+    """The rare class's gain for every pair, and the relative size of the teacher."""
     rows = []
     for pair in pairs:
         if (gain := seen_gain(pair, rare)) is not None:
@@ -365,7 +365,7 @@ def gains(pairs: list[Pair], rare: str) -> pd.DataFrame:
 
 
 def imbalance_ratio(results: Results) -> float:
-    """Training samples of the most frequent class for each one of the rare class, over all splits."""
+    """Training samples of the most frequent class per sample of the rare class, over all splits."""
     counts: dict[str, int] = {}
     for row in results.study.split_table:
         if row["side"] == "train":
@@ -375,7 +375,7 @@ def imbalance_ratio(results: Results) -> float:
 
 
 def sweep(studies: Sequence[tuple[Results, list[Pair]]]) -> pd.DataFrame:
-    """The rare class's gain of every pair against the imbalance of training, over studies that differ in it."""
+    """The rare class's gain for every pair, over studies that differ in the imbalance of training."""
     tables = []
     for results, pairs in studies:
         table = gains(pairs, results.study.rare)

@@ -1,4 +1,4 @@
-"""The controls that a verdict needs, each present or missing, and what the missing one leaves open."""
+"""The controls that a verdict needs: whether each is present, and which question a missing one leaves open."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BUDGET = (
     "epochs", "batch_size", "learning_rate", "optimizer", "weight_decay", "schedule", "warmup_epochs", "ema_decay", "clip_norm", "sampler",
     "augmentation", "select", "patience", "stage_epochs",
 )  # fmt: skip
-"""Settings that make up a training budget; what a configuration leaves out is the same default on both sides."""
+"""Settings that define a training budget; omitted settings have the same default on both sides."""
 
 
 def controls(results: Results, pairs: list[Pair]) -> pd.DataFrame:
-    """One row a pair and control: ``entry, control, present`` (yes or missing) and ``what``, in words."""
+    """One row per pair and control: ``entry, control, present`` (yes or missing) and ``what``, an explanation."""
     rows = []
     for pair in pairs:
         checks = {
@@ -91,7 +91,7 @@ def _post_hoc(results: Results, pair: Pair) -> tuple[bool, str]:
 
 
 def adjusted_control(results: Results, pair: Pair) -> Predictions | None:
-    """The control with the class prior that it carries taken off its logits (Menon et al. 2021); None where a prior is unknown."""
+    """The control with its carried class prior removed from its logits (Menon et al. 2021); None if a prior is unknown."""
     if pair.sides is None:
         return None
     known = {run.id: results.priors.get(run.id) for run in results.of(pair.control) if run.cell in results.cells(pair.entry)}

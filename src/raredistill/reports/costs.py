@@ -1,4 +1,4 @@
-"""What training took: seconds an epoch by entry, and the filling of the teacher cache beside them."""
+"""Cost of training: seconds per epoch by entry, and the time to fill the teacher cache."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from raredistill.reports.results import Results
 
 
 def costs(results: Results) -> pd.DataFrame:
-    """One row an entry with a finished run.
+    """One row per entry with a finished run.
 
     Returns:
-        ``entry, runs, epochs, epoch_s, run_s`` (means over its runs; a run's epochs, what came after them, and not the cache),
-        ``cache_views``, ``cache_fill_s`` (mean over the runs that computed a view, others found them there) and ``device``; NaN where a
-        record does not say, None where an entry keeps nothing of its teacher.
+        ``entry, runs, epochs, epoch_s, run_s`` (means over its runs; a run's epochs and later steps, without the cache),
+        ``cache_views``, ``cache_fill_s`` (mean over the runs that computed a view; other runs reused them) and ``device``; NaN if a
+        record does not state it, None if an entry does not use a teacher cache.
     """
-    # As objects, so that None stays apart from NaN, which is what should be known and is not.
+    # As objects, to distinguish None (not applicable) from NaN (unknown).
     return pd.DataFrame([_entry(results, entry) for entry in results.entries if results.of(entry)], dtype=object)
 
 

@@ -1,4 +1,4 @@
-"""The same entries on several data sets: the only place where Wilcoxon's signed-rank test belongs."""
+"""The same entries on several data sets: the only valid use of Wilcoxon's signed-rank test here."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TESTED = ("entry", "data_sets", "mean_gain", "p", "p_holm", "smallest_p")
 
 
 def across(studies: Sequence[tuple[Results, list[Pair]]]) -> pd.DataFrame:
-    """The rare class's gain of every pair on each data set; each has its own rare class.
+    """The rare class's gain for every pair on each data set; each data set has its own rare class.
 
     Raises:
-        DataError: two studies are of one cohort, so they are no independent data sets.
+        DataError: two studies use the same cohort, so they are not independent data sets.
     """
     names: dict[str, str] = {}
     for results, _ in studies:
@@ -37,13 +37,13 @@ def across(studies: Sequence[tuple[Results, list[Pair]]]) -> pd.DataFrame:
 
 
 def tested_across(table: pd.DataFrame) -> pd.DataFrame:
-    """Wilcoxon's signed-rank test of each entry that has a gain on two data sets or more, with Holm's adjustment over the entries.
+    """Wilcoxon's signed-rank test for each entry with gains on at least two data sets, with Holm's adjustment over the entries.
 
     Args:
-        table: of :func:`across`.
+        table: result of :func:`across`.
 
     Returns:
-        ``entry, data_sets, mean_gain, p, p_holm, smallest_p``, the last being what so many data sets can reach at best.
+        ``entry, data_sets, mean_gain, p, p_holm, smallest_p``, the last being the smallest p that this many data sets can reach.
     """
     rows = []
     for entry, own in table.groupby("entry", sort=False):

@@ -1,4 +1,4 @@
-"""The decision on a pair: the gain test on the last epoch with a threshold matched on validation; argmax and best stand beside it."""
+"""The decision on a pair: the gain test on the last epoch with a threshold matched on validation; argmax and best are also reported."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Decision:
     """A pair's gain in the rare class's F1.
 
     Attributes:
-        gain: what is tested; None where it can only be described.
-        contrast: what it was tested on, for slopes over pairs.
-        reason: why the gain may only be described; empty where it may be judged.
-        missing: cells that a side lacks, in words.
-        beside: gains of the other views, by name (``argmax``, ``best checkpoint``).
-        closed: share of the teacher's advantage that the student reaches, with its interval; None where no advantage is shown.
-        rare_patients: tested patients who carry the rare class.
-        seen: the gain, also where nothing was tested but the sides can be compared.
-        gains: of every metric that could be tested, by name; only the rare class's F1 decides.
+        gain: the tested gain; None if it can only be described.
+        contrast: the contrast behind it, for slopes over pairs.
+        reason: why the gain may only be described; empty if it was tested.
+        missing: messages on cells that a side lacks.
+        beside: gains in the other views, by name (``argmax``, ``best checkpoint``).
+        closed: share of the teacher's advantage that the student reaches, with its interval; None if no advantage is shown.
+        rare_patients: number of tested patients with the rare class.
+        seen: the observed gain, even if nothing was tested but the sides can be compared.
+        gains: gains of all metrics that could be tested, by name; only the rare class's F1 decides.
         swap_p: of "the teacher changes nothing at all in this cohort"; a reference that decides nothing.
     """
 
@@ -49,7 +49,7 @@ class Decision:
 
 
 def last_matched(whole: Predictions, rare: str) -> Predictions:
-    """Test predictions of the last epoch, each run's rare logit moved so that its validation part calls as many samples rare as are."""
+    """Test predictions of the last epoch, with each run's rare logit shifted to predict the right number of rare samples on validation."""
     test = last_argmax(whole, rare)
     table, place = whole.table, whole.classes.index(rare)
     chosen = (table["split"] == "validation") & (table["checkpoint"] == test.table["checkpoint"].iloc[0])
@@ -67,13 +67,13 @@ def last_matched(whole: Predictions, rare: str) -> Predictions:
 
 
 def last_argmax(whole: Predictions, rare: str) -> Predictions:
-    """Test predictions of the last epoch as they are; of the only checkpoint in files that have one."""
+    """Test predictions of the last epoch, unchanged; in files with a single checkpoint, of that one."""
     there = set(whole.table.loc[whole.table["split"] == "test", "checkpoint"])
     return whole.part("test", "last" if "last" in there else "best")
 
 
 def best_argmax(whole: Predictions, rare: str) -> Predictions:
-    """Test predictions of the checkpoint that is best on validation."""
+    """Test predictions of the best checkpoint on validation."""
     there = set(whole.table.loc[whole.table["split"] == "test", "checkpoint"])
     return whole.part("test", "best" if "best" in there else "last")
 
@@ -85,7 +85,7 @@ VIEWS: dict[str, View] = {DECIDING: last_matched, **BESIDE}
 
 
 class Sides:
-    """Predictions of entries by name, added up once for all pairs."""
+    """Predictions of entries by name, summed once for all pairs."""
 
     def __init__(self, whole: Callable[[str], Predictions | None], rare: str, metrics: Sequence[str] = ()) -> None:
         self._whole, self.rare = whole, rare
@@ -112,7 +112,7 @@ def decide(
         control: name of the first side.
         other: name of the second.
         teacher: name of the second side's teacher; empty without one in this study.
-        expected: the cells that the study plans for a side.
+        expected: the planned cells of a side.
         kept: share of the rare class's patients that training keeps.
     """
     metric = f"f1:{sides.rare}"
@@ -198,7 +198,7 @@ def _closed(
 
 
 def rare_kept(config: dict[str, object], rare: str) -> float:
-    """Share of the rare class's patients that training keeps, by a study's configuration."""
+    """Share of the rare class's patients that training keeps, according to a study's configuration."""
     splits = config.get("splits")
     rarefy = splits.get("rarefy") if isinstance(splits, dict) else None
     return float(rarefy.get(rare, 1.0)) if isinstance(rarefy, dict) else 1.0

@@ -1,4 +1,4 @@
-"""The report's figures: vector, colour-blind-safe, one colour for an entry and for a class throughout."""
+"""The report's figures: vector graphics, safe for colour-blind readers, with one colour per entry and per class throughout."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ PALETTE = (
 
 CLASS_PALETTE = ("#4477AA", "#CC5566", "#228833", "#AA44AA", "#7766BB", "#888822", "#808080")
 MANY = 12
-"""Classes that a figure by class can show apart."""
+"""Largest number of classes that a figure by class can distinguish."""
 DARK_CELL = 0.715
-"""Share from which a cell of a confusion matrix is dark enough for white figures."""
+"""Share above which a cell of a confusion matrix is dark enough for white numbers."""
 
 
 def plain_texts() -> AbstractContextManager[None]:
-    """While it holds, texts of figures that are made and written are texts: a dollar sign in a name begins no formula."""
+    """Disable formulas in the texts of figures, so that a dollar sign in a name is shown as it is."""
     return rc_context({"text.parse_math": False})
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    """One colour a name, in order, repeated when names outnumber the palette."""
+    """One colour per name, in order, repeated if there are more names than colours."""
     return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
 
 
 def class_colours(classes: Sequence[str]) -> dict[str, str]:
-    """One colour a class, from another palette than the entries'."""
+    """One colour per class, from a palette different from the entries'."""
     return {name: CLASS_PALETTE[index % len(CLASS_PALETTE)] for index, name in enumerate(classes)}
 
 
 def rarest(counts: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[str]:
-    """The classes that figures by class show, in their order: all, or of many the ``MANY`` with fewest slices."""
+    """The classes shown in figures by class, in order: all, or the ``MANY`` with fewest slices."""
     slices = {row["class"]: row["slices"] for row in counts}
     kept = sorted(classes, key=lambda name: slices.get(name, 0))[:MANY]
     return [name for name in classes if name in kept]
@@ -64,14 +64,14 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]
 
 
 def blank_figure(rows: int, columns: int) -> tuple[Figure, Any]:
-    """A grid of pictures: the figure and its axes ``(rows, columns)``."""
+    """A grid for images: the figure and its axes ``(rows, columns)``."""
     figure = Figure(figsize=(2 * columns, 2.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def forest(compared: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure | None:
-    """Differences in the rare class's F1 with their 95 % intervals, a row a pair."""
+    """Differences in the rare class's F1 with 95 % intervals, one row per pair."""
     shown = compared[compared["metric"] == f"f1:{rare}"].iloc[::-1].reset_index(drop=True)
     if shown.empty:
         return None
@@ -89,7 +89,7 @@ def forest(compared: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure 
 
 
 def size_against_score(sizes: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure | None:
-    """Parameters, FLOPs and measured latency against the rare class's F1, a point an entry; each Pareto front is ringed."""
+    """Parameters, FLOPs and measured latency against the rare class's F1, one point per entry; Pareto fronts are ringed."""
     known, score = sizes.dropna(subset=[f"{rare} f1"]), f"{rare} f1"
     if known.empty:
         return None
@@ -110,7 +110,7 @@ def size_against_score(sizes: pd.DataFrame, rare: str, entries: Sequence[str]) -
 
 
 def gain_against_ratio(gains: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure | None:
-    """The gain of every pair against the size of its teacher over its student's."""
+    """The gain of every pair against the ratio of the teacher's size to the student's."""
     known = gains.dropna(subset=["size_ratio"])
     if known.empty:
         return None
@@ -129,7 +129,7 @@ def gain_against_ratio(gains: pd.DataFrame, rare: str, entries: Sequence[str]) -
 
 
 def gain_against_imbalance(sweep: pd.DataFrame, rare: str, entries: Sequence[str]) -> Figure:
-    """The gain of every entry against the imbalance of training, a line an entry over the studies of a sweep."""
+    """The gain against the imbalance of training, one line per entry over the studies of a sweep."""
     figure, (axis,) = _figure(7, 3.8)
     for entry, tint in colours(entries).items():
         rows = sweep[sweep["entry"] == entry]
@@ -145,7 +145,7 @@ def gain_against_imbalance(sweep: pd.DataFrame, rare: str, entries: Sequence[str
 
 
 def disparity(compared: pd.DataFrame, classes: Sequence[str]) -> Figure | None:
-    """Which classes gained F1 and which lost, a group of bars a pair."""
+    """Changes in F1 by class, one group of bars per pair."""
     pairs = list(dict.fromkeys(compared["entry"]))
     if not pairs:
         return None
@@ -162,7 +162,7 @@ def disparity(compared: pd.DataFrame, classes: Sequence[str]) -> Figure | None:
 
 
 def lines(table: pd.DataFrame, x: str, y: str, entries: Sequence[str], texts: tuple[str, str], *, reference: str = "") -> Figure | None:
-    """A panel a level, a line an entry: shares ``x`` against ``y``, or against a column that all share, drawn grey as the reference."""
+    """One panel per level and one line per entry of ``y`` against ``x`` (shares); a common reference column is drawn in grey."""
     if table.empty:
         return None
     levels = list(table["level"].unique())
@@ -189,7 +189,7 @@ def _lines(axis: Any, table: pd.DataFrame, x: str, y: str, entries: Sequence[str
 
 
 def reliability(table: pd.DataFrame, entries: Sequence[str]) -> Figure | None:
-    """Reliability diagrams, a panel a level and stage, a line an entry: confidence against accuracy."""
+    """Reliability diagrams, one panel per level and stage, one line per entry: confidence against accuracy."""
     panels = list(table.groupby(["level", "stage"], sort=False)) if len(table) else []
     if not panels:
         return None
@@ -205,7 +205,7 @@ def reliability(table: pd.DataFrame, entries: Sequence[str]) -> Figure | None:
 
 
 def _plain_ticks(axis: Any) -> None:
-    # Powers of ten alone leave a narrow range without a number, and 6 x 10^1 beside 7 x 10^1 overlap.
+    # With powers of ten alone, a narrow range has no tick label, and 6 x 10^1 and 7 x 10^1 overlap.
     axis.margins(x=0.2)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
@@ -213,7 +213,7 @@ def _plain_ticks(axis: Any) -> None:
 
 
 def _switched(artists: Sequence[Any], entries: Sequence[str], entry: str) -> None:
-    # The page's legend finds the marks of an entry by this name.
+    # The page's legend uses this name to find an entry's marks.
     for artist in artists:
         artist.set_gid(f"entry-{list(entries).index(entry)}")
 
@@ -224,7 +224,7 @@ def _legend(figure: Figure, axis: Any) -> None:
 
 
 def class_scores(by_class: pd.DataFrame, entries: Sequence[str], classes: Sequence[str]) -> Figure | None:
-    """F1 of every class and entry: a dot a run, a bar the mean."""
+    """F1 of every class and entry: dots are runs, bars are means."""
     chosen = by_class.query("checkpoint == 'best' and level == 'slice'")
     if chosen.empty:
         return None
@@ -288,15 +288,15 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     many = len(classes) > MANY
     cell = max(0.7 * MANY / len(classes), 0.12) if many else 0.7
     side = 1.6 + cell * len(classes)
-    size = min(10.0, 50 * cell)  # of a name beside its row, in points: less than a row's 72 an inch
-    figure, axes = _figure(2 * side, side + (0.8 if many else 0), 2)  # names on end are longer
+    size = min(10.0, 50 * cell)  # font size of row names, in points: less than a row's height (72 points per inch)
+    figure, axes = _figure(2 * side, side + (0.8 if many else 0), 2)  # vertical names need more space
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     places = np.arange(len(classes)) + 0.5
     for axis, texts, title in (
         (axes[0], matrix.astype(int).astype(str), "slices"),
         (axes[1], np.char.mod("%.2f", share), "share of the true class"),
     ):
-        # Cells as vectors, since an image would blur in print; thousands of them would make the page heavy.
+        # Cells as vectors, since an image would be blurred in print; but thousands of them would make the page large.
         axis.pcolormesh(share, cmap="Blues", vmin=0, vmax=1, edgecolors="face" if many else "white", rasterized=many)
         axis.invert_yaxis()
         axis.set(xlabel="predicted", ylabel="true", title=title, aspect="equal")
@@ -309,14 +309,14 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
 
 
 def settled(figure: Figure) -> Figure:
-    """The figure with its layout computed once, so that each way of writing it need not do so again."""
+    """Compute the figure's layout once, so that each output format need not repeat it."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as SVG markup, without an XML head, with identifiers unlike those of other figures."""
+    """The figure as SVG markup, without an XML header, with identifiers that are unique among figures."""
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

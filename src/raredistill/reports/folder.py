@@ -1,4 +1,4 @@
-"""A study's folder as a report may find it: what its files must hold before anything is computed from them."""
+"""Checks of a study's folder: the required content of its files, before anything is computed from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raredistill.runs.layout import RunFolder, StudyFolder
 from raredistill.runs.record import Count, RunRecord, StudyRecord
 
 READ = ("predictions.parquet", "epochs.jsonl", "best.safetensors")
-"""Results that a report reads; the last epoch's weights are not among them."""
+"""Results that a report reads (without the weights of the last epoch)."""
 SAME = ("id", "kind", "model", "teacher", "repeat", "fold", "seed")
 """Fields of a run's record that ``study.json`` repeats."""
 
@@ -58,15 +58,15 @@ class _SplitFile:
 
 
 def check_places(folder: StudyFolder, study: StudyRecord) -> None:
-    """Refuse a description whose runs lead out of the study's folder, or whose classes do not fit together.
+    """Refuse a description whose runs lead out of the study's folder, or whose classes are inconsistent.
 
     Raises:
-        DataError: it is such a one.
+        DataError: a run leads out of the folder, or the classes are inconsistent.
     """
     path, classes = folder.description, study.cohort.classes
     _validated(TypeAdapter(list[_Counted]), [*study.cohort.counts, *study.split_table], path)
     if study.rare not in classes or study.cohort.background not in (None, *classes):
-        raise DataError(f"{path}: its rare class or its background is none of the classes {list(classes)}; run raredistill study again")
+        raise DataError(f"{path}: its rare class or its background is not among the classes {list(classes)}; run raredistill study again")
     for run in study.runs:
         if (said := fault_of_part(run.id)) or not inside(folder.run(run.id).path, folder.path):
             raise DataError(f"{path}: the run {shown(run.id)!r:.80} {said or 'leads out of the study'}; run raredistill study again")
@@ -82,7 +82,7 @@ def _validated(adapter: TypeAdapter[Any], value: Any, path: Path) -> Any:
 
 
 def read_results_of(folder: RunFolder, run: RunRecord, classes: Sequence[str]) -> tuple[Predictions, list[dict[str, Any]]]:
-    """Predictions and epochs of a finished run, after its record, its files' hashes and its name were compared.
+    """Predictions and epochs of a finished run, after checking its record, the hashes of its files and its name.
 
     Args:
         folder: of the run.
@@ -90,11 +90,11 @@ def read_results_of(folder: RunFolder, run: RunRecord, classes: Sequence[str]) -
         classes: of the study's cohort.
 
     Raises:
-        DataError: a file is missing, changed, or another run's.
+        DataError: a file is missing, changed, or belongs to another run.
     """
     record = checked_record(folder, READ)
     if differing := [key for key in SAME if getattr(record, key) != getattr(run, key)]:
-        raise DataError(f"{folder.record}: its {', '.join(differing)} is not what study.json says; run raredistill study again")
+        raise DataError(f"{folder.record}: its {', '.join(differing)} differs from study.json; run raredistill study again")
     table = predictions.read(folder.predictions)
     refuse_foreign(table, record, folder.predictions)
     if table.classes != tuple(classes):
@@ -103,14 +103,14 @@ def read_results_of(folder: RunFolder, run: RunRecord, classes: Sequence[str]) -
 
 
 def refuse_foreign(table: Predictions, record: RunRecord, path: Path) -> None:
-    """Refuse predictions that name another run, fold, repeat or seed than the record beside them.
+    """Refuse predictions whose run, fold, repeat or seed differs from the record next to them.
 
     Raises:
-        DataError: they do.
+        DataError: one of them differs.
     """
     for column, own in (("run", record.id), ("repeat", record.repeat), ("fold", record.fold), ("seed", record.seed)):
         if others := sorted(set(table.table[column]) - {own}):
-            raise DataError(f"{path}: holds predictions of the {column} {others[0]!r:.80}, but its record is that of {own!r:.80}")
+            raise DataError(f"{path}: contains predictions of the {column} {others[0]!r:.80}, but its record is that of {own!r:.80}")
 
 
 def _epochs(path: Path, classes: set[str]) -> list[dict[str, Any]]:
@@ -128,7 +128,7 @@ def patients_of_sides(path: Path) -> dict[str, tuple[str, ...]]:
     """Side -> patients of a split file.
 
     Raises:
-        DataError: it holds something else.
+        DataError: it contains something else.
     """
     sides: _Sides = _validated(TypeAdapter(_SplitFile), read_json(path), path).patients
     return {"train": sides.train, "validation": sides.validation, "test": sides.test}

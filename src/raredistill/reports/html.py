@@ -71,5 +71,5 @@ def _provenance(study: StudyRecord) -> dict[str, Any]:
 
 
 def _source(provenance: dict[str, Any]) -> str:
-    # Hashes of single files are in the cohort's own description: thousands of lines help no reader here.
+    # Hashes of single files are in the cohort's own description: thousands of lines would not help the reader here.
     return yaml.safe_dump({key: value for key, value in provenance.items() if key != "hashes"}, sort_keys=False)

@@ -1,4 +1,4 @@
-"""A look at a study: every pair's gain so far, and which pairs it settles."""
+"""Looks at a study: every pair's gain so far, and the pairs that are settled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = ("entry", "repeats", "alpha", "gain", "p_holm", "outcome")
 
 
 def take_look(study: Path, rule: Looks, place: int, before: Mapping[str, State]) -> dict[str, State]:
-    """Test the pairs of a study with what is finished, and settle those that the look decides; pairs that cannot be tested stay open."""
+    """Test the pairs of a study on its finished runs, and settle those that the look decides; pairs that cannot be tested stay open."""
     results = read_results(study)
     found = {pair.entry: pair.decision.gain for pair in tested(make_pairs(results)) if pair.decision.gain is not None}
     return settle(rule, place, found, before, kept=rare_kept(results.study.config, results.study.rare))
@@ -32,7 +32,7 @@ def needed_by(study: Path) -> dict[str, list[str]]:
 
 
 def rule_of(results: Results) -> Looks | None:
-    """The rule by which a study stops; None where it runs all its repeats."""
+    """The stopping rule of a study; None if it runs all its repeats."""
     given = results.study.config.get("evidence") or {}
     if not given.get("looks"):
         return None
@@ -40,13 +40,13 @@ def rule_of(results: Results) -> Looks | None:
 
 
 def states_of(study: Path, results: Results) -> dict[str, State] | None:
-    """Where the looks have left each pair; None for a study without looks."""
+    """The state of each pair after the looks; None for a study without looks."""
     rule = rule_of(results)
     return None if rule is None else read_states(StudyFolder(study), rule)
 
 
 def rows_of_looks(states: Mapping[str, State] | None, results: Results) -> pd.DataFrame:
-    """What each look has found, one row per pair and look; without columns for a study without looks."""
+    """Results of the looks, one row per pair and look; without columns for a study without looks."""
     rule = rule_of(results)
     if rule is None:
         return pd.DataFrame()
@@ -54,7 +54,7 @@ def rows_of_looks(states: Mapping[str, State] | None, results: Results) -> pd.Da
 
 
 def spared(states: Mapping[str, State] | None, results: Results) -> int:
-    """Runs that were not needed because their pairs were settled, once no pair is open."""
+    """Number of runs that were not needed because their pairs were settled, once no pair is open."""
     if not states or any(state.outcome == "open" for state in states.values()):
         return 0
     return sum(run.status == "waiting" for run in results.study.runs)

@@ -1,4 +1,4 @@
-"""Pictures of where teacher and student look, drawn from the maps that the study has kept."""
+"""Figures of Grad-CAM maps of teacher and student, drawn from the maps saved by the study."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raredistill.runs.record import RunRecord
 
 SHOWN = 4
 OPAQUE = 0.65
-"""How much of the image the highest point of a map hides."""
+"""Opacity of a map at its maximum."""
 LINE, HALO = "#ffffff", "#000000"
 
 
@@ -61,11 +61,11 @@ def map_figures(results: Results, maps: Sequence[SliceMaps]) -> dict[str, Figure
 
 
 def overlay(image: NDArray[np.float64], heat: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A map over its image, mixed here because SVG viewers disagree on transparent pictures.
+    """Blend a map over its image; done here because SVG viewers render transparent images differently.
 
     Args:
-        image: ``(H, W)``, made to span 0 to 1.
-        heat: ``(H, W)`` between 0 and 1; where it is 0 the image shows as it is.
+        image: ``(H, W)``, rescaled to 0 to 1.
+        heat: ``(H, W)`` between 0 and 1; at 0, the image is unchanged.
 
     Returns:
         ``(H, W, 3)``, red, green and blue between 0 and 1.
@@ -92,7 +92,7 @@ def _drawn(found: Sequence[SliceMaps]) -> Figure:
 
 
 def _outline(axis: Any, heat: NDArray[np.float64]) -> None:
-    """Half of the map's maximum as a line that is seen on every ground, or a word where the map is empty."""
+    """Draw the contour at half of the map's maximum, visible on any background, or a word if the map is empty."""
     if heat.min() < 0.5 < heat.max():
         line = axis.contour(heat, levels=[0.5], colors=[LINE], linewidths=1.2)
         line.set_path_effects([withStroke(linewidth=3.2, foreground=HALO)])

@@ -1,4 +1,4 @@
-"""Every distilled entry against its control: all metrics, each tested by what the protocol allows."""
+"""Comparison of every distilled entry with its control: all metrics, each with the test that the protocol allows."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from raredistill.runs.record import RunRecord
 
 RESAMPLES = 2000
 EQUAL_SIZE = 1.05
-"""A teacher within five per cent of its student's parameters is of equal size."""
+"""A teacher whose number of parameters is within five per cent of the student's counts as equal in size."""
 
 SAME = ("model", "loss", "channels", "network")
-"""What a record shares with its control's: the network, its weights at the start, what it sees and the recipe of its loss."""
+"""Fields of a record that are equal to its control's: network, initial weights, channels and loss recipe."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A distilled entry and the baseline that differs from it by its teacher only.
+    """A distilled entry and the baseline that differs from it only in the teacher.
 
     Attributes:
         entry: its name.
-        control: the baseline's name; empty when the study has none.
-        teacher: the teaching entry's name, or where it came from.
-        ratio: the teacher's parameters over the student's; NaN for a teacher from elsewhere.
-        sides: test predictions of control and entry over the cells that both have finished; None without.
-        differences: by metric, entry minus control.
-        evidence: the same, tested; metrics that cannot be tested are left out.
-        problem: why the rare class's F1 has no reference test; empty when it has.
+        control: the baseline's name; empty if the study has none.
+        teacher: the name of the teacher's entry, or the file of an external teacher.
+        ratio: ratio of the teacher's parameters to the student's; NaN for an external teacher.
+        sides: test predictions of control and entry over the cells that both have finished; None without predictions.
+        differences: entry minus control, by metric.
+        evidence: tests of these differences; metrics that cannot be tested are left out.
+        problem: why the rare class's F1 has no reference test; empty if it has one.
         decision: the gain test, which alone decides.
-        shared: all runs share one test set, so that only these networks can be compared.
+        shared: whether all runs share one test set, so that only these networks can be compared.
     """
 
     entry: str
@@ -57,7 +57,7 @@ class Pair:
 
     @property
     def relation(self) -> str:
-        """How the teacher's size stands to the student's: ``larger``, ``equal``, ``smaller``, or ``unknown``."""
+        """Size of the teacher relative to the student's: ``larger``, ``equal``, ``smaller``, or ``unknown``."""
         if math.isnan(self.ratio):
             return "unknown"
         if 1 / EQUAL_SIZE <= self.ratio <= EQUAL_SIZE:
@@ -72,22 +72,22 @@ def make_pairs(results: Results) -> list[Pair]:
 
 
 def control_of(results: Results, name: str) -> str:
-    """The baseline that differs from an entry by its teacher only; empty when the study has none.
+    """Name of the baseline that differs from an entry only in the teacher; empty if the study has none.
 
-    Of several, that whose training is set most alike: what then still differs stands among the controls, as its budget.
+    Of several, the one with the most similar training settings; remaining differences are reported among the controls, as its budget.
     """
     own = results.first(name)
     others = [results.first(other) for other in results.entries if other != name]
     found = [run.name for run in others if run.kind == "baseline" and all(getattr(run, key) == getattr(own, key) for key in SAME)]
-    return min(found, key=lambda other: _apart(results.settings(name) or {}, results.settings(other) or {}), default="")
+    return min(found, key=lambda other: _differing(results.settings(name) or {}, results.settings(other) or {}), default="")
 
 
-def _apart(one: dict[str, Any], other: dict[str, Any]) -> int:
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> int:
     return sum(one.get(key) != other.get(key) for key in {*one, *other})
 
 
 def metrics_of(rare: str, classes: Sequence[str]) -> list[str]:
-    """Metrics that pairs are compared by: the rare class's F1 first, then what explains it, then every class."""
+    """Metrics for comparing pairs: first the rare class's F1, then metrics that explain it, then every class."""
     named = [f"{metric}:{rare}" for metric in ("f1", "recall", "precision", "auprc", "auroc")]
     others = [f"{metric}:{name}" for name in classes if name != rare for metric in ("f1", "recall")]
     return [*named, "macro_f1", "balanced_accuracy", *others]
@@ -112,11 +112,11 @@ def _pair(results: Results, name: str, tallies: Sides) -> Pair:
 
 
 def compared(pair: Pair, sides: tuple[Predictions, Predictions], metrics: list[str], sizes: tuple[float, float] | None) -> Pair:
-    """The pair with its two sides, control first, compared by every metric; the first metric decides whether there is a problem."""
+    """The pair with its two sides (control first) compared by every metric; the first metric decides whether there is a problem."""
     try:
         check_same(*sides)
     except RareDistillError as error:
-        # An unfinished study, whose seeds differ by fold: the gain test takes the runs that are complete, the references do not.
+        # In an unfinished study, whose seeds differ by fold, the gain test uses the complete runs, but the references cannot.
         return replace(pair, problem=str(error))
     found, problems = differences_of(*sides, metrics, sizes=sizes, resamples=RESAMPLES)
     evidence: dict[str, Evidence] = {}
@@ -134,7 +134,7 @@ def _ratio(results: Results, run: RunRecord) -> float:
 
 
 def comparisons(pairs: list[Pair]) -> pd.DataFrame:
-    """Every pair and metric with its test, the gain test where it applies: the source of the forest plot and of the verdicts."""
+    """All pairs and metrics with their tests (the gain test if it applies): the source of the forest plot and of the verdicts."""
     columns = ["entry", "control", "metric", "difference", "low", "high", "p", "detectable", "worse", "equal", "better", "basis", "values"]
     rows = []
     for pair in pairs:
@@ -149,7 +149,7 @@ def comparisons(pairs: list[Pair]) -> pd.DataFrame:
 
 
 def seen_gain(pair: Pair, rare: str) -> float | None:
-    """The rare class's F1 gain by which a pair is judged; on a shared test set and without a complete run, of what is there."""
+    """The gain in the rare class's F1 for a pair's verdict; on a shared test set or without a complete run, the gain so far."""
     if pair.decision.seen is not None and not pair.shared:
         return pair.decision.seen
     found = pair.differences.get(f"f1:{rare}")
@@ -157,7 +157,7 @@ def seen_gain(pair: Pair, rare: str) -> float | None:
 
 
 def fold_differences(pairs: list[Pair]) -> pd.DataFrame:
-    """Differences by fold and repeat, which the corrected t-test is made of; empty on a shared test set."""
+    """Differences by fold and repeat, the input of the corrected t-test; empty for a shared test set."""
     rows = [
         (pair.entry, pair.control, metric, place, float(value))
         for pair in pairs

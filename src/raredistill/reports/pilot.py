@@ -1,4 +1,4 @@
-"""The pilot of a plan: what finished repeats of the same study have measured, or what is assumed without them."""
+"""The pilot of a plan: variances measured in finished repeats of the same study, or assumed without them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from raredistill.studies.study import Study, rare_class
 
 
 def design_of(made: Study, out: Path, repeats: int, gain: float | None) -> Plan:
-    """Judge a study's design by the pilot in its folder, or by assumptions.
+    """Evaluate a study's design with the pilot in its folder, or with assumptions.
 
     Args:
         made: the study.
         out: its folder.
-        repeats: of the design.
-        gain: that should be shown; None to judge the design as it is.
+        repeats: repeats of the design.
+        gain: gain that should be shown; None to evaluate the design as it is.
 
     Raises:
         ConfigError: its folds share a test set, so that no plan can be made.

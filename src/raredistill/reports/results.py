@@ -1,4 +1,4 @@
-"""A study's folder read once: its description, and the predictions and epochs of every finished run."""
+"""The content of a study's folder, read once: description, and predictions and epochs of every finished run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from raredistill.runs.record import Cell, RunRecord, StudyRecord, read_study
 
 @dataclass(frozen=True)
 class Results:
-    """What a report is made of: ``study`` is study.json, ``tables`` and ``epochs`` are by run id, finished runs only.
+    """The input of a report: ``study`` is study.json; ``tables`` and ``epochs`` are by run id, finished runs only.
 
-    ``sizes`` are patients in a training and in a test side, means over splits; None where the splits are not kept. ``priors`` are the class
-    priors that runs' logits carry, by run id, where they are known.
+    ``sizes`` are patients in a training and in a test side, means over splits; None if the splits are not available. ``priors`` are the
+    class priors that runs' logits carry, by run id, if they are known.
     """
 
     study: StudyRecord
@@ -38,7 +38,7 @@ class Results:
 
     @property
     def entries(self) -> list[str]:
-        """Names of the grid's lines, in the order of the study, finished or not."""
+        """Names of the entries, in the order of the study, finished or not."""
         return list(dict.fromkeys(run.name for run in self.study.runs))
 
     def of(self, entry: str) -> list[RunRecord]:
@@ -46,11 +46,11 @@ class Results:
         return [run for run in self.runs if run.name == entry]
 
     def first(self, entry: str) -> RunRecord:
-        """The record of an entry's first run, finished or not: what holds for all of them."""
+        """The record of an entry's first run, finished or not, for properties shared by all its runs."""
         return next(run for run in self.study.runs if run.name == entry)
 
     def settings(self, entry: str) -> dict[str, Any] | None:
-        """How an entry's training is configured, where it differs from the defaults; None where the configuration does not name it."""
+        """An entry's training settings that differ from the defaults; None if the configuration does not contain the entry."""
         config = self.study.config
         own = [run.get("training", {}) for run in config.get("runs", []) if run.get("name") == entry]
         return {**config.get("training", {}), **own[0]} if own else None
@@ -69,13 +69,13 @@ class Results:
         return predictions.concatenate(tables) if tables else None
 
     def expected(self, entry: str, control: str) -> set[Cell]:
-        """The (repeat, fold, seed) that two entries should have finished: all folds of each repeat and seed that either has begun."""
+        """The (repeat, fold, seed) that two entries should have finished: all folds of each repeat and seed that either has started."""
         begun = {(run.repeat, run.seed) for name in (entry, control) for run in self.of(name)}
         return {run.cell for run in self.study.runs if run.name == entry and (run.repeat, run.seed) in begun}
 
     @cached_property
     def levels(self) -> list[tuple[str, str, Predictions]]:
-        """Entry, level (``slice``, and ``patient`` where there is one) and the pooled predictions of its test parts at that level."""
+        """Entry, level (``slice``, and ``patient`` if it exists) and the pooled predictions of its test parts at that level."""
         found = []
         for entry in self.entries:
             if (table := self.pooled(entry)) is not None:
@@ -89,16 +89,16 @@ class Results:
 
 
 def read_results(study: Path) -> Results:
-    """Read a study's folder, also an unfinished one.
+    """Read a study's folder, finished or not.
 
     Raises:
-        DataError: there is no study.json or it holds something else, or a finished run is damaged or another's.
-        CheckpointError: the weights of a finished run are no checkpoint.
+        DataError: study.json is missing or invalid, or a finished run is damaged or belongs elsewhere.
+        CheckpointError: the weights of a finished run are not a checkpoint.
     """
     folder = StudyFolder(study)
     description = read_study(folder.description)
     check_places(folder, description)
-    # Their test sides are training patients of the study's folds: teachers are means, not results.
+    # The test sides of cross-fitted teachers are training patients of the study's folds, so they are not results.
     described = replace(description, runs=[run for run in description.runs if run.kind != "cross-fitted teacher"])
     tables, epochs, priors = {}, {}, {}
     for run in described.runs:

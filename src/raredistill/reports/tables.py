@@ -23,7 +23,7 @@ def run_metrics(results: Results) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every metric of every finished run on its test part.
 
     Returns:
-        Overall metrics (a row a run, checkpoint and level), and metrics by class (a row a run, checkpoint, level and class).
+        Overall metrics (one row per run, checkpoint and level), and metrics by class (one row per run, checkpoint, level and class).
     """
     overall: list[dict[str, Any]] = []
     by_class: list[dict[str, Any]] = []
@@ -61,7 +61,7 @@ def _spread(values: pd.Series) -> str:
 
 
 def summary(results: Results, overall: pd.DataFrame, by_class: pd.DataFrame) -> pd.DataFrame:
-    """One row an entry: the rare class and the whole, by slice, best checkpoint, mean over runs."""
+    """One row per entry: the rare class and overall scores, by slice, best checkpoint, mean over runs."""
     rare = results.study.rare
     rows = []
     for entry in results.entries:
@@ -88,7 +88,7 @@ def confusions(rows: pd.DataFrame, classes: Sequence[str]) -> dict[str, np.ndarr
 
 
 def confusion_rows(results: Results) -> pd.DataFrame:
-    """Confusion matrices as rows, a row a run and true class: slices predicted as each class."""
+    """Confusion matrices as a table, one row per run and true class: slices predicted as each class."""
     rows = []
     for run in results.runs:
         part = results.tables[run.id].part("test")
@@ -100,7 +100,7 @@ def confusion_rows(results: Results) -> pd.DataFrame:
 
 
 def epoch_rows(results: Results) -> pd.DataFrame:
-    """Loss and scores by epoch, a row a run, epoch and part: the source of the curves."""
+    """Loss and scores by epoch, one row per run, epoch and part: the source of the curves."""
     rows = []
     for run in results.runs:
         for epoch, record in enumerate(results.epochs[run.id], start=1):
@@ -119,7 +119,7 @@ def write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:
 
 
 def safe(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy whose texts, also in its head, no spreadsheet runs as a formula."""
+    """A copy whose texts (including column names) no spreadsheet executes as formulas."""
     return table.map(_quoted).rename(columns=_quoted)
 
 

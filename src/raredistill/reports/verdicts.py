@@ -1,4 +1,4 @@
-"""Does a teacher help the rare class, and does its size matter? What the evidence allows to say, in sentences."""
+"""Does a teacher help the rare class, and does its size matter? Conclusions from the evidence, in sentences."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ BASIS = "gain test over {runs} runs of {folds} folds; {view}"
 def verdicts(
     pairs: list[Pair], rare: str, margin: float | None = None, kept: float = 1.0, states: Mapping[str, State] | None = None
 ) -> list[dict[str, Any]]:
-    """A record for each pair on the rare class's F1, decided by the gain test, with Holm's adjustment over all tested pairs.
+    """One record per pair on the rare class's F1, decided by the gain test, with Holm's adjustment over all tested pairs.
 
     Args:
         pairs: with their decisions.
         rare: the rare class.
-        margin: largest difference without practical meaning, fixed before the study; None leaves equivalence out.
+        margin: largest difference without practical meaning, fixed before the study; None for no equivalence test.
         kept: share of the rare class's patients that training keeps.
-        states: what the looks of a study that stops by looks have decided.
+        states: for a study with looks, their decisions.
 
     Returns:
         ``entry, control, teacher, relation, difference, low, high, p, p_holm, p_same, detectable, training_share, basis, sentence, notes``,
-        the references ``nb_p, worse, equal, better``, the gains beside it ``argmax, best_checkpoint``, and ``verdict``: ``helps``,
-        ``harms``, ``makes no practical difference``, ``not decided`` or ``described``; numbers are None where nothing was tested.
+        the references ``nb_p, worse, equal, better``, the gains in other views ``argmax, best_checkpoint``, and ``verdict``: ``helps``,
+        ``harms``, ``makes no practical difference``, ``not decided`` or ``described``; numbers are None if nothing was tested.
     """
     gains = {pair.entry: pair.decision.gain for pair in pairs if pair.decision.gain is not None and not pair.shared}
     barred = {pair.entry: _reason(pair) for pair in pairs if pair.entry not in gains or pair.decision.reason}
@@ -54,12 +54,12 @@ def _reason(pair: Pair) -> str:
 
 
 def tested(pairs: list[Pair]) -> list[Pair]:
-    """The pairs that the gain test judges: Holm's family."""
+    """The pairs tested by the gain test: Holm's family."""
     return [pair for pair in pairs if pair.decision.gain is not None and not pair.decision.reason and not pair.shared]
 
 
 def family(pairs: list[Pair], rare: str) -> str:
-    """Which comparisons Holm's adjustment covers, and that no other p on the page is adjusted."""
+    """Sentence on the comparisons that Holm's adjustment covers; no other p on the page is adjusted."""
     names = [pair.entry for pair in tested(pairs)]
     if not names:
         return "Nothing could be tested, so no p value was adjusted."
@@ -107,7 +107,7 @@ def _networks(pair: Pair, rare: str) -> str:
 
 
 def told(record: dict[str, Any]) -> str:
-    """A difference with its interval: ``+0.021 [−0.004, +0.046]``."""
+    """Format a difference with its interval: ``+0.021 [−0.004, +0.046]``."""
     return f"{signed(record['difference'])} [{signed(record['low'])}, {signed(record['high'])}]"
 
 
@@ -125,7 +125,7 @@ def _notes(pair: Pair, rare: str, ruling: Ruling) -> list[str]:
 
 
 def _beside(pair: Pair, rare: str, ruling: Ruling) -> list[str]:
-    """The other views; a gain that argmax has and the matched threshold has not is one of the threshold alone."""
+    """Notes on the other views; a gain with argmax but not with the matched threshold is due to the threshold alone."""
     beside = pair.decision.beside
     if not beside or ruling.gain is None:
         return []
@@ -174,7 +174,7 @@ def size_verdict(results: Results, pairs: list[Pair]) -> dict[str, Any]:
     """The second question: the gain against the teacher's size, as the slope on log2(teacher / student parameters).
 
     Returns:
-        ``sentences``, and ``slope, low, high, p`` (None where it cannot be tested).
+        ``sentences``, and ``slope, low, high, p`` (None if it cannot be tested).
     """
     rare = results.study.rare
     known = [pair for pair in tested(pairs) if not np.isnan(pair.ratio)]
@@ -202,7 +202,7 @@ def _by_relation(pairs: list[Pair], relation: str, rare: str) -> str:
 
 
 def cautions(results: Results, spared: int = 0) -> list[str]:
-    """What a reader must know before believing a verdict; ``spared`` runs were not needed, since their pairs were settled."""
+    """Cautions for reading the verdicts; ``spared`` runs were not needed, since their pairs were settled."""
     study, said = results.study, []
     unfinished = len(study.runs) - len(results.runs) - spared
     if spared:
@@ -225,7 +225,7 @@ def cautions(results: Results, spared: int = 0) -> list[str]:
 
 
 def notes_on_tests(results: Results) -> list[str]:
-    """What each test on the page can and cannot show."""
+    """Notes on what each test on the page can and cannot show."""
     folds = len(results.study.splits)
     if results.study.protocol == "outer":
         said = [
@@ -252,7 +252,7 @@ def notes_on_tests(results: Results) -> list[str]:
 
 
 def rare_power(results: Results, pairs: list[Pair]) -> str:
-    """The power note of the whole study: the pair that could have shown most, at Holm's level, with its range."""
+    """Note on the power of the whole study: the most precise pair, at Holm's level, with its range."""
     known = {pair.entry: pair.decision.gain for pair in tested(pairs) if pair.decision.gain and np.isfinite(pair.decision.gain.se)}
     if not known:
         return "Nothing could be tested, so no gain could have been detected."

@@ -1,4 +1,4 @@
-"""One side against another, wherever the predictions come from: runs, studies, or files made elsewhere."""
+"""Comparison of two sides: runs, studies, or prediction files of any program."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def versus(
 
     Args:
         first: a study's folder, a run's folder, or a predictions file (CSV or Parquet).
-        second: the same kind; of two studies the entries of one name are compared.
-        metric: a name as in :func:`raredistill.evaluation.bootstrap.patient_bootstrap`; by default the F1 of the rarest class leads.
-        background: the class that no patient carries, in files made elsewhere.
+        second: the same kind; in two studies, entries with the same name are compared.
+        metric: a name as in :func:`raredistill.evaluation.bootstrap.patient_bootstrap`; by default the F1 of the rarest class comes first.
+        background: the class that is not a patient's label, in files of other programs.
         groups: a CSV file with the column ``patient``, and the column by which gains are also reported.
 
     Raises:
         ConfigError: unknown metric or class.
-        DataError: a file cannot be read, the sides do not fit, or nothing can be tested.
+        DataError: a file cannot be read, the sides do not match, or nothing can be tested.
     """
     sides = _studies(first, second) if _is_study(first) and _is_study(second) else [_files(first, second, background)]
     rare = rarest(sides[0][1])
@@ -92,10 +92,10 @@ def _by_group(first: Predictions, second: Predictions, groups: dict[str, str], m
 
 
 def over_datasets(gains: list[float]) -> str:
-    """The sentence on several pairs, one a data set.
+    """The sentence on several pairs, one per data set.
 
     Raises:
-        DataError: fewer than two.
+        DataError: there are fewer than two.
     """
     p, smallest = wilcoxon_over_datasets(gains)
     return (
@@ -105,7 +105,7 @@ def over_datasets(gains: list[float]) -> str:
 
 
 def rarest(predictions: Predictions) -> str:
-    """The class with fewest samples among those that a patient can carry."""
+    """The class with the fewest samples among those that a patient can have."""
     counts = predictions.table["label"].value_counts()
     return min((name for name in predictions.classes if name != predictions.background and name in counts), key=lambda name: counts[name])
 
@@ -118,14 +118,14 @@ def _files(first: Path, second: Path, background: str | None) -> tuple[tuple[str
     paths = [RunFolder(path).predictions if path.is_dir() else path for path in (first, second)]
     tables = [_own(read(path, background=background), path) for path in paths]
     if tables[0].classes != tables[1].classes:
-        # Files made elsewhere may order their columns differently, and hard labels show only the classes that occur.
+        # Files of other programs may order their columns differently, and hard labels show only classes that occur.
         classes = list(dict.fromkeys([*tables[0].classes, *tables[1].classes]))
         tables = [read(path, classes=classes, background=background) for path in paths]
     return (str(first), str(second)), tables[0], tables[1]
 
 
 def _own(table: Predictions, path: Path) -> Predictions:
-    """The table, where it lies beside a run's record only after both were compared."""
+    """Read the table; one that lies next to a run's record is first compared with it."""
     folder = RunFolder(path.parent)
     if path.name == folder.predictions.name and folder.record.is_file():
         refuse_foreign(table, checked_record(folder, [path.name]), path)
@@ -172,7 +172,7 @@ def _rows(pairs: list[Pair], metrics: list[str]) -> pd.DataFrame:
     table = pd.concat(tables, ignore_index=True)
     if len(pairs) == 1:
         return table[shown]
-    # Of many pairs only what leads is printed; the report of a study has the rest.
+    # For many pairs, only the leading metrics are printed; the report of a study has the rest.
     return table[(table["level"] == "slice") & table["metric"].isin([metrics[0], "macro_f1"])][["entry", *shown]]
 
 

@@ -1,1 +1,1 @@
-"""One run: what it is, its rules, and everything that carries it out."""
+"""One run: its definition, its rules, and its execution."""

@@ -1,4 +1,4 @@
-"""Putting one run together: its batches, its objective with the teachers loaded, and the promise of its checkpoints."""
+"""Assemble one run: its batches, its objective with the teachers loaded, and the metadata of its checkpoints."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from raredistill.training.online import Together
 
 
 def pixels_of(run: Run, cohort: Cohort) -> int:
-    """Bytes of the pixels of a run's training part, for student and teachers, and of its validation part."""
+    """Bytes of pixels in a run's training part (for student and teachers) and validation part."""
     own = set(run.entry.channels)
     both = own | (set(teacher_channels(run)) if run.entry.settings.views is None else set())
     return (len(run.split.train) * len(both) + len(run.split.validation) * len(own)) * cohort.size[0] * cohort.size[1]
 
 
 def too_large(run: Run, cohort: Cohort, device: torch.device) -> str:
-    """Why a run's resident pixels do not fit on a device, with the cure; empty when they do."""
+    """Message on why a run's resident pixels do not fit on a device, with the remedy; empty if they fit."""
     holders = run.entry.settings.devices if device.type == "cpu" else 1
     needed, free = holders * pixels_of(run, cohort), free_memory(device)
     if needed <= free:
@@ -44,9 +44,9 @@ def too_large(run: Run, cohort: Cohort, device: torch.device) -> str:
 
 
 def make_batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, ...], Batches, Batches | None]:
-    """The channels of a run's network, the batches that it trains on, and those of its validation part, if it has one."""
+    """The channels of a run's network, its training batches, and its validation batches, if it has a validation part."""
     settings, channels = run.entry.settings, run.entry.channels
-    teachers = teacher_channels(run) if settings.views is None else ()  # a teacher that was kept needs no pixels
+    teachers = teacher_channels(run) if settings.views is None else ()  # a cached teacher needs no pixels
     wanted = (*channels, *(name for name in teachers if name not in channels))
     train = Batches(
         cohort, run.split.train, channels=wanted, batch_size=settings.batch_size, device=fabric.device, sampler=settings.sampler,
@@ -61,7 +61,7 @@ def make_batches(run: Run, cohort: Cohort, fabric: Fabric) -> tuple[tuple[str, .
 def make_objective(
     run: Run, cohort: Cohort, network: Network, fabric: Fabric, folder: StudyFolder, *, keep: Callable[[Taught], Taught]
 ) -> Objective:
-    """The terms that a run minimises, with its teachers loaded and checked; ``keep`` may put their kept outputs in their place."""
+    """The terms that a run minimises, with its teachers loaded and checked; ``keep`` may replace them by their cached outputs."""
     entry, settings = run.entry, run.entry.settings
     counts = torch.from_numpy(_counts(run, cohort)).to(fabric.device)
     loss = make_loss(settings.loss, counts=counts, **settings.loss_options)
@@ -83,7 +83,7 @@ def _counts(run: Run, cohort: Cohort) -> np.ndarray:
 
 
 def run_promise(run: Run, cohort: Cohort, network: Network) -> Promise:
-    """What the checkpoints of a run promise."""
+    """The metadata stored in the checkpoints of a run."""
     entry = run.entry
     patients = {*cohort.samples["patient"].to_numpy()[run.split.train], *patients_before(entry, cohort, run.split)}
     return Promise(

@@ -1,4 +1,4 @@
-"""The teacher cache of a study: one file a view, shared by every student of a fold, named by all that its content depends on."""
+"""The teacher cache of a study: one file per view, shared by all students of a fold, in a folder named by a hash of all inputs."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from raredistill.runs.drafts import code, versions
 from raredistill.runs.layout import StudyFolder
 from raredistill.runs.run import Run, external_facts
 from raredistill.runs.teachers import Taught, teacher_channels, teacher_files
-from raredistill.training.cache import Kept, Table, look
+from raredistill.training.cache import CachedTeacher, Table, compute_view
 
 
 class Cache:
-    """Puts what a run's teacher says of its training views in the teacher's place, where the run asks for that.
+    """Replaces a run's teacher by its cached outputs for the training views, if the run's settings request it.
 
     Args:
-        run: the student's.
-        cohort: what both read.
+        run: the student's run.
+        cohort: cohort of both.
         fabric: the device.
         folder: of the study.
-        on_view: called with the number of views that exist, and with how many there will be.
+        on_view: called with the number of finished views and the total.
 
     Attributes:
-        facts: what it took, for the run's record: ``views``, how many of them this run ``computed``, and in how many ``seconds``.
-        remarks: which files were damaged.
+        facts: cost, for the run's record: ``views``, how many of them this run ``computed``, and in how many ``seconds``.
+        remarks: messages about damaged files.
     """
 
     def __init__(self, run: Run, cohort: Cohort, fabric: Fabric, folder: StudyFolder, on_view: Callable[[int, int], None]) -> None:
@@ -46,10 +46,10 @@ class Cache:
         self.remarks: list[str] = []
 
     def __call__(self, taught: Taught) -> Taught:
-        """Compute what is not there yet. Another process at the same view is waited for; a kill in between leaves whole views.
+        """Compute the missing views. Waits for another process that computes the same view; after a kill, finished views are intact.
 
         Args:
-            taught: the teacher, or several together.
+            taught: the teacher, or several combined.
 
         Raises:
             OSError: a view cannot be written.
@@ -57,14 +57,16 @@ class Cache:
         views = self._run.entry.settings.views
         if views is None:
             return taught
-        batches = cache(self._batches)  # made for the first view that is not there, and gone with the last
-        found = [self._view(lambda view: look(taught, batches(), view, features=self._features), view, views) for view in range(views)]
-        seconds = [spent for _, spent in found if spent]
+        batches = cache(self._batches)  # created for the first missing view, freed after the last
+        tables = [
+            self._view(lambda view: compute_view(taught, batches(), view, features=self._features), view, views) for view in range(views)
+        ]
+        seconds = [spent for _, spent in tables if spent]
         self.facts = {"views": views, "computed": len(seconds), "seconds": round(sum(seconds), 3)}
-        return Kept([table for table, _ in found], self._run.split.train, self._fabric.device)
+        return CachedTeacher([table for table, _ in tables], self._run.split.train, self._fabric.device)
 
     def _view(self, compute: Callable[[int], Table], view: int, views: int) -> tuple[Table, float]:
-        """The table of a view, and the seconds that it took; none where it was there."""
+        """The table of a view, and the seconds spent on computing it; 0 if it was cached."""
         self._on_view(view, views)
         path = self._folder / f"view{view}.safetensors"
         with locked(self._folder / f".view{view}.lock"):
@@ -89,12 +91,12 @@ class Cache:
         return "features" in self._run.entry.wants
 
     def _batches(self) -> Batches:
-        # Of the student's batch size: the same shapes take the same kernels, also in bf16.
+        # Same batch size as the student: equal shapes use the same kernels, also in bf16.
         settings = self._run.entry.settings
         return Batches(
             self._cohort, self._run.split.train, channels=teacher_channels(self._run), batch_size=settings.batch_size,
             device=self._fabric.device, shuffle=False, augmentation=settings.strengths, seed=self._run.fold_seed,
-            # The student's pixels have their place already: the teacher's take what is left, or are streamed.
+            # The student's pixels are already resident: the teacher's use the remaining memory, or are streamed.
             residence="auto" if settings.residence == "resident" else settings.residence,
         )  # fmt: skip
 
@@ -103,7 +105,7 @@ class Cache:
         return self._study.teacher_cache / fingerprint(self._determines())[:16]
 
     def _determines(self) -> dict[str, Any]:
-        """All that the content depends on: equal where a teacher would say the same of the same views."""
+        """All inputs of the cached outputs: equal inputs give equal outputs."""
         entry, split, device = self._run.entry, self._run.split, self._fabric.device
         augmentation = entry.settings.strengths
         return {

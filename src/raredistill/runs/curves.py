@@ -1,6 +1,6 @@
-"""The log of a run's epochs: one JSON line each, and scalars for TensorBoard, written at once and in this thread.
+"""The log of a run's epochs: one JSON line each, and scalars for TensorBoard, written immediately and in this thread.
 
-A full disk fails here, not in a background thread whose error nobody sees.
+A full disk therefore raises here, not in a background thread where the error goes unnoticed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from raredistill.runs.layout import RunFolder
 
 
 class Curves:
-    """Log of epochs. When it starts from the first epoch again (a run on several devices may start anew), it is written anew.
+    """Log of epochs; overwritten when training starts again from the first epoch (a run on several devices may restart).
 
     Args:
         folder: of the run.
@@ -37,14 +37,14 @@ class Curves:
     def _open(self) -> None:
         shutil.rmtree(self._folder.board, ignore_errors=True)
         self._log = self._folder.epochs.open("w", encoding="utf-8")
-        self._board, self._told = Board(self._folder.board), False
+        self._board, self._started = Board(self._folder.board), False
 
     def add(self, record: dict[str, Any]) -> None:
-        """Write an epoch's record."""
-        if record["epoch"] == 0 and self._told:
+        """Append an epoch's record."""
+        if record["epoch"] == 0 and self._started:
             self.close()
             self._open()
-        self._told = True
+        self._started = True
         with naming(self._folder.epochs):
             self._log.write(json.dumps(record) + "\n")
             self._log.flush()
@@ -52,7 +52,7 @@ class Curves:
             self._board.add(record["epoch"], _scalars(record))
 
     def close(self) -> None:
-        """End both files."""
+        """Close both files."""
         self._log.close()
         self._board.close()
 
@@ -67,7 +67,7 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 class Board:
-    """One file of events in a folder.
+    """One TensorBoard event file in a folder.
 
     Raises:
         OSError: the file cannot be written.
@@ -89,5 +89,5 @@ class Board:
         self._records.flush()
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         self._records.close()

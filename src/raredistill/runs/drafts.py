@@ -1,4 +1,4 @@
-"""The folder of a run while it is made, what it was begun with, and whether a finished one is still what was written."""
+"""Draft folders of unfinished runs, the origin they were started with, and integrity checks of finished runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raredistill.runs.record import RunRecord, read_run
 from raredistill.training.resume import clear_state, has_state
 
 LIBRARIES = ("torch", "timm", "lightning-fabric", "numpy")
-"""Those that a run's numbers depend on."""
+"""Libraries that a run's numbers depend on."""
 ASIDE = (
     "api.py",
     "cli.py",
@@ -37,48 +37,48 @@ ASIDE = (
     "reports",
     "studies",
 )
-"""Parts of the package that no run's numbers depend on: the cohort itself has its own hash."""
+"""Parts of the package that no run's numbers depend on; the cohort has its own hash."""
 
 
 def origin(device: str, teachers: Mapping[str, Path], plugins: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Everything a run's numbers depend on apart from its name: versions, device, threads, code, plug-ins, and its teachers' weights."""
     files = {f"teacher {name}": content_hash(file) for name, file in teachers.items() if file.is_file()}
-    # A sum over other parts has other bits; on other devices than the CPU its threads sum nothing.
+    # The number of threads changes the rounding of sums, but only on the CPU.
     threads = {"threads": str(torch.get_num_threads())} if device == "cpu" else {}
     return {"versions": {**versions(), "device": device, **threads}, "code": {**code(), **plugins}, "files": files}
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that compute."""
+    """Versions of Python and of the numerical libraries."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 @cache
 def code() -> dict[str, str]:
-    """Hash of each file of the program that a run's numbers may depend on."""
+    """Hash of each source file that a run's numbers may depend on."""
     root = Path(raredistill.__file__).parent
     files = sorted(path.relative_to(root) for path in root.rglob("*.py"))
     return {str(path): sha256(root / path)[:16] for path in files if path.parts[0] not in ASIDE}
 
 
 def check_origin(folder: RunFolder, now: dict[str, dict[str, str]]) -> None:
-    """Refuse to resume an unfinished run under other code, versions or files.
+    """Refuse to resume an unfinished run with different code, versions or files.
 
     Raises:
-        CheckpointError: what differs, and what to do.
+        CheckpointError: something differs; the message names it and the remedy.
     """
-    then = _begun_with(folder.draft)
+    then = _started_with(folder.draft)
     differing = [] if then is None else [f"{name} was {old} and is {new}" for name, old, new in _differences(then, now)]
     if differing:
         raise CheckpointError(
-            f"{folder.draft.path} was begun with something else: {'; '.join(differing)}. "
-            "Resume it with the same code and versions, or delete that folder to train the run anew"
+            f"{folder.draft.path} was started with something else: {'; '.join(differing)}. "
+            "Resume it with the same code and versions, or delete that folder to train the run from scratch"
         )
 
 
-def _begun_with(draft: RunFolder) -> dict[str, Any] | None:
-    # None too when it was killed before its start, or is damaged: then nothing can be resumed.
+def _started_with(draft: RunFolder) -> dict[str, Any] | None:
+    # Also None if the run was killed before its start, or is damaged: then it cannot be resumed.
     try:
         record = read_json(draft.origin)
     except DataError:
@@ -92,14 +92,14 @@ def _differences(then: dict[str, Any], now: dict[str, dict[str, str]]) -> list[t
 
 
 def open_draft(folder: RunFolder, now: dict[str, dict[str, str]]) -> RunFolder:
-    """The folder in which a run is made: a new one, or that of an interrupted start, tidied up.
+    """Return the draft folder of a run: a new one, or that of an interrupted start, cleaned up.
 
     Raises:
-        CheckpointError: it was begun with something else.
+        CheckpointError: it was started with something else.
     """
     check_origin(folder, now)
     draft = folder.draft
-    if _begun_with(draft) is None:
+    if _started_with(draft) is None:
         shutil.rmtree(draft.path, ignore_errors=True)
         draft.path.mkdir(parents=True)
         write_json(draft.origin, seal(now))
@@ -110,7 +110,7 @@ def open_draft(folder: RunFolder, now: dict[str, dict[str, str]]) -> RunFolder:
 def finish(folder: RunFolder, record: RunRecord) -> None:
     """Promote the draft to the final run folder. Its record, written last, holds the hash of every result.
 
-    The state is deleted once the folder is in its place: a crash in between costs nothing.
+    The saved state is deleted only after the folder has been moved, so a crash in between loses nothing.
     """
     draft = folder.draft
     files = {name: sha256(draft.path / name) for name in RESULTS}
@@ -120,7 +120,7 @@ def finish(folder: RunFolder, record: RunRecord) -> None:
 
 
 def abandon(folder: RunFolder) -> None:
-    """Remove the draft of a run that failed before anything was kept, such as one whose teacher was refused."""
+    """Remove the draft of a run that failed before its state was saved, for example because its teacher was refused."""
     draft = folder.draft
     if not has_state(draft.path) and not draft.weights("best").exists():
         shutil.rmtree(draft.path, ignore_errors=True)
@@ -132,10 +132,10 @@ def discard(folder: RunFolder) -> None:
 
 
 def read_finished(folder: RunFolder) -> RunRecord:
-    """The record of a finished run, after every byte of its results was checked.
+    """Read the record of a finished run, after checking every byte of its results.
 
     Raises:
-        DataError: a file is missing, or is not what was written.
+        DataError: a file is missing, or its content has changed.
     """
     record = checked_record(folder)
     clear_state(folder.path)
@@ -143,14 +143,14 @@ def read_finished(folder: RunFolder) -> RunRecord:
 
 
 def checked_record(folder: RunFolder, names: Sequence[str] = RESULTS) -> RunRecord:
-    """The record of a finished run, after its own hash and those of some of its results were compared.
+    """Read the record of a finished run, after checking its own hash and those of some of its results.
 
     Args:
         folder: of the run.
-        names: the results whose bytes are read; all by default.
+        names: the results to check; all by default.
 
     Raises:
-        DataError: a file is missing, or is not what was written.
+        DataError: a file is missing, or its content has changed.
     """
     record = read_json(folder.record)
     if not isinstance(record, dict) or not is_sealed(record) or set(record.get("files", ())) != set(RESULTS):
@@ -162,7 +162,7 @@ def checked_record(folder: RunFolder, names: Sequence[str] = RESULTS) -> RunReco
 
 
 def set_aside(folder: RunFolder) -> Path:
-    """Move a damaged run out of the way, so that it is made again and can still be inspected; returns its new place."""
+    """Move a damaged run aside, so that it is trained again and can still be inspected; returns its new path."""
     shutil.rmtree(folder.damaged, ignore_errors=True)
     os.replace(folder.path, folder.damaged)
     return folder.damaged

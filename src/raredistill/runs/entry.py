@@ -1,6 +1,6 @@
-"""One line of a study's grid: a network, how it is trained and who teaches it, with the rules on what goes together.
+"""One line of a study's grid: a network, its training and its teacher, with the rules on how they may be combined.
 
-Nothing here imports torch until an entry is constructed, so that a configuration's mistakes are found at once.
+torch is not imported until an entry is constructed, so that mistakes in a configuration are reported immediately.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class External(Declared):
         model: name of its network.
         classes: in the order of its logits.
         channels: in the order of its input.
-        mean: of its normalisation, one value per channel.
-        std: of its normalisation, one value per channel.
+        mean: mean of its normalisation, one value per channel.
+        std: standard deviation of its normalisation, one value per channel.
         image_size: side in pixels that it was built for.
         training_patients: a text file with one patient per line.
-        external: it has seen none of this cohort's patients; the report states that this is the user's word.
-        prior: class shares that its logits carry, where its file does not say: those of its training samples, after plain
+        external: whether it was trained on none of this cohort's patients; the report notes that this is the user's statement.
+        prior: class shares that its logits carry, if its file does not state them: those of its training samples, after plain
             cross-entropy.
     """
 
@@ -56,7 +56,7 @@ class External(Declared):
         return f"{self.weights}: "
 
     def conflicts(self) -> list[str]:
-        """What bare weights must be described by."""
+        """Messages on fields that bare weights need."""
         described = self.classes and self.channels and self.image_size
         lacking = "a teacher given as bare weights needs model, classes, channels and image_size"
         return [lacking] if self.model and not described else []
@@ -77,26 +77,26 @@ Weight = Annotated[float, Ge(0)]
 
 @dataclass(frozen=True)
 class Entry(Declared):
-    """One line of the grid: a network, how it is trained, and who teaches it.
+    """One line of the grid: a network, its training, and its teacher.
 
     Attributes:
         name: unique in the study.
         model: name of the network; from Python also a module with features ``(N, F)``, or a function from channels to one.
-        channels: of its input, in order; those of the study when empty.
-        settings: how it is trained; a configuration calls the differences from the study's ``training``.
+        channels: channels of its input, in order; those of the study when empty.
+        settings: training settings; in a configuration, ``training`` lists the differences from the study's.
         pretrained: no, timm's hub, or a local safetensors file.
-        mean: normalisation of local weights where it differs from timm's record of that network; with ``std``.
+        mean: normalisation of local weights if it differs from timm's values for that network; together with ``std``.
         std: see ``mean``.
         head: ``linear``, ``thesis`` or ``cosine``.
-        dropout: before the classifier.
+        dropout: dropout rate before the classifier.
         teacher: another entry's name, several names (their probabilities are averaged), a teacher from elsewhere, or none.
-        cross_fit: train that many copies of the teacher, each without a part of the training patients, whom it then teaches; 0 for one
-            teacher trained on all of them.
+        cross_fit: train this many copies of the teacher, each without one part of the training patients, which it then teaches; 0 for
+            one teacher trained on all of them.
         online: the teacher learns beside the student, ``one_way`` or ``mutual`` (from the student, too); ``no`` for a trained teacher.
         method: distiller, when there is a teacher: its name, or from Python its class or function.
         method_options: its hyper-parameters.
-        ce_weight: of the supervised loss, when there is a teacher.
-        kd_weight: of the distillation terms.
+        ce_weight: weight of the supervised loss, if there is a teacher.
+        kd_weight: weight of the distillation terms.
 
     Raises:
         ConfigError: a field has a wrong value, or two of them contradict each other.
@@ -154,7 +154,7 @@ class Entry(Declared):
 
     @property
     def wants(self) -> tuple[str, ...]:
-        """What its method asks of a teacher: ``logits``, ``features``, ``maps``, ``labels``, ``prior``, ``reliability``.
+        """What its method needs of a teacher: ``logits``, ``features``, ``maps``, ``labels``, ``prior``, ``reliability``.
 
         Raises:
             ConfigError: the method or one of its options is unknown.
@@ -162,14 +162,14 @@ class Entry(Declared):
         return () if self.teacher is None else self.method_class.wants(self.method_options)
 
     def conflicts(self) -> list[str]:
-        """What the network, the settings and the teacher cannot do together."""
+        """Messages on combinations of network, settings and teacher that are not possible."""
         method = None if self.teacher is None else self.method_class
         held = {**_head_conflicts(self), **_speed_conflicts(self, method), **_teaching_conflicts(self, method)}
         return [message for message, wrong in held.items() if wrong]
 
 
 def _head_conflicts(entry: Entry) -> dict[str, bool]:
-    """What a head cannot do with a loss or a second stage; each message with whether it holds."""
+    """Possible conflicts of the head with the loss or a second stage: each message, and whether it applies."""
     from raredistill.losses import named_loss
 
     settings, corrected = entry.settings, ""
@@ -179,21 +179,21 @@ def _head_conflicts(entry: Entry) -> dict[str, bool]:
     return {
         f"loss {settings.loss} needs cosines, but head is not cosine: set head: cosine": head != entry.head,
         f"stage {settings.stage} changes a linear classifier, but head is cosine": settings.stage != "none" and entry.head == "cosine",
-        f"stage logit_adjustment takes the training prior off, but {corrected} has done so already; use stage: none": bool(corrected),
+        f"stage logit_adjustment removes the training prior, but {corrected} already does so; use stage: none": bool(corrected),
     }
 
 
 def _speed_conflicts(entry: Entry, method: type[Method] | None) -> dict[str, bool]:
-    """What a method cannot do with a teacher cache, compiling and several devices."""
+    """Possible conflicts of the method with a teacher cache, compiling and several devices."""
     settings, wants = entry.settings, entry.wants
     return {
-        f"compile: {settings.compile} compiles bodies whole, but method {entry.method} looks into them; use compile: none": (
+        f"compile: {settings.compile} compiles whole bodies, but method {entry.method} needs their inner feature maps; use compile: none": (
             settings.compile != "none" and "maps" in wants
         ),
         f"teacher_cache keeps logits and pooled features, but method {entry.method} compares feature maps; leave teacher_cache out": (
             settings.teacher_cache is not None and "maps" in wants
         ),
-        f"teacher_cache keeps outputs of a trained teacher, but online: {entry.online} trains it beside the student": (
+        f"teacher_cache keeps outputs of a trained teacher, but online: {entry.online} trains it together with the student": (
             settings.teacher_cache is not None and entry.online != "no"
         ),
         f"method {entry.method} relates the samples of a batch to each other, but devices: {settings.devices} divides it; set devices: 1": (
@@ -203,7 +203,7 @@ def _speed_conflicts(entry: Entry, method: type[Method] | None) -> dict[str, boo
 
 
 def _teaching_conflicts(entry: Entry, method: type[Method] | None) -> dict[str, bool]:
-    """What a method, its teachers and mixed samples cannot do together."""
+    """Possible conflicts of the method, its teachers and mixed samples."""
     settings, wants = entry.settings, entry.wants
     own = ["the only loss on labels"] if method is not None and method.own_loss else []
     mixing = settings.mixing != "none"
@@ -212,13 +212,13 @@ def _teaching_conflicts(entry: Entry, method: type[Method] | None) -> dict[str, 
         f"method {entry.method} brings its own loss on labels, but loss is {settings.loss}; leave loss at cross_entropy": (
             method is not None and bool(method.own_loss) and (settings.loss, settings.deferred) != ("cross_entropy", "none")
         ),
-        f"method {entry.method} looks at labels, but mixing: {settings.mixing} gives each sample two; use kd or mixing: none": (
+        f"method {entry.method} uses labels, but mixing: {settings.mixing} gives each sample two; use kd or mixing: none": (
             mixing and "labels" in wants
         ),
-        f"cross_fit keeps patients from their teachers, but mixing: {settings.mixing} mixes patients; use mixing: none": (
+        f"cross_fit hides patients from their teachers, but mixing: {settings.mixing} mixes patients; use mixing: none": (
             mixing and bool(entry.cross_fit)
         ),
-        f"online: {entry.online} trains entries of this study beside the student; name one or more with teacher:": (
+        f"online: {entry.online} trains entries of this study together with the student; name one or more with teacher:": (
             entry.online != "no" and not entry.teachers
         ),
         f"online: {entry.online} compares logits of networks in training, but method {entry.method} needs {', '.join([*wants, *own])}": (
@@ -232,7 +232,7 @@ def _teaching_conflicts(entry: Entry, method: type[Method] | None) -> dict[str, 
 
 
 def _corrected(entry: Entry) -> str:
-    """What takes the training prior off the logits during training, for a message; empty when nothing is known to."""
+    """What removes the training prior from the logits during training, for a message; empty if nothing is known to."""
     import torch
 
     from raredistill.losses import carried_prior

@@ -1,4 +1,4 @@
-"""A teacher trained elsewhere: what its file and its user say of it, read once."""
+"""Teachers trained elsewhere: metadata from the file and from the user, read once."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Stamp = tuple[int, int]
 
 
 def promise_of(teacher: External) -> Promise:
-    """Classes, channels, normalisation, prior and training patients of a teacher from elsewhere.
+    """Classes, channels, normalisation, prior and training patients of an external teacher.
 
-    Only the header of its file is read, once: a study asks for it on every fold.
+    Only the header of its file is read, and cached, since a study needs it on every fold.
 
     Raises:
-        CheckpointError: the file cannot be read, or its promise is not one of this version.
+        CheckpointError: the file cannot be read, or its metadata does not match this version.
         ConfigError: the stated prior or list of patients does not fit.
     """
     return _promise(teacher, _stamp(teacher.weights), _stamp(teacher.training_patients))
@@ -34,7 +34,7 @@ def promise_of(teacher: External) -> Promise:
 
 @lru_cache(maxsize=64)
 def _promise(teacher: External, weights: Stamp, patients: Stamp) -> Promise:
-    # The stamps make an edited file a new question.
+    # The stamps invalidate the cache when a file is edited.
     stated = _bare(teacher) if teacher.model else checkpoint.read_promise(teacher.weights)
     if teacher.model or stated.training_patients is None:
         stated = replace(stated, training_patients=_patients(teacher), external=teacher.external)
@@ -49,10 +49,10 @@ def _stamp(path: Path | None) -> Stamp:
 
 
 def load_external(teacher: External) -> tuple[Network, Promise]:
-    """The network of a teacher from elsewhere with its weights, and its promise.
+    """Build the network of an external teacher with its weights, and its metadata.
 
     Raises:
-        CheckpointError: weights that cannot be read or do not fit the network.
+        CheckpointError: the weights cannot be read or do not fit the network.
     """
     network = _network(teacher) if teacher.model else restore(teacher.weights)[0]
     return network, promise_of(teacher)
@@ -67,7 +67,7 @@ def _network(teacher: External) -> Network:
 
 
 def _bare(teacher: External) -> Promise:
-    network = _network(teacher)  # its weights are tried at once; they also tell the normalisation that is not stated
+    network = _network(teacher)  # loads the weights early, to check them and to get a normalisation that is not stated
     return Promise(
         model=teacher.model, head="linear", dropout=0.0, classes=teacher.classes, channels=teacher.channels, image_size=teacher.image_size,
         mean=tuple(network.mean), std=tuple(network.std), prior=None, training_patients=None, external=teacher.external, split_hash="",
@@ -80,7 +80,7 @@ def _patients(teacher: External) -> tuple[str, ...] | None:
 
 def _lines(path: Path) -> tuple[str, ...]:
     try:
-        # One patient per line, since a name may hold spaces.
+        # One patient per line, since a name may contain spaces.
         lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a list of patients ({error})") from None
@@ -94,7 +94,7 @@ def _with_prior(promise: Promise, teacher: External) -> Promise:
         return promise
     shares = ", ".join(f"{share:g}" for share in teacher.prior)
     if promise.prior is not None:
-        raise ConfigError(f"teacher {teacher.weights} states itself that it carries {list(promise.prior)}; leave out prior: [{shares}]")
+        raise ConfigError(f"teacher {teacher.weights}: the file itself states the prior {list(promise.prior)}; leave out prior: [{shares}]")
     if len(teacher.prior) != len(promise.classes) or min(teacher.prior) <= 0 or abs(sum(teacher.prior) - 1) > 0.01:
         raise ConfigError(
             f"teacher {teacher.weights}: prior: [{shares}] must be shares above 0, together 1, one for each of {list(promise.classes)}"

@@ -1,4 +1,4 @@
-"""Where a study keeps what: the one module that knows the names of its files and folders."""
+"""Layout of a study's folder: the only module that defines the names of its files and folders."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RunFolder:
 
     @property
     def board(self) -> Path:
-        """TensorBoard's events."""
+        """TensorBoard event files."""
         return self.path / "tensorboard"
 
     @property
@@ -52,7 +52,7 @@ class RunFolder:
 
     @property
     def draft(self) -> RunFolder:
-        """The folder in which the run is made."""
+        """The folder of the run until it is finished."""
         return RunFolder(self.path.with_name(self.path.name + UNFINISHED))
 
     @property
@@ -67,7 +67,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Locked by the process that makes the run."""
+        """Locked by the process that works on the run."""
         return self.path.with_name(f".{self.path.name}.lock")
 
 
@@ -83,7 +83,7 @@ class StudyFolder:
 
     @property
     def description(self) -> Path:
-        """What the study is and how far it has got."""
+        """Description and progress of the study."""
         return self.path / "study.json"
 
     @property
@@ -108,7 +108,7 @@ class StudyFolder:
 
     @property
     def teacher_cache(self) -> Path:
-        """Teachers' outputs; it may be deleted at any time, and is then computed again."""
+        """Cached teacher outputs; it may be deleted at any time and is then computed again."""
         return self.path / "teacher-cache"
 
     @property
@@ -118,12 +118,12 @@ class StudyFolder:
 
     @property
     def report(self) -> Path:
-        """The page, its tables and its figures."""
+        """The report: page, tables and figures."""
         return self.path / "report"
 
     @property
     def page(self) -> Path:
-        """The report's page."""
+        """The report's HTML page."""
         return self.report / "report.html"
 
     def run(self, name: str) -> RunFolder:
@@ -139,9 +139,9 @@ class StudyFolder:
         return self.splits / f"r{repeat}f{fold}.json"
 
     def locks(self) -> Iterator[Path]:
-        """The locks of all runs that this folder has held."""
+        """The locks of all runs that this folder has ever contained."""
         yield from sorted(self.runs.glob(".*.lock"))
 
     def cohorts(self) -> list[Path]:
-        """Cohorts that the study has prepared itself."""
+        """Cohorts that the study prepared itself."""
         return sorted(self.path.glob("cohort-*"))

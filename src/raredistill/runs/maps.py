@@ -1,4 +1,4 @@
-"""Where teacher and student look: Grad-CAM of the rare class's hardest slices, with randomised weights as a sanity check.
+"""Grad-CAM maps of teacher and student on the hardest images of the rare class, with randomised weights as a sanity check.
 
 This step runs networks and writes arrays; the report only draws them.
 """
@@ -23,20 +23,20 @@ from raredistill.models import Network, restore
 from raredistill.runs.layout import StudyFolder
 
 ARRAYS = ("image", "teacher", "student", "randomised")
-"""What is kept of each request: the student's first channel, and three maps."""
+"""Arrays saved for each request: the student's first channel, and three maps."""
 
 
 @dataclass(frozen=True)
 class MapRequest:
-    """One slice to look at through a teacher and its student.
+    """One image to be explained by a teacher and its student.
 
     Attributes:
-        entry: of the student.
-        teacher: its name.
-        teacher_run: id of the run whose weights are the teacher's.
-        student_run: id of the run that tested the slice.
-        patient: of the slice.
-        sample: the slice.
+        entry: name of the student's entry.
+        teacher: name of the teacher.
+        teacher_run: id of the run that trained the teacher.
+        student_run: id of the run that tested the image.
+        patient: patient of the image.
+        sample: name of the image.
     """
 
     entry: str
@@ -49,12 +49,12 @@ class MapRequest:
 
 @dataclass(frozen=True)
 class SliceMaps:
-    """The maps of one slice.
+    """The maps of one image.
 
     Attributes:
-        request: which slice and networks.
-        like_randomised: rank correlation of the student's map with that of its shuffled weights; near 0 when the map depends on what
-            was learnt, NaN where a map is constant.
+        request: the image and the networks.
+        like_randomised: rank correlation of the student's map with that of its shuffled weights; near 0 if the map depends on the
+            learnt weights, NaN if a map is constant.
         arrays: ``image``, ``teacher``, ``student`` and ``randomised``, each ``(H, W)``.
     """
 
@@ -64,13 +64,13 @@ class SliceMaps:
 
 
 def write_maps(folder: StudyFolder, cohort: Cohort, rare: str, requests: Sequence[MapRequest]) -> None:
-    """Compute the maps of the rare class for every request whose weights are there, and keep them in the study's folder.
+    """Compute the maps of the rare class for every request whose weights exist, and save them in the study's folder.
 
     Args:
         folder: of the study.
-        cohort: that it read.
+        cohort: cohort of the study.
         rare: class whose evidence is mapped.
-        requests: slices and networks.
+        requests: images and networks.
 
     Raises:
         OSError: the file cannot be written.
@@ -82,7 +82,7 @@ def write_maps(folder: StudyFolder, cohort: Cohort, rare: str, requests: Sequenc
 
 
 def read_maps(folder: StudyFolder) -> list[SliceMaps]:
-    """The maps that :func:`write_maps` has kept; none without the file.
+    """Read the maps saved by :func:`write_maps`; empty if there is no file.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -118,12 +118,12 @@ def grad_cam(network: Network, images: Tensor, place: int) -> NDArray[np.float64
     """Grad-CAM (Selvaraju et al. 2017) of one class on the last feature map that has a spatial extent.
 
     Args:
-        network: put into evaluation mode.
+        network: it is set to evaluation mode.
         images: ``(N, C, H, W)`` in [0, 1], the network's own channels.
         place: index of the class.
 
     Returns:
-        ``(N, H, W)`` between 0 and 1, each map divided by its own maximum; all 0 where nothing speaks for the class.
+        ``(N, H, W)`` between 0 and 1, each map divided by its own maximum; all 0 if no evidence for the class is found.
     """
     maps: list[Tensor] = []
 
@@ -143,7 +143,7 @@ def grad_cam(network: Network, images: Tensor, place: int) -> NDArray[np.float64
 
 
 def randomised(network: Network, seed: int = 0) -> Network:
-    """The network with every weight shuffled in its own tensor: the same numbers, nothing learnt (Adebayo et al. 2018)."""
+    """The network with the values of each weight tensor shuffled: same numbers, nothing learnt (Adebayo et al. 2018)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in network.parameters():

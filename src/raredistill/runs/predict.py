@@ -13,7 +13,7 @@ EVALUATION_BATCH = 256
 
 
 def plain_batches(cohort: Cohort, rows: np.ndarray, channels: tuple[str, ...], fabric: Fabric, residence: str = "auto") -> Batches:
-    """Batches for evaluation: every row once, in order, unaltered."""
+    """Batches for evaluation: every row once, in order, without augmentation."""
     return Batches(
         cohort, rows, channels=channels, batch_size=EVALUATION_BATCH, device=fabric.device, shuffle=False, residence=residence,
         share=(fabric.global_rank, fabric.world_size),
@@ -23,7 +23,7 @@ def plain_batches(cohort: Cohort, rows: np.ndarray, channels: tuple[str, ...], f
 def prediction_table(
     cohort: Cohort, rows: np.ndarray, logits: np.ndarray, *, run: str, split: str, checkpoint: str, where: tuple[int, int, int]
 ) -> pd.DataFrame:
-    """The table between training and evaluation for ``rows`` of a cohort and their ``logits (N, K)``; ``where`` is (repeat, fold, seed)."""
+    """Build the predictions table for ``rows`` of a cohort with their ``logits (N, K)``; ``where`` is (repeat, fold, seed)."""
     samples = cohort.samples.iloc[rows]
     repeat, fold, seed = where
     return pd.DataFrame(

@@ -1,4 +1,4 @@
-"""What is written down about a run and about a study, as typed records that the study writes and the report reads."""
+"""Typed records of a run and of a study, written by the study and read by the report."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ Spent = Annotated[float, Interval(ge=0, lt=float("inf"))]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is known about one run.
+    """The record of one run.
 
     Attributes:
         id: the run's name.
-        name: of its entry.
+        name: name of its entry.
         kind: ``baseline``, ``distilled`` or ``cross-fitted teacher``.
         direction: ``large-to-small``, ``small-to-large`` or ``self``, by parameters; empty without a teacher from this study.
-        model: of the network.
-        loss: the recipe of the supervised loss; its fair control is a baseline of the same recipe.
+        model: name of the network.
+        loss: recipe of the supervised loss; the fair control is a baseline with the same recipe.
         method: the distiller; empty without a teacher.
-        teacher: id of the first teaching run; empty without one.
-        teacher_name: of the teacher in reports.
-        external_teacher: whether the teacher's patients are its user's word.
-        channels: of the input.
-        repeat: of the split; with ``fold`` and ``seed`` its cell.
+        teacher: id of the (first) teacher's run; empty without one.
+        teacher_name: name of the teacher in reports.
+        external_teacher: whether the statement that the teacher has not seen the patients is the user's.
+        channels: channels of the input.
+        repeat: repeat of the split; with ``fold`` and ``seed`` its cell.
         fold: see ``repeat``.
         seed: see ``repeat``.
-        parameters: of the network.
-        flops: of one image.
-        bytes: of the parameters in single precision.
+        parameters: number of parameters of the network.
+        flops: floating-point operations per image.
+        bytes: size of the parameters in single precision.
         network: head, dropout and initial weights, in words; empty in records of older versions.
         status: ``waiting``, ``done`` or ``failed``.
         error: why it failed.
-        seconds: that it took, the teacher cache excluded.
-        best_epoch: of the checkpoint ``best``.
-        epochs: that it trained.
-        micro_batch: samples of one forward pass; 0 when a step took its whole batch at once.
-        remarks: what its reader should know.
+        seconds: duration, without the teacher cache.
+        best_epoch: epoch of the checkpoint ``best``.
+        epochs: number of epochs trained.
+        micro_batch: samples per forward pass; 0 if each step took its whole batch at once.
+        remarks: notes for the reader of the report.
         teacher_cache: ``views``, how many of them the run ``computed``, in how many ``seconds``; empty without a cache.
-        latency_ms: of one image; None in records of older versions.
-        latency_on: the device of that measurement.
+        latency_ms: milliseconds per image; None in records of older versions.
+        latency_on: device on which the latency was measured.
         stage: second stage; empty without one.
         stage_tau: the tau chosen for each checkpoint.
-        made_with: versions, code and teachers' files.
+        made_with: versions, source files and teachers' files.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
@@ -103,11 +103,11 @@ class RunRecord:
         return self.repeat, self.fold, self.seed
 
     def failed(self, error: str) -> RunRecord:
-        """The same run, failed for a reason."""
+        """A copy of the record with status ``failed`` and an error."""
         return replace(self, status="failed", error=error)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Convert to plain values for JSON."""
         return asdict(self)
 
 
@@ -116,15 +116,15 @@ class CohortRecord:
     """The cohort of a study; see :class:`raredistill.cohort.store.Cohort`.
 
     Attributes:
-        name: of the cohort.
-        hash: of its content.
-        classes: in the order of the logits.
-        background: the class that no patient carries.
-        channels: that it has.
-        samples: how many.
-        patients: how many units; see ``patients_known``.
+        name: name of the cohort.
+        hash: hash of its content.
+        classes: classes in the order of the logits.
+        background: the class that is not a patient's label.
+        channels: its channels.
+        samples: number of samples.
+        patients: number of units; see ``patients_known``.
         size: height and width in pixels.
-        provenance: where it came from and how it was prepared.
+        provenance: its source and how it was prepared.
         counts: samples and patients of each class.
     """
 
@@ -152,19 +152,19 @@ class CohortRecord:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """What ``study.json`` holds.
+    """The content of ``study.json``.
 
     Attributes:
-        name: of the study.
-        command: that started it.
-        config: as plain values.
-        cohort: what all runs read.
-        protocol: of the splits.
+        name: name of the study.
+        command: command that started it.
+        config: configuration as plain values.
+        cohort: cohort of all runs.
+        protocol: protocol of the splits.
         rare: the rare class.
         split_table: slices and patients by split, side and class.
         splits: repeat, fold and hash of each.
         versions: of Python and the libraries.
-        machine: what it ran on.
+        machine: description of the machine.
         runs: one record per run, in the order of the plan.
     """
 
@@ -183,7 +183,7 @@ class StudyRecord:
     runs: Annotated[list[RunRecord], MinLen(1)]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Convert to plain values for JSON."""
         return asdict(self)
 
 
@@ -193,7 +193,7 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
 
 
 def read_run(record: Mapping[str, Any], path: Path) -> RunRecord:
-    """A run's record from plain values; ``path`` is for messages.
+    """Read a run's record from plain values; ``path`` is for messages.
 
     Raises:
         DataError: a field is missing or has a wrong type.
@@ -206,7 +206,7 @@ def read_study(path: Path) -> StudyRecord:
     """Read ``study.json``.
 
     Raises:
-        DataError: the file is missing, or is not what a study writes.
+        DataError: the file is missing, or is not a study's.
     """
     if not path.is_file():
         raise DataError(f"{path.parent}: no {path.name} there; name the folder given to raredistill study --out")
@@ -224,7 +224,7 @@ def _read(kind: type, value: Any, path: Path) -> Any:
 
 
 def describe(run: Run, cohort: Cohort) -> RunRecord:
-    """The record of a run of a cohort before it is done."""
+    """Create the record of a run before it starts."""
     entry, classes, image_size = run.entry, len(cohort.classes), cohort.size[0]
     size = facts(entry.model, channels=len(entry.channels), classes=classes, image_size=image_size, head=entry.head)
     return RunRecord(
@@ -237,13 +237,13 @@ def describe(run: Run, cohort: Cohort) -> RunRecord:
 
 
 def _recipe(entry: Entry) -> str:
-    # What is left of a run without its teacher: its fair control is the baseline of that loss.
+    # The recipe without the teacher: the fair control is the baseline with this loss.
     own = "" if entry.teacher is None else entry.method_class.own_loss
     return (replace(entry.settings, loss=own) if own else entry.settings).recipe
 
 
 def _network(entry: Entry) -> str:
-    # What its name does not say of a network, and what two entries must share to differ by their teacher only.
+    # Properties of a network beyond its name: entries that differ only in their teacher share them.
     weights = "from scratch" if entry.pretrained is False else "pre-trained" if entry.pretrained is True else f"from {entry.pretrained}"
     scale = f", mean {entry.mean}, std {entry.std}" if entry.mean is not None else ""
     return f"{entry.head} head, dropout {entry.dropout}, {weights}{scale}"

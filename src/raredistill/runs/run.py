@@ -1,4 +1,4 @@
-"""One entry on one fold with one seed, and the name that its inputs give it."""
+"""One entry on one fold with one seed, and its name, derived from all its inputs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Run:
         id: its name.
         entry: network, settings and teacher.
         split: patients of each side.
-        seed: of everything random.
-        teachers: the runs it waits for, more than one for an ensemble or for cross-fitted teachers.
-        peers: entries whose networks learn beside its own.
-        part: for a cross-fitted teacher, which part of the training patients it leaves out; None for a line of the study.
+        seed: seed of everything random.
+        teachers: the runs it depends on; more than one for an ensemble or for cross-fitted teachers.
+        peers: entries whose networks are trained together with its own.
+        part: for a cross-fitted teacher, the part of the training patients that it leaves out; None for an entry of the study.
     """
 
     id: str
@@ -48,15 +48,15 @@ class Run:
 
     @property
     def fold_seed(self) -> int:
-        """Of everything random: the same for every entry of a fold, repeat and seed, so that comparisons are paired."""
+        """Seed of everything random: the same for every entry of a fold, repeat and seed, so that comparisons are paired."""
         return self.seed + 1000 * self.split.fold + 100_000 * self.split.repeat
 
 
 def run_name(entry: Entry, split: Split, seed: int, *, teachers: Sequence[Run], peers: Sequence[Entry], cohort_hash: str) -> str:
-    """The name of a run: its entry, place and seed, and a hash of all its inputs.
+    """The name of a run: its entry, repeat, fold and seed, and a hash of all its inputs.
 
     Raises:
-        ConfigError: a file that it names does not exist.
+        ConfigError: a file named in the entry does not exist.
     """
     determines: dict[str, Any] = {
         "entry": _settings_of(entry),
@@ -85,7 +85,7 @@ def _settings_of(entry: Entry) -> dict[str, Any]:
 
 
 def external_facts(teacher: Any) -> Any:
-    """Everything stated about a teacher from elsewhere; files by content, so that a corrected list of patients gives another run."""
+    """Everything stated about an external teacher, files by content, so that a corrected list of patients makes a new run."""
     return {key: _file_of(value) for key, value in asdict(teacher).items()} if isinstance(teacher, External) else str(teacher)
 
 

@@ -1,4 +1,4 @@
-"""The second stage of a run: its checkpoints get another last layer."""
+"""The second stage of a run: replace the last layer of its checkpoints."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from raredistill.training.stages import Inputs, Linear, classifier_of, inputs_of
 
 
 def second_stage(run: Run, cohort: Cohort, network: Network, fitted: Fitted, fabric: Fabric, *, seed: int) -> dict[str, Any]:
-    """Change the last layer of both checkpoints as the run asks.
+    """Apply the run's second stage to the last layer of both checkpoints.
 
     Args:
-        run: says which stage.
-        cohort: what it reads.
+        run: its settings name the stage.
+        cohort: its data.
         network: holds the weights while they change.
         fitted: its weights are replaced.
         fabric: the device.
         seed: of the run.
 
     Returns:
-        What was done, for the record; empty without a second stage.
+        Fields for the run's record; empty without a second stage.
     """
     settings, split = run.entry.settings, run.split
     if settings.stage == "none":

@@ -1,4 +1,4 @@
-"""Where a run's teacher comes from: this study, or elsewhere."""
+"""The teachers of a run: trained in this study, or external."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ Taught = Callable[[Batch], Outputs]
 
 
 def teach(run: Run, cohort: Cohort, network: Network, fabric: Fabric, folder: StudyFolder, *, counts: Tensor) -> tuple[Taught, Facts]:
-    """The teacher of a run, and what its method may know of it.
+    """Load the teacher of a run, and the facts about it that the method may use.
 
     Args:
-        run: the student's.
-        cohort: what both read.
+        run: the student's run.
+        cohort: cohort of both.
         network: the student.
         fabric: the device.
-        folder: of the study, where its teachers' runs are.
+        folder: of the study, which contains the teachers' runs.
         counts: ``(K,)`` training samples of the student per class.
 
     Raises:
-        CheckpointError: a teacher does not fit the cohort, or has seen held-out patients.
+        CheckpointError: a teacher does not fit the cohort, or was trained on held-out patients.
     """
     wants = run.entry.wants
     teachers = _teachers(run, cohort, fabric, folder, maps="maps" in wants)
@@ -82,7 +82,7 @@ def _sources(run: Run, folder: StudyFolder) -> Iterator[tuple[str, Network, Prom
 
 
 def _estimated(teacher: Run, folder: StudyFolder) -> list[float] | None:
-    # Validation patients gave no gradients to the teacher.
+    # The teacher was not trained on validation patients.
     logits, labels = _seen_by(teacher, folder, "validation")
     if len(set(labels.tolist())) < logits.shape[1]:
         return None
@@ -91,7 +91,7 @@ def _estimated(teacher: Run, folder: StudyFolder) -> list[float] | None:
 
 
 def _seen_by(teacher: Run, folder: StudyFolder, part: str) -> tuple[Tensor, Tensor]:
-    """Logits and labels of a part, none where the teacher has no such part."""
+    """Logits and labels of a part; empty if the teacher has no such part."""
     found = predictions.read(folder.run(teacher.id).predictions)
     kept = found.table[(found.table["split"] == part) & (found.table["checkpoint"] == "best")]
     labels = pd.Categorical(kept["label"], categories=found.classes).codes.astype(np.int64)
@@ -116,10 +116,10 @@ def _prior(teachers: Sequence[Teacher], taught: Teacher | Ensemble | CrossFitted
 
 
 def prior_of(entry: Entry, counts: Tensor) -> tuple[float, ...] | None:
-    """The class prior that an entry's logits will carry; None where its settings do not say it.
+    """The class prior that an entry's logits will carry; None if its settings do not determine it.
 
     Args:
-        entry: as it is trained.
+        entry: entry to be trained.
         counts: ``(K,)`` training samples per class.
     """
     settings = entry.settings
@@ -128,7 +128,7 @@ def prior_of(entry: Entry, counts: Tensor) -> tuple[float, ...] | None:
     if settings.stage != "none":
         return None
     if entry.teacher is not None:
-        # What a student's logits carry also depends on its teacher's: only a consistent method says it.
+        # The prior of a student's logits also depends on its teacher's: only a consistent method determines it.
         return entry.method_class.carries(counts, entry.method_options)
     if settings.mixing != "none":
         return None
@@ -136,14 +136,14 @@ def prior_of(entry: Entry, counts: Tensor) -> tuple[float, ...] | None:
 
 
 def expected_facts(entry: Entry, teachers: Sequence[Entry], cohort: Cohort, split: Split, shapes: Sequence[Shape]) -> Facts:
-    """What can be known of a run's teacher without training: what training will find out has a value that no check refuses.
+    """Facts about a run's teacher that are known before training; unknown ones get placeholders that pass all checks.
 
     Args:
-        entry: the student's.
-        teachers: those of its teachers that are entries.
-        cohort: what all read.
-        split: on whom.
-        shapes: of the student, and of its teacher where that is one network.
+        entry: the student's entry.
+        teachers: the teachers that are entries of the study.
+        cohort: cohort of all.
+        split: split of the run.
+        shapes: of the student, and of its teacher if that is a single network.
     """
     labels = cohort.labels
     counts = torch.from_numpy(np.bincount(labels[split.train], minlength=len(cohort.classes)))
@@ -162,14 +162,14 @@ def _expected_prior(entry: Entry, teachers: Sequence[Entry], counts: Tensor, *, 
         return None if stated is None else torch.tensor(stated)
     priors = [prior_of(teacher, counts) for teacher in teachers]
     if any(prior is None for prior in priors):
-        # Validation will tell what the settings do not.
+        # If the settings do not determine the prior, it will be estimated on validation.
         return counts / counts.sum() if len(set(held_out.tolist())) == len(counts) else None
     known = torch.tensor(priors)
     return known[0] if torch.allclose(known, known[:1], atol=1e-4) else None
 
 
 def _reliability(run: Run, cohort: Cohort, teachers: Sequence[Teacher], folder: StudyFolder) -> Tensor | None:
-    """Recalls of the corrected teachers: out of fold where they are cross-fitted, on validation otherwise; None without either."""
+    """Recalls of the corrected teachers: out of fold if they are cross-fitted, else on validation; None without either."""
     part = "test" if run.entry.cross_fit else "validation"
     shift = run.entry.method_class.corrects(run.entry.method_options)
     found = []
@@ -184,10 +184,10 @@ def _reliability(run: Run, cohort: Cohort, teachers: Sequence[Teacher], folder: 
 
 
 def check_external(teacher: External, cohort: Cohort, splits: Sequence[Split]) -> None:
-    """Refuse a teacher from elsewhere that does not fit one of the splits, before anything is trained.
+    """Refuse an external teacher that does not fit one of the splits, before any training.
 
     Raises:
-        CheckpointError: it cannot be read, lacks what it must say of itself, or does not fit.
+        CheckpointError: it cannot be read, lacks required metadata, or does not fit.
     """
     for split in splits:
         _check(promise_of(teacher), teacher.weights.stem, cohort, split)
@@ -203,15 +203,15 @@ def _check(promise: Promise, name: str, cohort: Cohort, split: Split) -> None:
 
 
 def _held_out(cohort: Cohort, split: Split) -> set[str]:
-    """Nothing that a run learns from may have seen these patients."""
+    """Validation and test patients: no weights that a run learns from may have been trained on them."""
     return set(cohort.samples["patient"].to_numpy()[np.concatenate([split.validation, split.test])])
 
 
 def patients_before(entry: Entry, cohort: Cohort, split: Split) -> set[str]:
-    """Patients whom an entry's pre-trained weights, or its teacher from elsewhere, have seen, as far as their files tell.
+    """Patients that an entry's pre-trained weights or external teacher were trained on, as far as the files state them.
 
     Raises:
-        CheckpointError: the weights have seen some who are held out, or are a checkpoint that does not tell.
+        CheckpointError: the weights were trained on held-out patients, or are a checkpoint that does not state its patients.
     """
     teacher = promise_of(entry.teacher).training_patients if isinstance(entry.teacher, External) else ()
     path = entry.pretrained
@@ -223,16 +223,16 @@ def patients_before(entry: Entry, cohort: Cohort, split: Split) -> set[str]:
 
 
 def teacher_files(run: Run, folder: StudyFolder) -> dict[str, Path]:
-    """The checkpoints of the teachers that this study trains, by the names of their runs."""
+    """The checkpoints of the teachers trained in this study, by run name."""
     return {teacher.id: folder.run(teacher.id).weights("best") for teacher in run.teachers}
 
 
 def network_of(entry: Entry, cohort: Cohort) -> Network:
-    """An entry's network as it begins to train.
+    """Build an entry's network as it is before training.
 
     Raises:
-        ConfigError: unknown name, or an image size that it cannot take.
-        CheckpointError: pre-trained weights that cannot be had or do not fit.
+        ConfigError: the name is unknown, or the network does not support the image size.
+        CheckpointError: pre-trained weights are not available or do not fit.
     """
     given = None if entry.mean is None or entry.std is None else ([entry.mean] * len(entry.channels), [entry.std] * len(entry.channels))
     return create(
@@ -242,7 +242,7 @@ def network_of(entry: Entry, cohort: Cohort) -> Network:
 
 
 def peers_of(run: Run, cohort: Cohort, *, counts: Tensor) -> list[Peer]:
-    """The networks that learn beside a run's own, each with its own loss and channels."""
+    """The networks trained together with a run's own, each with its own loss and channels."""
     return [
         Peer(network_of(peer, cohort), peer.channels, make_loss(peer.settings.loss, counts=counts, **peer.settings.loss_options))
         for peer in run.peers
@@ -250,7 +250,7 @@ def peers_of(run: Run, cohort: Cohort, *, counts: Tensor) -> list[Peer]:
 
 
 def teacher_channels(run: Run) -> tuple[str, ...]:
-    """Channels that a run's teachers or peers take; none without them."""
+    """Channels that a run's teachers or peers use; empty without them."""
     if entries := [*(teacher.entry for teacher in run.teachers), *run.peers]:
         return tuple(dict.fromkeys(channel for entry in entries for channel in entry.channels))
     return promise_of(run.entry.teacher).channels if isinstance(run.entry.teacher, External) else ()

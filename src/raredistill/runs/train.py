@@ -1,4 +1,4 @@
-"""Carry out one run: reuse it when it is finished, train it when it is not, and write down what it found."""
+"""Carry out one run: reuse it if it is finished, otherwise train it, and save its results."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from raredistill.training.loop import DivergedError, Fitted, fit, predict_logits
 from raredistill.training.resume import Keeper
 
 Outcome = tuple[RunRecord, bool]
-"""A run's record, and whether the run was finished before."""
+"""A run's record, and whether the run was already finished."""
 
 
 def attempt(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, records: Mapping[str, RunRecord]) -> Outcome | None:
     """Carry out one run whose teachers are finished, under its lock.
 
     Args:
-        run: which.
-        cohort: the data that it reads.
+        run: run to carry out.
+        cohort: its data.
         folder: of the study.
         watcher: receives the progress.
-        records: of its teachers at least, by run.
+        records: records by run, at least of its teachers.
 
     Returns:
-        Its record, and whether it was finished before; None while another process works on it.
+        Its record, and whether it was already finished; None while another process works on it.
     """
     with lock_if_free(folder.run(run.id).lock) as ours:
         return _one(run, cohort, folder, watcher, records) if ours else None
@@ -67,32 +67,32 @@ def _one(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, record
         try:
             return replace(read_finished(own), name=run.entry.name), True
         except DataError as error:
-            remarks.append(f"{error}; the run was made again, the old one was moved to {set_aside(own)}")
+            remarks.append(f"{error}; the run was trained again, and the old one was moved to {set_aside(own)}")
     try:
         record = _train(run, cohort, folder, watcher, remarks)
         changed = _changed_pixels(cohort)
     except torch.AcceleratorError as error:
         raise RareDistillError(
-            f"the device failed in {run.id} ({str(error).splitlines()[0]}); the state of the run is kept in {own.draft.path}; "
-            "check that the device answers (nvidia-smi), then run the same command again"
-        ) from error  # every other run would meet it too
+            f"the device failed in {run.id} ({str(error).splitlines()[0]}); the state of the run is saved in {own.draft.path}; "
+            "check that the device responds (nvidia-smi), then run the same command again"
+        ) from error  # every other run would fail, too
     except OSError:
-        raise  # a full disk or a vanished folder is not this run's failure: every other run would meet it too
+        raise  # a full disk or a vanished folder is not this run's fault: every other run would fail, too
     except Exception as error:
-        # One run's failure must not take the others with it; the record and the log say what happened.
+        # One run's failure must not stop the others; the record and the log report what happened.
         write_text(own.error, traceback.format_exc())
         abandon(own)
         return waiting.failed(str(error) or type(error).__name__), False
-    if changed:  # every other run would meet it too
+    if changed:  # every other run would be affected, too
         discard(own)
-        raise DataError(f"{changed}. The run {run.id} was trained meanwhile and is discarded")
+        raise DataError(f"{changed}. The run {run.id} was trained in the meantime and has been discarded")
     finish(own, record)
     own.error.unlink(missing_ok=True)
     return record, False
 
 
 def _changed_pixels(cohort: Cohort) -> str:
-    """What happened to the pixels since the study compared them with their hashes; empty where nothing did."""
+    """Message on how the pixels changed since the study checked their hashes; empty if they did not."""
     try:
         cohort.check_pixels()
     except DataError as error:
@@ -105,7 +105,7 @@ def _train(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, rema
     fabric = make_fabric(settings.accelerator, settings.precision, settings.devices)
     now = origin(fabric.device.type, teacher_files(run, folder), run.plugins)
     draft = open_draft(own, now)
-    patients_before(run.entry, cohort, run.split)  # refused here where they leak
+    patients_before(run.entry, cohort, run.split)  # refused here if they leak
     with closing(Curves(draft)) as curves:
 
         def on_epoch(record: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ def _train(run: Run, cohort: Cohort, folder: StudyFolder, watcher: Watcher, rema
 
 
 def _make(place: Place, run: Run, cohort: Cohort, folder: StudyFolder) -> dict[str, Any]:
-    """Everything that a run computes, in one of its processes; the first writes the results and returns the facts for the record."""
+    """Compute a run in one of its processes; the first process writes the results and returns the fields of the record."""
     place.tell("start")
     torch.manual_seed(run.fold_seed)
     network, fabric, draft = network_of(run.entry, cohort), place.fabric, folder.run(run.id).draft
@@ -132,7 +132,7 @@ def _make(place: Place, run: Run, cohort: Cohort, folder: StudyFolder) -> dict[s
     try:
         fitted = _fit(run, cohort, network, folder, place, keeper, cache)
     except DivergedError as error:
-        raise FloatingPointError(_told(error, run, cohort, network, draft, write=fabric.is_global_zero)) from error
+        raise FloatingPointError(_message(error, run, cohort, network, draft, write=fabric.is_global_zero)) from error
     start = time.perf_counter()
     stage = second_stage(run, cohort, network, fitted, fabric, seed=run.fold_seed)
     tables = _predictions(run, cohort, network, fitted, fabric)
@@ -144,18 +144,18 @@ def _make(place: Place, run: Run, cohort: Cohort, folder: StudyFolder) -> dict[s
     seconds = sum(record["seconds"] for record in fitted.epochs) + time.perf_counter() - start
     return {
         "seconds": round(seconds, 2), "best_epoch": fitted.best_epoch, "epochs": len(fitted.epochs), "micro_batch": fitted.micro_batch,
-        "remarks": [*keeper.remarks, *cache.remarks, *_halved(run, fitted), *_apart(network, fabric)], "teacher_cache": cache.facts,
+        "remarks": [*keeper.remarks, *cache.remarks, *_halved(run, fitted), *_unshared(network, fabric)], "teacher_cache": cache.facts,
         "latency_ms": round(latency.milliseconds, 4), "latency_on": latency.device, **stage,
     }  # fmt: skip
 
 
-def _apart(network: Network, fabric: Fabric) -> list[str]:
+def _unshared(network: Network, fabric: Fabric) -> list[str]:
     norms = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
     if fabric.world_size == 1 or fabric.device.type == "cuda" or not norms:
         return []
     return [
-        f"each of the {fabric.world_size} processes took batch statistics from its own part of a batch, and those of the first were kept: "
-        "on the CPU torch cannot take them over all"
+        f"each of the {fabric.world_size} processes computed batch statistics on its own part of a batch, and those of the first "
+        "were kept: on the CPU, torch cannot compute them over all parts"
     ]
 
 
@@ -164,16 +164,16 @@ def _halved(run: Run, fitted: Fitted) -> list[str]:
         return []
     size = run.entry.settings.batch_size
     return [
-        f"the device's memory did not hold {size} samples: steps of {size} were made of micro-batches of {fitted.micro_batch}, "
-        "from which batch statistics and terms that compare samples then come"
+        f"{size} samples did not fit in the device's memory: steps of {size} were split into micro-batches of {fitted.micro_batch}, "
+        "on which batch statistics and terms that compare samples were computed"
     ]
 
 
-def _told(error: DivergedError, run: Run, cohort: Cohort, network: Network, draft: RunFolder, *, write: bool) -> str:
-    """The message of a run that diverged; its best epoch so far becomes a checkpoint."""
+def _message(error: DivergedError, run: Run, cohort: Cohort, network: Network, draft: RunFolder, *, write: bool) -> str:
+    """Message of a diverged run; its best epoch so far is saved as a checkpoint."""
     samples = ", ".join(cohort.samples["sample"].to_numpy()[error.rows])
     if not error.fitted.best:
-        return f"{error}. The batch's samples: {samples}. No epoch had ended before"
+        return f"{error}. The batch's samples: {samples}. No epoch had finished before"
     path = draft.weights("best")
     if write:
         checkpoint.save(path, error.fitted.best, run_promise(run, cohort, network))
@@ -184,8 +184,8 @@ def _fit(run: Run, cohort: Cohort, network: Network, folder: StudyFolder, place:
     fabric = place.fabric
     channels, train, validation = make_batches(run, cohort, fabric)
     if run.entry.pretrained and unfold_batch_norm(fabric.to_device(network), next(train.undivided().epoch(0)).select(channels)):
-        keeper.remarks.append("the batch norms of the pre-trained weights were folded: they were measured anew on the first batch")
-    with first_before(fabric):  # the others find what it keeps of a teacher
+        keeper.remarks.append("the batch norms of the pre-trained weights were folded: they were estimated again on the first batch")
+    with first_before(fabric):  # the others then read its teacher cache
         objective = make_objective(run, cohort, network, fabric, folder, keep=cache)
     return fit(
         network, objective, train, validation, settings=run.entry.settings, channels=channels, classes=cohort.classes, fabric=fabric,

@@ -12,16 +12,16 @@ class Watcher(Protocol):
     """Receives the progress of a study."""
 
     def run_started(self, run: Run, epochs: int) -> None:
-        """A run starts to train."""
+        """A run starts training."""
 
     def view_kept(self, run: Run, done: int, total: int) -> None:
-        """So many views of the teacher cache exist."""
+        """``done`` of ``total`` views of the teacher cache exist."""
 
     def epoch_done(self, run: Run, record: dict[str, Any]) -> None:
         """An epoch is finished."""
 
     def run_done(self, run: Run, record: RunRecord, *, reused: bool) -> None:
-        """A run has finished, was finished before, or failed."""
+        """A run has finished (now or earlier) or failed."""
 
 
 class Unwatched:

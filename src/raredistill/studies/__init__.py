@@ -1,1 +1,1 @@
-"""A grid of runs, planned and carried out."""
+"""A study: a grid of runs, its plan and its execution."""

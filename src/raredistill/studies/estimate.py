@@ -1,4 +1,4 @@
-"""What a study will cost on this machine: runs in order, time, memory, disk, and what more devices would change."""
+"""Forecast of a study's cost on this machine: time, memory and disk per run, and the effect of more devices."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from raredistill.training.devices import make_fabric
 
 DEVICES = (1, 2, 4, 8)
 EPOCH_LOG = 5000
-"""Bytes of one epoch in the logs of three classes."""
+"""Bytes of one epoch in the logs, with three classes."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known and expected of one run.
+    """Status and expected cost of one run.
 
     Attributes:
-        run: which.
-        status: ``done``, ``at work elsewhere``, ``begun, 2 of 5 epochs`` or ``to do``.
-        seconds: that are left.
-        memory: bytes at the most while it runs: on the GPU or, on the CPU, of the process.
-        disk: bytes that it will have written in the end, and ``working`` beside them while it runs.
+        run: the run.
+        status: ``done``, ``running elsewhere``, ``started, 2 of 5 epochs`` or ``to do``.
+        seconds: time left.
+        memory: peak bytes while it runs: on the GPU or, on the CPU, of the process.
+        disk: bytes of its results; ``working`` is the additional space it needs while it runs.
         working: see ``disk``.
-        residence: where its pixels are, ``resident`` or ``streamed``.
-        problem: why it cannot run on this machine; empty when it can.
+        residence: location of its pixels, ``resident`` or ``streamed``.
+        problem: why it cannot run on this machine; empty if it can.
     """
 
     run: Run
@@ -57,13 +57,13 @@ class Forecast:
 
 
 def forecast(plan: Sequence[Run], cohort: Cohort, folder: StudyFolder, progress: Callable[[int, int, str], None]) -> list[Forecast]:
-    """Foretell every run of a plan, in its order, from a short measurement of each kind that is not done.
+    """Forecast every run of a plan, in order, from a short measurement of each kind of unfinished run.
 
     Args:
         plan: runs, each after its teachers.
-        cohort: what they read.
-        folder: of the study, which is only read, and need not exist.
-        progress: told how many kinds of runs are measured, how many there are, and which comes next.
+        cohort: their data.
+        folder: of the study; it is only read, and need not exist.
+        progress: called with the number of kinds measured, the total, and the next kind.
 
     Raises:
         RareDistillError: a run would be refused at its start.
@@ -88,7 +88,7 @@ def _is_done(run: Run, folder: StudyFolder) -> bool:
 
 
 def _settled(run: Run, cohort: Cohort) -> Run:
-    """A run whose residence is what ``auto`` will become."""
+    """The run with the residence that ``auto`` will choose."""
     settings = run.entry.settings
     if settings.residence != "auto":
         return run
@@ -125,8 +125,8 @@ def _status(run: Run, folder: StudyFolder) -> tuple[str, int]:
     if lock.exists():
         with lock_if_free(lock) as free:
             if not free:
-                return "at work elsewhere", done
-    return (f"begun, {done} of {run.entry.settings.epochs} epochs", done) if log.is_file() else ("to do", 0)
+                return "running elsewhere", done
+    return (f"started, {done} of {run.entry.settings.epochs} epochs", done) if log.is_file() else ("to do", 0)
 
 
 def _problem(run: Run, cohort: Cohort, pixels: int, cost: Cost) -> str:
@@ -138,7 +138,7 @@ def _problem(run: Run, cohort: Cohort, pixels: int, cost: Cost) -> str:
 
 
 def _with_caches(found: Sequence[Forecast], costs: dict[str, Cost]) -> list[Forecast]:
-    """Add what the teacher caches take to the first student of each: the others find there what it asked."""
+    """Add the cost of each teacher cache to its first student; the others reuse it."""
     asked: set[tuple[str, ...]] = set()
     made = []
     for each in found:
@@ -152,12 +152,12 @@ def _with_caches(found: Sequence[Forecast], costs: dict[str, Cost]) -> list[Fore
 
 
 def size(amount: float) -> str:
-    """Bytes as a person says them: ``12 MB``, ``3.4 GB``."""
+    """Format bytes for people: ``12 MB``, ``3.4 GB``."""
     return f"{amount / 1e6:.0f} MB" if amount < 1e9 else f"{amount / 1e9:.1f} GB"
 
 
 def run_rows(expected: Sequence[Forecast]) -> list[dict[str, Any]]:
-    """A row a run, in the order of the plan."""
+    """One row per run, in the order of the plan."""
     return [
         {
             "run": each.run.id, "status": each.status, "minutes": each.seconds / 60, "memory GB": each.memory / 1e9,
@@ -168,7 +168,7 @@ def run_rows(expected: Sequence[Forecast]) -> list[dict[str, Any]]:
 
 
 def device_rows(expected: Sequence[Forecast]) -> list[dict[str, Any]]:
-    """A row a number of devices: when the last run ends, and how often faster than one device that is."""
+    """One row per number of devices: when the last run ends, and the speed-up over one device."""
     tasks = [each.task for each in expected]
     alone = makespan(tasks, 1)
     spans = {number: makespan(tasks, number) for number in DEVICES}
@@ -176,16 +176,16 @@ def device_rows(expected: Sequence[Forecast]) -> list[dict[str, Any]]:
 
 
 def longest_chain(expected: Sequence[Forecast]) -> tuple[float, list[str]]:
-    """Seconds, and runs, of the chain of teachers and students that no number of devices shortens."""
+    """The longest chain of teachers and students, in seconds and as run names; more devices do not shorten it."""
     return critical_path([each.task for each in expected])
 
 
 def disk_needed(expected: Sequence[Forecast]) -> int:
-    """Bytes that the study will take beside what is there, with the states of the largest run at work."""
+    """Additional bytes that the study will need, including the saved states of the largest run."""
     return sum(each.disk for each in expected) + max((each.working for each in expected), default=0)
 
 
 def disk_free(out: Path) -> int:
-    """Bytes that are free where the study's folder is or will be."""
+    """Free bytes on the disk of the study's folder, which need not exist yet."""
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     return shutil.disk_usage(there).free

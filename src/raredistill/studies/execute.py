@@ -1,4 +1,4 @@
-"""Carry out a plan in this process: every run after its teachers, leaving to other processes what they work on."""
+"""Carry out a plan in this process: every run after its teachers, except runs that other processes work on."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def execute(
 ) -> list[RunRecord]:
     """Carry out every run; a run that fails is recorded, runs that wait for it are skipped, and the others continue.
 
-    Runs that another process works on are left to it, and waited for at the end.
+    Runs that another process works on are left to it; this function waits for them at the end.
 
     Args:
-        plan: runs, each after its teacher.
-        cohort: the data that they read.
+        plan: runs, each after its teachers.
+        cohort: their data.
         folder: of the study.
         watcher: receives the progress.
         on_record: called with each run's record as soon as it is known.
 
     Raises:
-        OSError: the disk is full, or a folder has vanished or cannot be written; what was written before is intact.
+        OSError: the disk is full, or a folder has vanished or cannot be written; earlier files are intact.
     """
     records: dict[str, RunRecord] = {}
     waiting = list(plan)
@@ -54,20 +54,20 @@ def execute(
 
 
 def refuse_changed(plan: Sequence[Run], folder: StudyFolder) -> None:
-    """Check every unfinished run before anything is trained.
+    """Refuse unfinished runs that were started with different code or versions, before anything is trained.
 
     Raises:
-        CheckpointError: one was started under other code or versions.
+        CheckpointError: one was started with different code or versions.
     """
     for run in plan:
         settings = run.entry.settings
         now = origin(make_fabric(settings.accelerator, settings.precision, settings.devices).device.type, {}, run.plugins)
-        # Its teacher's weights are compared when its turn comes: until then they may be made anew.
+        # Teachers' weights are compared when the run starts: until then they may be trained again.
         check_origin(folder.run(run.id), {part: now[part] for part in ("versions", "code")})
 
 
 def refuse_too_large(plan: Sequence[Run], cohort: Cohort, folder: StudyFolder) -> None:
-    """Check every unfinished run whose pixels are to stay on the device.
+    """Refuse unfinished runs whose resident pixels do not fit on the device.
 
     Raises:
         ConfigError: a run does not fit in this machine's memory.

@@ -1,4 +1,4 @@
-"""What runs of one kind cost on this machine: a few real steps, through the same batches, objective and trainer as a run."""
+"""Measure the cost of one kind of run on this machine: a few real steps with the batches, objective and trainer of a run."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ from raredistill.training.settings import TeacherCache
 
 WARM_UP = 2
 GROUPS = 5
-"""Measurements of which the median counts: a shared machine is slow now and then."""
+"""Number of measurements, of which the median is used: a shared machine is slow now and then."""
 GROUP_SECONDS = 0.3
 MOST_STEPS = 20
-"""Steps of one measurement."""
+"""Steps per measurement."""
 EVALUATED = 512
-"""Images that are evaluated to see how long one takes."""
+"""Number of images evaluated to time one."""
 COSTLY = (
     "batch_size", "optimizer", "clip_norm", "ema_decay", "augmentation", "mixing", "sam_rho", "stage", "precision", "accelerator",
     "residence", "teacher_cache", "compile",
 )  # fmt: skip
-"""Settings on which time or memory depends."""
+"""Settings that time or memory depends on."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What runs of one kind take on this machine.
+    """Time, memory and disk of one kind of run on this machine.
 
     Attributes:
-        step: seconds of a training step, its batch included.
-        image: seconds of evaluating an image.
-        load: seconds of opening a sample of the training part.
-        view: seconds of asking the teacher about a sample once, for its cache; 0 without a cache.
-        once: seconds of what happens once a run: building, compiling, checkpoints, latency.
-        memory: bytes at the most on the device or, on the CPU, of the process, without the run's pixels.
-        state: bytes of a kept state.
+        step: seconds per training step, including its batch.
+        image: seconds to evaluate one image.
+        load: seconds to open one sample of the training part.
+        view: seconds to query the teacher for one sample, for its cache; 0 without a cache.
+        once: seconds for work that happens once per run: building, compiling, checkpoints, latency.
+        memory: peak bytes on the device or, on the CPU, of the process, without the run's pixels.
+        state: bytes of a saved state.
         results: bytes of the checkpoints.
         row: bytes of one sample in the predictions; ``view_row`` in one view of the teacher cache.
         view_row: see ``row``.
-        device: where it was measured.
+        device: device of the measurement.
     """
 
     step: float
@@ -77,7 +77,7 @@ class Cost:
 
 
 def kind_of(run: Run) -> str:
-    """What the cost of a run depends on, apart from how many samples and epochs it has."""
+    """Everything the cost of a run depends on, except its numbers of samples and epochs."""
     entry = run.entry
     settings = [getattr(entry.settings, name) for name in COSTLY]
     networks = [(each.model, each.head, each.channels) for each in (entry, *(teacher.entry for teacher in run.teachers), *run.peers)]
@@ -87,15 +87,15 @@ def kind_of(run: Run) -> str:
 
 
 def measure(run: Run, cohort: Cohort, scratch: Path) -> Cost:
-    """Begin a run on a few of its samples, with untrained networks for its teachers.
+    """Start a run on a few of its samples, with untrained networks as its teachers.
 
     Args:
         run: one of its kind.
-        cohort: what it reads.
-        scratch: folder for what is written meanwhile.
+        cohort: its data.
+        scratch: folder for temporary files.
 
     Raises:
-        RareDistillError: as the run itself would meet it at its start.
+        RareDistillError: the run itself would raise it at its start.
     """
     small, folder = _small(run, cohort), StudyFolder(scratch)
     for teacher in small.teachers:
@@ -122,7 +122,7 @@ def measure(run: Run, cohort: Cohort, scratch: Path) -> Cost:
 
 
 def _small(run: Run, cohort: Cohort) -> Run:
-    """The same run on a few samples of each part, from scratch, with one view for its teacher cache; its teachers alike."""
+    """The same run on a few samples of each part, from scratch, with one view in its teacher cache; likewise its teachers."""
     split, labels = run.split, cohort.labels
     enough = (WARM_UP + GROUPS) * run.entry.settings.batch_size
     few = replace(
@@ -141,7 +141,7 @@ def _small(run: Run, cohort: Cohort) -> Run:
 
 
 def _few(rows: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """Some of the rows, among them one of each class that they hold."""
+    """Select some of the rows, at least one of each class among them."""
     mixed = np.random.default_rng(0).permutation(rows)
     firsts = np.unique(labels[mixed], return_index=True)[1]
     others = np.setdiff1d(np.arange(len(mixed)), firsts)
@@ -149,7 +149,7 @@ def _few(rows: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def _stand_in(teacher: Run, cohort: Cohort, folder: RunFolder) -> None:
-    """What a trained teacher leaves behind, of a network as it begins: it costs the same to ask."""
+    """Write the files of a trained teacher, but with an untrained network: querying it costs the same."""
     network = network_of(replace(teacher.entry, pretrained=False), cohort)
     folder.path.mkdir(parents=True)
     checkpoint.save(folder.weights("best"), network.state_dict(), run_promise(teacher, cohort, network))
@@ -161,7 +161,7 @@ def _stand_in(teacher: Run, cohort: Cohort, folder: RunFolder) -> None:
 
 
 def _seconds_of_a_step(trainer: Trainer, train: Batches) -> tuple[float, float]:
-    """What a step takes, after what compiling the network takes before the first."""
+    """Seconds to compile the network before the first step, and seconds per step after that."""
     batches = _endless(train)
 
     def steps(count: int) -> None:
@@ -184,7 +184,7 @@ def _endless(train: Batches) -> Iterator[Batch]:
 
 
 def _evaluation(run: Run, cohort: Cohort, network: Network, fabric: Fabric, scratch: Path) -> tuple[float, float]:
-    """Seconds of evaluating an image, and bytes of its row in the predictions."""
+    """Seconds to evaluate one image, and bytes of its row in the predictions."""
     rows, channels = run.split.test, run.entry.channels
     batches = plain_batches(cohort, rows, channels, fabric, run.entry.settings.residence)
     logits, _ = predict_logits(network, batches, channels=channels, fabric=fabric)
@@ -196,7 +196,7 @@ def _evaluation(run: Run, cohort: Cohort, network: Network, fabric: Fabric, scra
 
 
 def _saved(run: Run, cohort: Cohort, trainer: Trainer, network: Network, scratch: Path) -> tuple[int, int]:
-    """Write what a run writes at its end; bytes of its state and of its two checkpoints."""
+    """Save a state and both checkpoints as a run does; returns their sizes in bytes."""
     trainer.fitted.best = trainer.weights()
     state = trainer.state()
     checkpoint.save_state(scratch / "state.safetensors", state.tensors, state.facts)
@@ -222,7 +222,7 @@ def _forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):  # where the kernel does not let us, the peak is that of the kinds before as well
+    with suppress(OSError):  # if the kernel refuses, the peak includes the kinds measured before
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 

@@ -1,4 +1,4 @@
-"""Carry out a plan on a Ray cluster: Ray places the work, and the study's folder, on storage that all nodes share, stays the only truth."""
+"""Carry out a plan on a Ray cluster: Ray schedules the runs; the study's folder, on shared storage, remains the only record."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from raredistill.studies.execute import RETRY_AFTER, refuse_changed
 from raredistill.training.resume import whole
 
 ANSWER = 30.0
-"""Seconds in which a cluster must answer."""
+"""Seconds within which a cluster must respond."""
 LOOK = 900.0
 """Seconds in which a node must have looked at the shared folder: its first import of torch may come from a slow disk, on a busy machine."""
 RETRIES = 5
-"""How often a run is begun again, from its kept state, after its worker or its node died."""
+"""How often a run is restarted, from its saved state, after its worker or its node died."""
 STOP = 90.0
-"""Seconds that remote work is given to keep its state."""
+"""Seconds that remote work gets to save its state."""
 NOBODY = 60.0
-"""Seconds without any node that could carry out what is left, after which waiting is given up."""
+"""Seconds without any node that could carry out the remaining runs, after which the driver gives up."""
 STORE = 100 * 2**20
-"""Bytes of Ray's own object store on this machine: plans and records are small, and pixels never travel."""
+"""Bytes of Ray's object store on this machine: plans and records are small, and pixels are never sent."""
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-"""No telemetry, no logs of Ray's own on the terminal."""
+"""No telemetry, and no logs of Ray on the terminal."""
 LOOPBACK = "127.0.0.1"
 OWN = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 """For a Ray of its own: Ray then takes the loopback address for its node, as it does by default where it expects no cluster, and every call
 needs the token that only this process and its children know (Ray 2.52 and later)."""
 POLL = 0.5
-"""Seconds between two looks at what has been done."""
+"""Seconds between two checks of progress."""
 
 Need = dict[str, float]
 Outcome = tuple[RunRecord, bool] | RareDistillError | OSError | None
@@ -58,14 +58,14 @@ Outcome = tuple[RunRecord, bool] | RareDistillError | OSError | None
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is told beside its run. Nothing else travels: pixels, weights and states lie in the shared folders.
+    """Everything a worker receives besides its run; pixels, weights and states are read from the shared folders.
 
     Attributes:
-        here: folder in which the study was started, from which relative paths lead.
+        here: working directory of the driver, for relative paths.
         out: study folder.
-        cohort: folder of the cohort; ``cohort_hash`` is what it must hold.
-        token: file in ``out`` that the driver wrote, and whose lock it holds while nodes look at it.
-        word: what that file says.
+        cohort: folder of the cohort, whose hash must be ``cohort_hash``.
+        token: file in ``out`` written by the driver, which holds its lock while nodes check it.
+        word: content of that file.
         made_with: versions and code of the driver.
         plugins: that it has loaded, with the hash of each.
     """
@@ -81,14 +81,14 @@ class Job:
 
 
 class OnRay:
-    """Runs are carried out on a Ray cluster; used as a context manager, which connects and disconnects.
+    """Carries out runs on a Ray cluster; a context manager that connects and disconnects.
 
     Args:
-        address: ``HOST:PORT`` of the head node, or None for a Ray of its own on this machine.
-        gpus_per_run: share of a GPU that a run gets, so that several small ones use one.
+        address: ``HOST:PORT`` of the head node, or None for a new Ray instance on this machine.
+        gpus_per_run: share of a GPU that a run gets, so that several small runs can share one.
 
     Raises:
-        ConfigError: Ray is not installed, nothing answers, a node cannot work on the study's folder, or no node has what a run needs.
+        ConfigError: Ray is not installed or does not respond, a node cannot use the study's folder, or no node has the resources for a run.
     """
 
     def __init__(self, address: str | None, gpus_per_run: float) -> None:
@@ -106,14 +106,14 @@ class OnRay:
                 opened.callback(self.ray.shutdown)
                 self.ray.init(address=self.address, log_to_driver=False, logging_level="CRITICAL")
             self._opened = opened.pop_all()
-        signal.signal(signal.SIGTERM, before)  # Ray puts its own in the place of ours
+        signal.signal(signal.SIGTERM, before)  # Ray has replaced our handler
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._opened.close()
 
     def check(self, plan: Sequence[Run], cohort: Cohort, folder: StudyFolder) -> None:
-        """Refuse runs that fit on no node, and nodes that do not see the study as this process sees it."""
+        """Refuse runs that fit on no node, and nodes that do not share this process's study folder and cohort."""
         needs = [self._need(run) for run in plan]
         self._refuse_unfit(needs)
         nodes = [node for node in self._nodes() if any(_fits(need, node) for need in needs)]
@@ -126,11 +126,11 @@ class OnRay:
     def execute(
         self, plan: Sequence[Run], cohort: Cohort, folder: StudyFolder, watcher: Watcher, on_record: Callable[[RunRecord], None]
     ) -> list[RunRecord]:
-        """Submit each run when its teachers are done; interruptions stop the remote work, which keeps its state.
+        """Submit each run when its teachers are finished; an interruption stops remote work after it has saved its state.
 
         Raises:
-            RareDistillError: an unfinished run was begun under other code or versions.
-            ConfigError: the nodes that could carry out what is left are gone.
+            RareDistillError: an unfinished run was started with different code or versions.
+            ConfigError: all nodes that could carry out the remaining runs are gone.
             OSError: the shared disk is full or cannot be written.
         """
         study = _Study(self, cohort, folder, watcher, on_record)
@@ -142,15 +142,15 @@ class OnRay:
         return [study.records[run.id] for run in plan]
 
     def submit(self, job: Job, run: Run, records: dict[str, RunRecord]) -> Any:
-        """Give a run to the cluster; Ray begins it again where its worker or its node dies."""
+        """Submit a run to the cluster; Ray restarts it if its worker or its node dies."""
         need = self._need(run)
         task = self.ray.remote(work).options(num_cpus=need["CPU"], num_gpus=need.get("GPU", 0), max_retries=RETRIES)
         return task.remote(job, run, records, int(need["CPU"]))
 
     def _need(self, run: Run) -> Need:
-        """A share of a GPU, or several whole ones, where there are any and the run may use them; else the cores of the driver's threads.
+        """A share of a GPU or several whole GPUs, if the cluster has any and the run may use them; else as many cores as driver threads.
 
-        So a run on the CPU has the bits that it would have had here, and can be gone on with here.
+        A run on a CPU therefore has the same bits as on this machine, and can be resumed here.
         """
         wanted, devices = run.entry.settings.accelerator, run.entry.settings.devices
         on_gpu = wanted == "cuda" or (wanted == "auto" and any("GPU" in node["Resources"] for node in self._nodes()))
@@ -171,7 +171,7 @@ class OnRay:
             )
 
     def is_fit(self, runs: Sequence[Run]) -> bool:
-        """Whether some node that lives can carry out at least one of the runs."""
+        """Whether a live node can carry out at least one of the runs."""
         return any(_fits(self._need(run), node) for node in self._nodes() for run in runs)
 
     def _look(self, job: Job, node: dict[str, Any]) -> Any:
@@ -184,19 +184,19 @@ class OnRay:
         try:
             return str(self.ray.get(look, timeout=0))
         except self.ray.exceptions.GetTimeoutError:
-            return f"it has not looked at the study's folder within {LOOK:.0f} s; see whether its disks answer"
+            return f"it did not check the study's folder within {LOOK:.0f} s; check that its disks respond"
         except self.ray.exceptions.RayError as error:
             return f"it cannot work ({last_line(error)}); install this version of raredistill for the Python that `ray start` runs in there"
 
     def _stop(self, running: Sequence[Any]) -> None:
         for reference in running:
-            self.ray.cancel(reference)  # to a worker this is Ctrl-C: it keeps its state and ends
+            self.ray.cancel(reference)  # like Ctrl-C for the worker: it saves its state and ends
         if running:
             self.ray.wait(list(running), num_returns=len(running), timeout=STOP)
 
 
 class _Study:
-    """What the driver knows while a plan is carried out."""
+    """The state of the driver while a plan is carried out."""
 
     def __init__(
         self, engine: OnRay, cohort: Cohort, folder: StudyFolder, watcher: Watcher, on_record: Callable[[RunRecord], None]
@@ -209,15 +209,15 @@ class _Study:
         self.fit = time.monotonic()
 
     def carry_out(self, plan: Sequence[Run]) -> None:
-        """Submit runs as their teachers are done, and follow them, until the last has ended."""
+        """Submit runs as their teachers finish, and monitor them until the last has ended."""
         waiting = list(plan)
         while waiting or self.running:
-            with whole():  # inside Ray's own code a signal ends the process without a word
+            with whole():  # inside Ray's own code, a signal ends the process silently
                 waiting = self._step(waiting)
             time.sleep(POLL)
 
     def _step(self, waiting: list[Run]) -> list[Run]:
-        """Submit what is ready, take what is done, tell what has happened; returns what still waits."""
+        """Submit ready runs, collect finished ones, report progress; returns the runs that still wait."""
         ready = [run for run in waiting if all(teacher.id in self.records for teacher in run.teachers)]
         left = [run for run in waiting if run not in ready]
         self.running.update({self._submit(run): run for run in ready})
@@ -238,8 +238,8 @@ class _Study:
         try:
             found: Outcome = self.engine.ray.get(reference)
         except self.engine.ray.exceptions.RayError as error:
-            # Its worker died each time: too little memory, for instance. The others go on.
-            told = f"its worker died {RETRIES + 1} times ({last_line(error)}); its state is kept, the same command goes on with it"
+            # Its worker died every time, for example of too little memory. The other runs continue.
+            told = f"its worker died {RETRIES + 1} times ({last_line(error)}); its state is saved, and the same command resumes it"
             return describe(run, self.cohort).failed(told), False
         if isinstance(found, BaseException):
             raise found
@@ -247,7 +247,7 @@ class _Study:
 
     def _take(self, run: Run, outcome: Outcome) -> bool:
         if not isinstance(outcome, tuple):
-            return False  # another process is at it
+            return False  # another process works on it
         record, reused = outcome
         self.records[run.id] = record
         self.on_record(record)
@@ -257,7 +257,7 @@ class _Study:
         return True
 
     def _tell(self, run: Run, folder: RunFolder) -> None:
-        """Tell of the epochs that a run has written since the last look. What a run repeats after its node died is told once."""
+        """Report the epochs that a run has logged since the last check; epochs repeated after a node's death are reported once."""
         epochs = list(_epochs(folder.epochs))
         if epochs and run.id not in self.told:
             self.watcher.run_started(run, run.entry.settings.epochs)
@@ -271,14 +271,14 @@ class _Study:
             self.fit = time.monotonic()
         elif time.monotonic() - self.fit > NOBODY:
             raise ConfigError(
-                f"the nodes that could carry out the {len(runs)} runs that are left have been gone for {NOBODY:.0f} s; "
-                "all states are kept: the same command goes on with the nodes that are there then, or without --on ray on this machine"
+                f"the nodes that could carry out the {len(runs)} remaining runs have been gone for {NOBODY:.0f} s; "
+                "all states are saved: the same command resumes on the nodes available then or, without --on ray, on this machine"
             )
 
 
 def work(job: Job, run: Run, records: dict[str, RunRecord], threads: int) -> Outcome:
-    """Carry out one run, on a worker, as a local study does; what would stop a local study comes back as a value."""
-    # Ray's workers block Ctrl-C, which would be put off for good where a step is not to be torn.
+    """Carry out one run on a worker as a local study does; an error that would stop a local study is returned as a value."""
+    # Ray's workers block Ctrl-C, so it would never arrive while it is delayed to the end of a step.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         os.chdir(job.here)
@@ -294,18 +294,18 @@ def work(job: Job, run: Run, records: dict[str, RunRecord], threads: int) -> Out
 
 
 def look(job: Job) -> str:
-    """What keeps a node from working at a study; empty when nothing does."""
+    """Message on why a node cannot work on a study; empty if it can."""
     try:
         os.chdir(job.here)
         if not job.token.is_file() or job.token.read_text(encoding="utf-8") != job.word:
-            return f"its {job.out} is not the driver's; share that folder with all nodes, under one name"
+            return f"its {job.out} is not the driver's; share that folder with all nodes, under the same path"
         with lock_if_free(job.token) as free:
             if free:
-                return f"locks on {job.out} do not reach it, so two nodes could make one run; mount it with locks (NFS 4, Lustre -o flock)"
+                return f"locks on {job.out} do not reach it, so two nodes could start one run; mount it with locks (NFS 4, Lustre -o flock)"
         if Cohort.load(job.cohort).hash != job.cohort_hash:
             return f"its {job.cohort} is another cohort"
     except OSError as error:
-        return f"{error.filename}: {error.strerror} there; share that folder with all nodes, under one name"
+        return f"{error.filename}: {error.strerror} on that node; share that folder with all nodes, under the same path"
     except DataError as error:
         return str(error)
     return _differing(job.made_with)
@@ -329,7 +329,7 @@ def _job(cohort: Cohort, folder: StudyFolder) -> Job:
 
 @contextmanager
 def _token(cohort: Cohort, folder: StudyFolder) -> Iterator[Job]:
-    """A file in the study's folder whose lock this process holds: a node that reads it, and finds it locked, shares the folder."""
+    """Write a file in the study's folder and hold its lock: a node that can read it and finds it locked shares the folder."""
     job = _job(cohort, folder)
     try:
         job.token.write_text(job.word, encoding="utf-8")
@@ -380,7 +380,7 @@ def _restore(environment: Mapping[str, str | None]) -> None:
 def _refuse_silent(ray: Any, address: str) -> None:
     if told := failure_of(ray.init, ANSWER, address=address, log_to_driver=False):
         raise ConfigError(
-            f"no Ray answers at {address} ({told}). Start it with `ray start --head --port=6379` on one node and "
+            f"no Ray cluster responds at {address} ({told}). Start it with `ray start --head --port=6379` on one node and "
             "`ray start --address=HEAD:6379` on this and all others, and give --address HEAD:6379; or leave --address out"
         )
 
@@ -398,11 +398,11 @@ def _resources(amounts: dict[str, float]) -> str:
 
 
 def _epochs(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a log that another node may be writing."""
+    """The complete lines of a log that another node may be writing."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError:
-        return  # not begun, or just finished and renamed
+        return  # not started, or just finished and renamed
     for line in lines:
         try:
             yield json.loads(line)

@@ -1,4 +1,4 @@
-"""A grid of entries becomes runs, each after its teachers."""
+"""Expand a grid of entries into runs, each after its teachers."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def make_plan(
         entries: lines of the study.
         splits: folds.
         seeds: repetitions within a repeat of the splits; later repeats count on from them.
-        cohort_hash: of what all of them read.
-        divide: cuts the training part of a split for cross-fitted teachers; see :func:`raredistill.splits.cross_fit`.
+        cohort_hash: hash of their cohort.
+        divide: divides the training part of a split for cross-fitted teachers; see :func:`raredistill.splits.cross_fit`.
 
     Raises:
-        ConfigError: two entries share a name, a teacher is unknown, or entries wait for each other in a circle.
+        ConfigError: two entries share a name, a teacher is unknown, or entries depend on each other in a circle.
     """
     order = in_order(entries)
     # Each repeat has seeds of its own: a repeat is new in all that luck decides.
@@ -54,9 +54,9 @@ def needed(plan: Sequence[Run], names: set[str], repeats: int) -> list[Run]:
 
 
 def share_of(plan: Sequence[Run], number: int, shares: int) -> list[Run]:
-    """One of several shares of a plan: the runs whose place in it is ``number`` modulo ``shares``, then the teachers that they need.
+    """One of several shares of a plan: the runs whose index is ``number`` modulo ``shares``, then the teachers that they need.
 
-    The shares' own runs are disjoint and together the plan; a teacher may be needed by several.
+    The shares' own runs are disjoint and together make up the plan; several shares may need the same teacher.
     """
     own = list(plan[number::shares])
     needed = {teacher.id for run in own for teacher in _before(run)} - {run.id for run in own}
@@ -106,10 +106,10 @@ class _Cell:
 
 
 def in_order(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries, each after its teachers.
+    """Sort the entries so that each comes after its teachers.
 
     Raises:
-        ConfigError: a name cannot be a folder's or occurs twice, a teacher is unknown, or entries wait for each other in a circle.
+        ConfigError: a name cannot be a folder's or occurs twice, a teacher is unknown, or entries depend on each other in a circle.
     """
     names = [entry.name for entry in entries]
     if unfit := [name for name in names if not FOLDER_NAME.fullmatch(name)]:
@@ -124,7 +124,7 @@ def in_order(entries: Sequence[Entry]) -> list[Entry]:
         ready = [entry for entry in waiting if set(entry.teachers) <= {done.name for done in order}]
         if not ready:
             raise ConfigError(
-                "these runs wait for each other or for a teacher that does not exist: "
+                "these runs depend on each other or on a teacher that does not exist: "
                 + ", ".join(f"{e.name} (teacher {e.teacher})" for e in waiting)
             )
         order += ready

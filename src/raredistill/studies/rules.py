@@ -1,4 +1,4 @@
-"""What a study's entries must satisfy beside a cohort and its splits, checked before the first run and not hours later."""
+"""Rules on entries together with a cohort and its splits, checked before the first run rather than hours later."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from raredistill.training.optimizers import check_schedule
 
 
 def check_entries(entries: Sequence[Entry], cohort: Cohort, splits: Sequence[Split]) -> None:
-    """Refuse entries that a cohort and its splits cannot serve.
+    """Refuse entries that do not fit a cohort and its splits.
 
     Raises:
-        RareDistillError: of the kind of the first entry's problem, with the problems of all entries.
+        RareDistillError: lists the problems of all entries; its type is that of the first problem.
     """
     problems: list[RareDistillError] = []
     for entry in entries:
@@ -60,4 +60,4 @@ def _check_teaching(entry: Entry, teachers: Sequence[Entry], cohort: Cohort, spl
         except ConfigError as error:
             raise ConfigError(f"{entry.called}{error}") from None
         if entry.settings.devices > 1 and method.trainable is not None and any(True for _ in method.trainable.buffers()):
-            raise ConfigError(f"{entry.called}method {entry.method} keeps what it sees of whole batches; set devices: 1")
+            raise ConfigError(f"{entry.called}method {entry.method} keeps statistics of whole batches; set devices: 1")

@@ -1,4 +1,4 @@
-"""How long a plan takes on several devices: each takes the first run that is ready, as the processes of a study do."""
+"""Duration of a plan on several devices: each takes the first run that is ready, as the processes of a study do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """A run with the seconds that it takes, and the names of those that it waits for."""
+    """A run with its duration in seconds, and the names of the runs it depends on."""
 
     name: str
     seconds: float
@@ -20,8 +20,8 @@ def makespan(tasks: Sequence[Task], devices: int) -> float:
     """Seconds until the last task ends.
 
     Args:
-        tasks: in the order in which they are taken up; each comes after those that it waits for.
-        devices: that work at once, each at one task.
+        tasks: in the order in which they are started; each comes after those it depends on.
+        devices: number of devices, each of which works on one task at a time.
 
     References:
         Graham, Bounds on Multiprocessing Timing Anomalies, SIAM J. Appl. Math. 17, 1969 (list scheduling).
@@ -40,7 +40,7 @@ def makespan(tasks: Sequence[Task], devices: int) -> float:
 
 
 def critical_path(tasks: Sequence[Task]) -> tuple[float, list[str]]:
-    """The chain of tasks that takes longest, first to last: no number of devices is faster than its seconds."""
+    """Seconds and names of the longest chain of tasks, a lower bound for any number of devices."""
     chains: dict[str, tuple[float, list[str]]] = {}
     for task in tasks:
         before, names = max((chains[name] for name in task.waits_for), default=(0.0, []), key=lambda chain: chain[0])

@@ -1,4 +1,4 @@
-"""A whole study: its rules, its plan and its description; carrying it out."""
+"""A whole study: rules, plan, description and execution."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from raredistill.studies.plan import in_order, make_plan
 from raredistill.studies.rules import check_entries
 
 MARKER = ".study"
-"""Marks a folder as a study's from its first moment on."""
+"""Marks a folder as a study's from the start."""
 LIBRARIES = ("raredistill", "torch", "timm", "lightning-fabric", "numpy", "pandas", "scikit-learn", "nibabel")
 
 
@@ -38,18 +38,18 @@ class Study:
 
     Attributes:
         name: for the report.
-        cohort: the data that all runs read.
+        cohort: the data of all runs.
         splits: patients of each side.
-        entries: lines of the grid; without channels of their own they take all of the cohort's, apart from a mask.
+        entries: lines of the grid; without their own channels they use all of the cohort's, except a mask.
         seeds: one run of each entry and split per seed.
-        protocol: of the splits, for the report.
-        config: kept for the reader; nothing is computed from it.
+        protocol: protocol of the splits, for the report.
+        config: stored for the reader only; nothing is computed from it.
         command: likewise.
         looks: when it may stop; None where all its splits are run.
 
     Raises:
-        ConfigError: a name, network, method, loss or channel is unknown, or two of them do not go together.
-        CheckpointError: weights that cannot be read or do not fit, or a teacher that has seen held-out patients.
+        ConfigError: a name, network, method, loss or channel is unknown, or two of them cannot be combined.
+        CheckpointError: weights cannot be read or do not fit, or a teacher was trained on held-out patients.
     """
 
     name: str
@@ -91,29 +91,29 @@ def _overview(counts: pd.DataFrame) -> pd.DataFrame:
 
 
 class Engine(Protocol):
-    """Where the runs of a study are carried out."""
+    """Carries out the runs of a study."""
 
     def check(self, plan: Sequence[Run], cohort: Cohort, folder: StudyFolder) -> None:
-        """Refuse what cannot work, before anything is trained or written."""
+        """Refuse runs that cannot work, before anything is trained or written."""
 
     def execute(
         self, plan: Sequence[Run], cohort: Cohort, folder: StudyFolder, watcher: Watcher, on_record: Callable[[RunRecord], None]
     ) -> list[RunRecord]:
-        """As :func:`raredistill.studies.execute.execute`."""
+        """Carry out runs; see :func:`raredistill.studies.execute.execute`."""
 
 
 class Here:
-    """Runs are carried out in this process."""
+    """Carries out runs in this process."""
 
     def check(self, plan: Sequence[Run], cohort: Cohort, folder: StudyFolder) -> None:
-        """Check every unfinished run, and the memory of this machine."""
+        """Check every unfinished run, and this machine's memory."""
         refuse_changed(plan, folder)
         refuse_too_large(plan, cohort, folder)
 
     def execute(
         self, plan: Sequence[Run], cohort: Cohort, folder: StudyFolder, watcher: Watcher, on_record: Callable[[RunRecord], None]
     ) -> list[RunRecord]:
-        """One after the other."""
+        """Carry out the runs one after the other."""
         return execute(plan, cohort, folder, watcher, on_record)
 
 
@@ -121,20 +121,20 @@ HERE = Here()
 
 
 def run_study(study: Study, out: Path, watcher: Watcher, *, chosen: Sequence[Run] | None = None, engine: Engine = HERE) -> list[RunRecord]:
-    """Carry out a study in ``out``; finished runs are reused, and ``study.json`` always says how far it is.
+    """Carry out a study in ``out``; finished runs are reused, and ``study.json`` always shows its progress.
 
     Args:
         study: what to carry out.
         out: its folder.
         watcher: receives the progress.
         chosen: runs of its plan, with all their teachers; the whole plan by default.
-        engine: where they are carried out.
+        engine: carries out the runs.
 
     Returns:
         The records of the chosen runs.
 
     Raises:
-        DataError: ``out`` holds something else.
+        DataError: ``out`` contains something else.
     """
     claim(out)
     folder, plan = StudyFolder(out), study.plan()
@@ -158,18 +158,18 @@ def run_study(study: Study, out: Path, watcher: Watcher, *, chosen: Sequence[Run
 
 
 def left(out: Path) -> list[str]:
-    """Runs of a study that no process has finished yet, by its description."""
+    """Runs that no process has finished yet, according to the study's description."""
     return [record.id for record in read_study(StudyFolder(out).description).runs if record.status == "waiting"]
 
 
 def elsewhere(study: Study, out: Path) -> list[str]:
-    """Runs of a study that another process works on now: they are left to it, and waited for at the end."""
+    """Runs that another process is working on now; they are left to it, and this process waits for them at the end."""
     locks = {run.id: StudyFolder(out).run(run.id).lock for run in study.plan()}
     return [name for name, lock in locks.items() if lock.exists() and _is_held(lock)]
 
 
 def _refuse_company(plan: Sequence[Run], folder: StudyFolder) -> None:
-    """Two processes may share one study, but not a folder for two studies: each would overwrite the other's description."""
+    """Refuse a folder in which another process runs another study: each would overwrite the other's description."""
     ours = {folder.run(run.id).lock for run in plan}
     for lock in folder.locks():
         if lock not in ours and _is_held(lock):
@@ -182,7 +182,7 @@ def _is_held(lock: Path) -> bool:
 
 
 def claim(out: Path) -> None:
-    """Make ``out`` this study's folder; refuse one that holds something else."""
+    """Make ``out`` this study's folder; refuse a folder that contains something else."""
     claim_folder(out, MARKER)
     (out / MARKER).touch()
 
@@ -201,7 +201,7 @@ def _writer(study: Study, folder: StudyFolder) -> Callable[[Mapping[str, RunReco
 
 
 def describe_study(study: Study) -> StudyRecord:
-    """What ``study.json`` says of a study, its runs apart."""
+    """The content of ``study.json``, without its runs."""
     return StudyRecord(
         name=study.name, command=study.command, config=study.config, cohort=describe_cohort(study.cohort), protocol=study.protocol,
         rare=rare_class(study.cohort, study.splits), split_table=study.counts().to_dict("records"),  # type: ignore[arg-type]
@@ -211,22 +211,22 @@ def describe_study(study: Study) -> StudyRecord:
 
 
 def _known(folder: StudyFolder) -> dict[str, RunRecord]:
-    """Records, by an earlier start or a process beside this one, of runs that this process has not come to yet."""
+    """Records written by an earlier start or a parallel process, for runs that this process has not reached yet."""
     try:
         return {record.id: record for record in read_study(folder.description).runs}
     except DataError:
-        return {}  # the first start, or a damaged file: it is about to be written anew
+        return {}  # first start, or a damaged file: it will be rewritten
 
 
 def rare_class(cohort: Cohort, splits: Sequence[Split]) -> str:
-    """The minority class that a study is about: fewest training samples over the folds, among the classes that patients carry."""
+    """The rare class of a study: the patient class with the fewest training samples over the folds."""
     labels = pd.Series([label for split in splits for label in cohort.samples["label"].to_numpy()[split.train]])
     counts = labels.value_counts()
     return min(cohort.patient_classes, key=lambda name: int(counts.get(name, 0)))
 
 
 def describe_cohort(cohort: Cohort) -> CohortRecord:
-    """What ``study.json`` says of its cohort."""
+    """Description of the cohort in ``study.json``."""
     return CohortRecord(
         name=cohort.name, hash=cohort.hash, classes=tuple(cohort.classes), background=cohort.background,
         channels=tuple(cohort.channels), samples=len(cohort.samples), patients=int(cohort.samples["patient"].nunique()),
@@ -235,6 +235,6 @@ def describe_cohort(cohort: Cohort) -> CohortRecord:
 
 
 def machine() -> dict[str, Any]:
-    """What kind of machine a study ran on."""
+    """Description of the machine that a study runs on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {"system": platform.platform(), "processor": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}

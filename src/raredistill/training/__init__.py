@@ -1,1 +1,1 @@
-"""One loop for every run."""
+"""The training of one network: devices, loop, objectives, optimisers, resuming."""

@@ -1,4 +1,4 @@
-"""What a teacher says of each view, computed once: views are functions of (seed, view, sample), and a frozen teacher of the view alone."""
+"""Teacher outputs, computed once per view: a view depends on (seed, view, sample) only, and a frozen teacher's output on the view only."""
 
 from __future__ import annotations
 
@@ -12,43 +12,44 @@ from raredistill.batches import Batch, Batches
 from raredistill.outputs import Outputs
 
 Table = dict[str, Tensor]
-"""Outputs for the rows of one view, in the rows' order: ``logits (M, K)``, and where they are asked for ``features (M, F)`` and more."""
+"""Outputs for the rows of one view, in the order of the rows: ``logits (M, K)`` and, if requested, ``features (M, F)`` and others."""
 
 
-def look(taught: Callable[[Batch], Outputs], batches: Batches, view: int, *, features: bool) -> Table:
-    """Let a teacher look at every sample of one view.
+def compute_view(taught: Callable[[Batch], Outputs], batches: Batches, view: int, *, features: bool) -> Table:
+    """Compute a teacher's outputs for every sample of one view.
 
     Args:
-        taught: gives the outputs of a frozen teacher, or of several together.
-        batches: unshuffled, of all rows that it is to teach.
-        view: which.
-        features: keep the pooled features, too.
+        taught: returns the outputs of a frozen teacher, or of several combined.
+        batches: unshuffled, with all rows that the teacher is to teach.
+        view: number of the view.
+        features: whether to keep the pooled features, too.
 
     Returns:
-        On the CPU: float32 logits, so that what is kept is what the teacher said, and float16 features where they fit in its range.
+        On the CPU: float32 logits, so that the cache is exact, and features in float16 if they are within its range.
     """
-    said = [part for batch in batches.epoch(view) for part in _ask(taught, batch, features=features)]
-    table = {"logits": torch.cat([each.logits for each in said])}
+    outputs = [part for batch in batches.epoch(view) for part in _outputs(taught, batch, features=features)]
+    table = {"logits": torch.cat([each.logits for each in outputs])}
     if features:
-        table["features"] = _compact(torch.cat([each.features for each in said if each.features is not None]))
-    priors = [each.log_prior for each in said if each.log_prior is not None]
-    if len(priors) == len(said):
-        # One prior for all, or, where each sample has its own teacher, one a row.
+        table["features"] = _compact(torch.cat([each.features for each in outputs if each.features is not None]))
+    priors = [each.log_prior for each in outputs if each.log_prior is not None]
+    if len(priors) == len(outputs):
+        # One prior for all rows or, if each sample has its own teacher, one per row.
         table["log_prior"] = priors[0] if priors[0].ndim == 1 else torch.cat(priors)
     return table
 
 
-def _ask(taught: Callable[[Batch], Outputs], batch: Batch, *, features: bool) -> list[Outputs]:
-    # On the CPU at once, so that the device holds one batch; halved for as long as its memory does not suffice.
+def _outputs(taught: Callable[[Batch], Outputs], batch: Batch, *, features: bool) -> list[Outputs]:
+    # Moved to the CPU at once, so that the device holds one batch only; the batch is halved until it fits in the device's memory.
     try:
-        said = taught(batch)
+        outputs = taught(batch)
     except torch.OutOfMemoryError:
         if len(batch.labels) == 1:
             raise
     else:
-        pooled, prior = (None if each is None else each.float().cpu() for each in (said.features if features else None, said.log_prior))
-        return [Outputs(said.logits.float().cpu(), pooled, log_prior=prior)]
-    return [part for half in batch.split(2) for part in _ask(taught, half, features=features)]
+        kept = (outputs.features if features else None, outputs.log_prior)
+        pooled, prior = (None if each is None else each.float().cpu() for each in kept)
+        return [Outputs(outputs.logits.float().cpu(), pooled, log_prior=prior)]
+    return [part for half in batch.split(2) for part in _outputs(taught, half, features=features)]
 
 
 def _compact(features: Tensor) -> Tensor:
@@ -56,13 +57,13 @@ def _compact(features: Tensor) -> Tensor:
     return half if bool(half.isfinite().all()) else features
 
 
-class Kept:
-    """A teacher that is not there any more: what it said of each view, by row and view.
+class CachedTeacher:
+    """A teacher replaced by its cached outputs, looked up by row and view.
 
     Args:
-        tables: one a view.
-        rows: ``(M,)`` rows of the cohort that the tables are of.
-        device: where the outputs are wanted.
+        tables: one per view.
+        rows: ``(M,)`` rows of the cohort that the tables hold.
+        device: device of the outputs.
     """
 
     def __init__(self, tables: Sequence[Mapping[str, Tensor]], rows: np.ndarray, device: torch.device) -> None:
@@ -72,7 +73,7 @@ class Kept:
         self._device = device
 
     def __call__(self, batch: Batch) -> Outputs:
-        """What the teacher said of these samples in this view."""
+        """Look up the teacher's outputs for these samples in this view."""
         table, places = self._tables[batch.view], self._places[batch.rows].to(self._device, non_blocking=True)
-        found = {name: values if values.ndim == 1 else values[places].float() for name, values in table.items()}
-        return Outputs(found["logits"], found.get("features"), log_prior=found.get("log_prior"))
+        outputs = {name: values if values.ndim == 1 else values[places].float() for name, values in table.items()}
+        return Outputs(outputs["logits"], outputs.get("features"), log_prior=outputs.get("log_prior"))

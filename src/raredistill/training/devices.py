@@ -1,4 +1,4 @@
-"""Where training runs: Lightning Fabric over cpu, cuda and mps, and what the processes of one run have to agree on."""
+"""Devices and processes: Lightning Fabric on cpu, cuda and mps, and the communication between the processes of one run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from raredistill.errors import ConfigError, RareDistillError
 
 Precision = Literal["32-true", "bf16-mixed"]
 PATIENCE = timedelta(days=1)
-"""How long processes wait for each other. One that has died ends the others at once; one that computes a teacher cache may take hours."""
+"""How long processes wait for each other: computing a teacher cache may take hours (a process that dies ends the others at once)."""
 
 
 class MemoryEndedError(RareDistillError):
-    """One of several processes has no memory for its samples of a step: all are to start again with so many micro-batches."""
+    """One of several processes ran out of memory in a step: all must restart with ``parts`` micro-batches."""
 
     def __init__(self, parts: int) -> None:
         super().__init__(parts)
@@ -32,10 +32,10 @@ class MemoryEndedError(RareDistillError):
 
 
 def make_fabric(accelerator: str, precision: Precision, devices: int = 1) -> Fabric:
-    """Open one device, the first of those that are asked for.
+    """Open one device, the first of those requested.
 
     Raises:
-        ConfigError: the machine has no such device, or not so many of them.
+        ConfigError: the machine has no such device, or not enough of them.
     """
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise ConfigError("accelerator: cuda, but this machine has no usable NVIDIA GPU; set accelerator=auto or cpu")
@@ -53,19 +53,19 @@ def join(rank: int, size: int, *, port: int, kind: str, precision: Precision) ->
 
     Args:
         rank: number of this process, from 0.
-        size: of them all.
-        port: of the store through which they find each other; the process that starts them holds it.
+        size: number of processes.
+        port: of the store through which they find each other; the process that starts them owns it.
         kind: ``cpu`` or ``cuda``.
         precision: as for :func:`make_fabric`.
     """
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")
-    # What processes agree on is on the CPU and goes by gloo also where gradients go by NCCL, so that no device is waited for.
+    # Decisions are exchanged on the CPU through gloo, even where gradients use NCCL, so that nothing waits for a device.
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if kind == "cuda":
         torch.cuda.set_device(rank)
     store = distributed.TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)  # type: ignore[attr-defined]
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    # An environment of its own: a Slurm job around this run has other ranks.
+    # A separate environment, because a surrounding Slurm job has other ranks.
     strategy = DDPStrategy(cluster_environment=LightningEnvironment(), process_group_backend=backend)
     fabric = Fabric(accelerator=kind, devices=size, precision=precision, strategy=strategy)
     fabric.launch()
@@ -74,7 +74,7 @@ def join(rank: int, size: int, *, port: int, kind: str, precision: Precision) ->
 
 @contextmanager
 def first_before(fabric: Fabric) -> Iterator[None]:
-    """Let the first process go through the block before the others, who then find what it has written."""
+    """Run the block in the first process before the others, which can then read the files it wrote."""
     team = Team(fabric)
     if team.rank > 0:
         team.agreed(True)
@@ -84,10 +84,10 @@ def first_before(fabric: Fabric) -> Iterator[None]:
 
 
 class Team:
-    """The processes that train one network, as one of them sees them; a process alone agrees with itself.
+    """The processes that train one network, seen from one of them; a single process needs no communication.
 
     Args:
-        fabric: of this process.
+        fabric: Fabric of this process.
 
     Attributes:
         rank: number of this process; the first (0) decides and writes.
@@ -98,12 +98,12 @@ class Team:
         self.rank, self.size, self._kind = int(fabric.global_rank), int(fabric.world_size), fabric.device.type
 
     def agreed(self, *facts: bool) -> tuple[bool, ...]:
-        """What the first process holds true, in all of them; it is waited for."""
+        """Return the first process's facts in all processes (waits for it)."""
         if self.size == 1:
             return facts
-        told = torch.tensor(facts, dtype=torch.uint8)
-        distributed.broadcast(told, src=0)
-        return tuple(bool(fact) for fact in told)
+        shared = torch.tensor(facts, dtype=torch.uint8)
+        distributed.broadcast(shared, src=0)
+        return tuple(bool(fact) for fact in shared)
 
     def all_sum(self, values: Tensor) -> Tensor:
         """Sum over the processes, elementwise."""
@@ -114,25 +114,25 @@ class Team:
         return total
 
     def earliest(self, step: int | None) -> int | None:
-        """The smallest step that any process has, if one has any."""
+        """The smallest step of any process; None if no process has one."""
         if self.size == 1:
             return step
-        found = torch.tensor(torch.iinfo(torch.int64).max if step is None else step)
-        distributed.all_reduce(found, op=distributed.ReduceOp.MIN)
-        return None if int(found) == torch.iinfo(torch.int64).max else int(found)
+        smallest = torch.tensor(torch.iinfo(torch.int64).max if step is None else step)
+        distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN)
+        return None if int(smallest) == torch.iinfo(torch.int64).max else int(smallest)
 
     def each(self, own: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Everybody's tensors, by rank and on the CPU; they have the same names, shapes and types in all processes."""
+        """Tensors gathered from all ranks, on the CPU; names, shapes and types must be the same in all processes."""
         if self.size == 1:
             return [dict(own)]
-        found: list[dict[str, Tensor]] = [{} for _ in range(self.size)]
+        gathered: list[dict[str, Tensor]] = [{} for _ in range(self.size)]
         for name, tensor in own.items():
-            for theirs, part in zip(found, self._gathered(tensor.cpu()), strict=True):
+            for theirs, part in zip(gathered, self._gathered(tensor.cpu()), strict=True):
                 theirs[name] = part
-        return found
+        return gathered
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows ``(n, ...)`` of all processes, one after the other, on the CPU; ``n`` may differ."""
+        """Concatenate the rows ``(n, ...)`` of all processes on the CPU; ``n`` may differ."""
         rows = rows.cpu()
         if self.size == 1:
             return rows
@@ -146,17 +146,17 @@ class Team:
         return parts
 
     def own_generator(self) -> None:
-        """Let torch's generators differ between processes (dropout): a function of the seed so far and of the rank."""
+        """Reseed torch's generator (dropout) from the current seed and the rank, so that processes draw different numbers."""
         if self.rank > 0:
             torch.manual_seed(int(np.random.SeedSequence([torch.initial_seed(), self.rank]).generate_state(1)[0]))
 
     def synchronise(self, module: nn.Module | None) -> None:
-        """On GPUs, let batch norms take their statistics over all processes; elsewhere torch cannot."""
+        """On GPUs, compute batch-norm statistics over all processes; torch does not support this elsewhere."""
         if self.size > 1 and self._kind == "cuda" and module is not None:
-            convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # timm's: it knows the batch norms that hold an activation
+            convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # timm's version also converts batch norms fused with an activation
 
     def mean_gradients(self, module: nn.Module | None) -> None:
-        """Give what is trained beside the network, which DDP does not know of, the mean gradient of all processes."""
+        """Average gradients over all processes for modules trained beside the network, which DDP does not manage."""
         if self.size == 1 or module is None:
             return
         gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
@@ -166,7 +166,7 @@ class Team:
             gradient.copy_(mean.view_as(gradient))
 
     def follow_first(self, *modules: nn.Module) -> None:
-        """Give all processes the running statistics of the first."""
+        """Copy the running statistics of the first process to all others."""
         if self.size > 1:
             for module in modules:
                 for buffer in module.buffers():

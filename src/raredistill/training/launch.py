@@ -1,4 +1,4 @@
-"""The processes of one run: started for it alone, followed, and ended together, whatever happens to one of them."""
+"""The processes of one run: started for it alone, monitored, and ended together, whatever happens to one of them."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from raredistill.processes import end_with_parent
 from raredistill.training.devices import MemoryEndedError, Precision, join, make_fabric
 
 KEEPING = 60.0
-"""Seconds that an interrupted run gets to finish its step and to keep its state."""
+"""Seconds that an interrupted run gets to finish its step and save its state."""
 GRACE = 10.0
-"""Seconds that the other processes get to end, for instance to write down why, once one has failed."""
+"""Seconds that the other processes get to end (and to log why) once one has failed."""
 TOLD = (RareDistillError, OSError, ArithmeticError)
-"""Errors that say by themselves what is wrong."""
+"""Errors whose message alone explains the problem."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one process of a run works, and its line to the process that started it.
+    """The device of one process of a run, and its connection to the process that started it.
 
     Attributes:
-        fabric: its device.
-        tell: reports an event by its name and what belongs to it; only what the first process tells is heard.
-        interrupted: whether the run is to end after the step.
-        micro_batches: parts in which each process takes its samples, as an earlier start has found to be needed.
+        fabric: Fabric of its device.
+        tell: reports an event with its name and values; only events of the first process are used.
+        interrupted: whether the run should stop after the current step.
+        micro_batches: parts into which each process splits its samples, as an earlier start found necessary.
     """
 
     fabric: Fabric
@@ -49,30 +49,30 @@ class Place:
 
 
 Work = Callable[..., Any]
-"""Called in each process with its place and the arguments; all of them can be pickled."""
+"""Called in each process with its place and the arguments; everything must be picklable."""
 
 
 def launch(work: Work, arguments: tuple[Any, ...], *, devices: int, accelerator: str, precision: Precision, hear: Work) -> Any:
-    """Do the work of a run on its devices: in this process on one, in a new process each on several.
+    """Do the work of a run on its devices: in this process for one device, in one new process each for several.
 
-    Where a device's memory ends, all of them start again from the kept state with smaller micro-batches: a process that lacks the memory
-    for a step cannot tell the others, who wait for its gradients.
+    When a device runs out of memory, all processes restart from the saved state with smaller micro-batches: the failing process cannot
+    notify the others, which are waiting for its gradients.
 
     Args:
         work: called as ``work(place, *arguments)`` in each process.
-        arguments: for it.
-        devices: how many.
+        arguments: of ``work``.
+        devices: number of devices.
         accelerator: as for :func:`~raredistill.training.devices.make_fabric`.
         precision: likewise.
-        hear: called here with what the first process tells.
+        hear: called in this process with the events of the first process.
 
     Returns:
-        What the work of the first process returns: plain values and arrays, no tensors, whose memory would end with the process.
+        The return value of ``work`` in the first process: plain values and arrays, no tensors, whose memory would vanish with the process.
 
     Raises:
-        ConfigError: the machine has not so many devices.
+        ConfigError: the machine does not have that many devices.
         RareDistillError: a process was killed.
-        KeyboardInterrupt: as it came; the state of the run was kept.
+        KeyboardInterrupt: the run was interrupted; its state was saved.
     """
     fabric = make_fabric(accelerator, precision, devices)
     if devices == 1:
@@ -87,7 +87,7 @@ def launch(work: Work, arguments: tuple[Any, ...], *, devices: int, accelerator:
 
 @dataclass(frozen=True)
 class _Crew:
-    """What all processes of a start have in common."""
+    """Settings shared by all processes of one start."""
 
     size: int
     kind: str
@@ -98,10 +98,10 @@ class _Crew:
 def _together(work: Work, arguments: tuple[Any, ...], crew: _Crew, hear: Work) -> Any:
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     threads = max(1, torch.get_num_threads() // crew.size)
-    # Processes that are forked from a server which has done nothing but import are there at once; CUDA wants a new interpreter.
+    # Forking from a server that has only imported modules is fast; CUDA needs a new interpreter.
     context: Any = multiprocessing.get_context("spawn" if crew.kind == "cuda" else "forkserver")
     context.set_forkserver_preload([__name__, work.__module__])
-    stop = context.Value("b", 0, lock=False)  # without a lock: one that is killed inside could not let it go
+    stop = context.Value("b", 0, lock=False)  # no lock: a process killed while holding it could not release it
     processes: list[Any] = []
     lines: list[Connection] = []
     patience = GRACE
@@ -113,7 +113,7 @@ def _together(work: Work, arguments: tuple[Any, ...], crew: _Crew, hear: Work) -
                 process.start()
             processes.append(process)
             lines.append(ours)
-            theirs.close()  # so that the line ends with the process
+            theirs.close()  # so that the connection closes with the process
         return _follow(processes, lines, hear)
     except (KeyboardInterrupt, SystemExit):
         patience = KEEPING
@@ -150,7 +150,7 @@ def _word(line: Connection) -> tuple[str, Any]:
 
 
 def _reason(processes: list[Any], rank: int, error: Exception | None) -> Exception:
-    """A process that is gone takes its connections with it: what the others say of them then explains less than that it is gone."""
+    """Prefer a process's death to the connection errors it causes in the others."""
     if error is None:
         processes[rank].join(GRACE)
         return _lost(processes, rank)
@@ -165,7 +165,7 @@ def _lost(processes: list[Any], rank: int) -> RareDistillError:
     code = processes[rank].exitcode or 0
     how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended (exit code {code})"
     return RareDistillError(
-        f"process {rank + 1} of the {len(processes)} of this run {how}; what was kept is intact, and the same command goes on from there"
+        f"process {rank + 1} of the {len(processes)} of this run {how}; its saved state is intact, and the same command resumes from it"
     )
 
 
@@ -183,7 +183,7 @@ def _kill(processes: list[Any]) -> None:
 
 @contextmanager
 def _held_signals() -> Iterator[None]:
-    """Ctrl-C in a terminal reaches every process: those that are just starting must not end of it, and this one must not miss it."""
+    """Hold signals while processes start: Ctrl-C reaches all of them, but must not end a starting one, nor be missed by this one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -202,7 +202,7 @@ def _work(
     work: Work,
     arguments: tuple[Any, ...],
 ) -> None:
-    """One process: it hears of interruptions from the one that started it, so that all end after the same step."""
+    """Body of one process; it is notified of interruptions by the process that started it, so that all end after the same step."""
     end_with_parent()
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -218,13 +218,13 @@ def _work(
         fabric = join(rank, crew.size, port=port, kind=crew.kind, precision=crew.precision)
         line.send(("done", work(Place(fabric, tell, lambda: bool(stop.value), crew.parts), *arguments)))
         distributed.destroy_process_group()
-    except BaseException as error:  # also what ends a process quietly: the others must not wait for it
+    except BaseException as error:  # also exceptions that end a process silently: the others must not wait for it
         line.send(("failed", _portable(error)))
         os._exit(1)  # at once: a connection that waits for another process may not close in order
 
 
 def _portable(error: BaseException) -> Exception:
-    """An error that another process can be told, with where it was raised."""
+    """Convert an error into one that can be sent to another process, with its traceback."""
     told: Exception = RuntimeError(f"{type(error).__name__}: {error}")
     if isinstance(error, torch.AcceleratorError):
         told = torch.AcceleratorError(str(error))

@@ -1,4 +1,4 @@
-"""The one training loop. It adds up named terms and does not know what they are."""
+"""The training loop for all runs: it sums named loss terms without knowing what they mean."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from raredistill.training.settings import Settings
 
 Weights = dict[str, Tensor]
 LARGEST_KEPT = 2**30
-"""Bytes of the largest block that a process keeps for its next step on the CPU."""
+"""Bytes of the largest memory block that a process keeps for its next step on the CPU."""
 
 
 @dataclass
 class Fitted:
-    """What training leaves behind: weights on the CPU, and one record an epoch.
+    """The result of training: weights on the CPU, and one record per epoch.
 
-    ``micro_batch`` is the samples of one forward pass: fewer than the batch size after the device ran out of memory.
+    ``micro_batch`` is the number of samples per forward pass: less than the batch size if the device ran out of memory.
     """
 
     best: Weights = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Fitted:
 
 
 class DivergedError(FloatingPointError):
-    """The loss is not finite: in which step, on which rows of the cohort, and what was fitted before."""
+    """The loss is not finite; carries the epoch, the step, the rows of the batch, and the fit up to then."""
 
     def __init__(self, epoch: int, step: int, rows: np.ndarray, fitted: Fitted) -> None:
         super().__init__(f"the training loss is not finite in epoch {epoch}, step {step}; lower learning_rate or set clip_norm")
@@ -76,29 +76,29 @@ def fit(
     interrupted: Callable[[], bool] = lambda: False,
     micro_batches: int = 1,
 ) -> Fitted:
-    """Train a network; the best epoch is chosen on validation, never on test.
+    """Train a network; the best epoch is chosen on validation data, never on test data.
 
-    An interruption (Ctrl-C, ``sys.exit``) takes effect between two steps, after the state was kept.
+    An interruption (Ctrl-C, ``sys.exit``) takes effect between two steps, after the state was saved.
 
     Args:
-        network: as built or pre-trained; it is trained in place.
+        network: randomly initialised or pre-trained; it is trained in place.
         objective: terms to minimise.
         train: shuffled, augmented batches of the training part.
         validation: plain batches of the validation part; without one the last epoch is the best.
         settings: epochs, optimiser, schedule, selection.
-        channels: what this network sees of a batch.
-        classes: names for the records.
+        channels: channels of a batch that this network uses.
+        classes: class names for the records.
         fabric: the device.
-        on_epoch: called with each epoch's record, for logs and progress; at first with those of the training that is gone on with.
-        keeper: where the state is kept now and then, and found again; nowhere when not given.
-        interrupted: asked after each step; the training is then kept, and ends with ``KeyboardInterrupt``.
-        micro_batches: parts in which this process takes its samples of each batch; more when the device's memory ends.
+        on_epoch: called with each epoch's record, for logs and progress; a resumed training first repeats its earlier records.
+        keeper: saves the state from time to time and restores it; without one, nothing is saved.
+        interrupted: called after each step; if true, the state is saved and the training ends with ``KeyboardInterrupt``.
+        micro_batches: parts into which this process splits its samples of each batch; raised when the device runs out of memory.
 
     Raises:
-        ConfigError: the schedule watches validation, and there is none.
+        ConfigError: the schedule depends on validation, and there is none.
         DivergedError: the loss is not finite.
-        MemoryEndedError: the device's memory ended in one of several processes.
-        OSError: the state cannot be written; what was kept before is intact.
+        MemoryEndedError: one of several processes ran out of device memory.
+        OSError: the state cannot be written; the last saved state is intact.
     """
     check_schedule(settings, validated=validation is not None)
     trainer = Trainer(network, objective, settings, channels, classes, fabric)
@@ -128,7 +128,7 @@ def _score(record: dict[str, Any], select: str) -> float:
 
 
 class Trainer:
-    """One network with its optimiser, trained an epoch at a time."""
+    """One network with its optimiser, trained one epoch at a time."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class Trainer:
         self.tally, self.steps, self.seconds = Tally(self.classes, self.fabric.device), 0, 0.0
 
     def is_over(self) -> bool:
-        """Whether all epochs are done, or so many without improvement as patience allows."""
+        """Whether all epochs are finished, or patience is exhausted."""
         done, patience = len(self.fitted.epochs), self.settings.patience
         return done >= self.settings.epochs or (patience is not None and done - 1 - self.fitted.best_epoch >= patience)
 
@@ -169,12 +169,12 @@ class Trainer:
         keeper: Keeper | None = None,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
-        """Train one epoch, or the rest of one, and look at validation; returns the epoch's record."""
+        """Train one epoch, or the rest of one, and evaluate on validation; returns the epoch's record."""
         start = time.perf_counter() - self.seconds
         epoch = len(self.fitted.epochs)
         self.model.train()
         for batch in train.epoch(epoch, self.steps):
-            # The middle of the step: a warm-up wastes no step at rate 0, and an epoch's last step is not yet the next epoch's.
+            # The rate at the middle of the step: warm-up wastes no step at rate 0, and the last step still belongs to its epoch.
             set_learning_rate(self.optimizer, self._rate(epoch + (self.steps + 0.5) / len(train)))
             with whole():
                 self.tally.add(*self._counted(batch))
@@ -226,7 +226,7 @@ class Trainer:
             self.fitted.best, self.fitted.best_epoch, self.fitted.best_score = self.weights(), record["epoch"], score
 
     def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """One optimiser step on a batch; returns the detached terms and logits, still on the device."""
+        """Take one optimiser step on a batch; returns the detached terms and logits, still on the device."""
         terms, logits = self._slope(batch)
         if self.settings.sam_rho is not None:
             backs = [climb(learner, self.settings.sam_rho) for learner in self._learners()]
@@ -235,7 +235,7 @@ class Trainer:
                 back()
         if self.settings.clip_norm is not None:
             for learner in self._learners():
-                # What is not finite shows in the loss, which is looked at without stopping the device at every step.
+                # Non-finite values show up in the loss, which is checked without synchronising the device at every step.
                 nn.utils.clip_grad_norm_(learner, self.settings.clip_norm, error_if_nonfinite=False)
         self.optimizer.step()
         if self.average is not None and self.settings.ema_decay is not None:
@@ -243,14 +243,14 @@ class Trainer:
         return terms, logits
 
     def _learners(self) -> list[list[nn.Parameter]]:
-        """Weights that share a gradient norm: the student's with the layers of its method, and those of each peer."""
+        """Groups of weights clipped together: the student's with its method's layers, and each peer's."""
         own, beside = list(self.network.parameters()), self.objective.trainable
         if beside is None or not self.objective.apart:
             return [[*own, *([] if beside is None else beside.parameters())]]
         return [own, *(list(peer.parameters()) for peer in beside.children())]
 
     def _slope(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients of the terms; when the device's memory ends, again in micro-batches of half the size, and so from now on."""
+        """Compute gradients of the terms; if the device runs out of memory, halve the micro-batches from now on and retry."""
         before = [buffer.clone() for buffer in self._buffers()]
         while True:
             try:
@@ -259,16 +259,16 @@ class Trainer:
                 if self.micro_batches >= len(batch.labels):
                     raise
                 if self.team.size > 1:
-                    raise MemoryEndedError(2 * self.micro_batches) from None  # the others wait for these gradients
-            # Outside the handler: while it runs, the error holds on to the memory of the failed pass.
+                    raise MemoryEndedError(2 * self.micro_batches) from None  # the others are waiting for these gradients
+            # Outside the handler: inside it, the error still holds the memory of the failed pass.
             for buffer, value in zip(self._buffers(), before, strict=True):
-                buffer.copy_(value)  # running statistics that the failed pass has moved
+                buffer.copy_(value)  # undo the failed pass's update of the running statistics
             self.divide(2 * self.micro_batches, len(batch.labels))
             if self.fabric.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def divide(self, micro_batches: int, samples: int) -> None:
-        """From now on, take this process's ``samples`` of a batch in so many parts."""
+        """Split this process's ``samples`` of a batch into this many parts from now on."""
         self.micro_batches = micro_batches
         self.fitted.micro_batch = -(-samples // micro_batches)
 
@@ -283,7 +283,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         logits = []
         for number, part in enumerate(parts):
-            # Gradients are exchanged between processes with those of the last part, which all have added up by then.
+            # Gradients are exchanged between processes only at the last part, when they have been summed over all parts.
             with self.fabric.no_backward_sync(self.model, enabled=number < len(parts) - 1):
                 terms, seen = self._pass(part, len(part.labels) / samples)
             sums = {name: sums[name] + term if name in sums else term for name, term in terms.items()}
@@ -292,14 +292,14 @@ class Trainer:
         return sums, torch.cat(logits)
 
     def _pass(self, batch: Batch, share: float) -> tuple[dict[str, Tensor], Tensor]:
-        # Terms are means over the batch, so those of its parts add up by their shares of the samples.
+        # Terms are means over the batch, so each part is weighted by its share of the samples.
         student = self.model.see(batch.select(self.channels), maps=self.objective.maps)
         terms = {name: term * share for name, term in self.objective(batch, student).items()}
         self.fabric.backward(batch.weight * torch.stack(list(terms.values())).sum())
         return {name: term.detach() for name, term in terms.items()}, student.logits.detach()
 
     def keep(self, keeper: Keeper | None) -> None:
-        """Write down where the training stands, unless it is broken: then what was kept before is the last that is good."""
+        """Save the state of training, unless the loss is not finite: then the last saved state is the last good one."""
         good = self.team.earliest(self.tally.first_bad()) is None
         if keeper is not None and good and all(bool(value.isfinite().all()) for value in self.network.parameters()):
             state = self.state()
@@ -307,7 +307,7 @@ class Trainer:
                 keeper.save(state)
 
     def state(self) -> State:
-        """All that the next step, and the choice of the best epoch, depend on."""
+        """Everything that the next step and the choice of the best epoch depend on."""
         moments, groups = optimizer_state(self.optimizer)
         parts = {
             "network": self.network.state_dict(), "optimizer": moments, "best": self.fitted.best,
@@ -325,7 +325,7 @@ class Trainer:
         return State({key: value for part, tensors in parts.items() for key, value in named(part, tensors).items()}, facts)
 
     def load_state(self, state: State) -> None:
-        """Stand where :meth:`state` was taken."""
+        """Restore a state from :meth:`state`."""
         facts, device, rank = state.facts, self.fabric.device, self.team.rank
         self.network.load_state_dict(state.part("network"))
         load_optimizer_state(self.optimizer, state.part("optimizer"), facts["optimizer"])
@@ -353,7 +353,7 @@ class Trainer:
         return self.average.module if self.average is not None and begun else self.network
 
     def weights(self) -> Weights:
-        """The weights that count (averaged ones, where an average is kept), copied to the CPU."""
+        """The weights that are evaluated (the moving average if there is one), copied to the CPU."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self._evaluated().state_dict().items()}
 
 
@@ -363,12 +363,12 @@ def _average(network: Network, settings: Settings) -> torch.optim.swa_utils.Aver
         return None
     decay = settings.ema_decay
     weigh = None if decay is None else torch.optim.swa_utils.get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    # Batch statistics are copied, not averaged: they are running means already.
+    # Batch statistics are copied, not averaged: they already are running means.
     return torch.optim.swa_utils.AveragedModel(copy.deepcopy(network), multi_avg_fn=weigh)
 
 
 class Tally:
-    """Sums over an epoch that stay on the device until its end: one transfer an epoch."""
+    """Sums over an epoch that stay on the device until its end: one transfer per epoch."""
 
     def __init__(self, classes: tuple[str, ...], device: torch.device) -> None:
         self.classes = classes
@@ -379,7 +379,7 @@ class Tally:
         self._bad = torch.full((), -1, device=device)
 
     def load(self, confusion: Tensor, terms: dict[str, Tensor], batches: int) -> None:
-        """Go on from the sums of an epoch's first batches, none of which was bad."""
+        """Continue from the sums of an epoch's first batches, whose losses were all finite."""
         self.confusion, self.samples, self.batches = confusion, int(confusion.sum()), batches
         self.terms = {name: term.to(confusion.device) for name, term in terms.items()}
 
@@ -387,7 +387,7 @@ class Tally:
         """Count a batch: ``logits (N, K)``, ``labels (N,)``, scalar terms that are means over the batch."""
         size = len(self.classes)
         places = labels * size + logits.argmax(dim=1)
-        self.confusion.index_add_(0, places, torch.ones_like(places))  # touches as many counts as there are samples, not all K * K
+        self.confusion.index_add_(0, places, torch.ones_like(places))  # updates one count per sample, not all K * K
         for name, term in terms.items():
             self.terms[name] = self.terms.get(name, torch.zeros_like(term, dtype=torch.float32)) + term.float() * len(labels)
         finite = torch.stack([term.float() for term in terms.values()]).sum().isfinite()
@@ -396,7 +396,7 @@ class Tally:
         self.batches += 1
 
     def over(self, team: Team) -> Tally:
-        """The sums of all processes."""
+        """Sum over all processes."""
         if team.size == 1:
             return self
         terms = torch.stack([term.double() for term in self.terms.values()])
@@ -407,12 +407,12 @@ class Tally:
         return found
 
     def first_bad(self) -> int | None:
-        """The first batch of the epoch whose loss was not finite."""
+        """Number of the first batch of the epoch whose loss was not finite; None if there is none."""
         bad = int(self._bad)
         return bad if bad >= 0 else None
 
     def summary(self) -> dict[str, Any]:
-        """Loss, terms, accuracy, macro F1 and per-class precision, recall and F1 of what was counted."""
+        """Loss, terms, accuracy, macro F1 and per-class precision, recall and F1 of the counted samples."""
         terms = {name: float(total) / max(self.samples, 1) for name, total in self.terms.items()}
         found = metrics_from_confusion(self.confusion.cpu().numpy().reshape(len(self.classes), -1))
         record: dict[str, Any] = {"loss": sum(terms.values()), "terms": terms}
@@ -431,7 +431,7 @@ def _number(value: float) -> float | None:
 def predict_logits(network: nn.Module, batches: Batches, *, channels: tuple[str, ...], fabric: Fabric) -> tuple[Tensor, Tensor]:
     """Run a network in evaluation mode over unshuffled batches; returns ``logits (N, K)`` float32 and ``labels (N,)`` on the CPU.
 
-    Several processes look at each row once, and all get all of them, in order.
+    With several processes, each row is computed once, and every process receives all rows in order.
     """
     was_training = network.training
     network.eval()
@@ -445,13 +445,13 @@ def predict_logits(network: nn.Module, batches: Batches, *, channels: tuple[str,
 
 
 def in_order(rows: Tensor, batches: Batches, fabric: Fabric) -> Tensor:
-    """What the processes made of unshuffled batches, ``(n, ...)`` each, together: on the CPU, in the order of the batches' rows."""
+    """Gather the processes' results for unshuffled batches, ``(n, ...)`` each, on the CPU in the order of the batches' rows."""
     team = Team(fabric)
     return rows.cpu() if team.size == 1 else team.gather(rows)[batches.back()]
 
 
 def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    # Halved for as long as the device's memory does not suffice: in evaluation mode no sample depends on the others.
+    # Halved until it fits in memory: in evaluation mode no sample depends on the others.
     try:
         logits: Tensor = network(images)
         return logits

@@ -1,4 +1,4 @@
-"""What a run minimises: named terms that the loop adds up without knowing what they mean."""
+"""Training objectives: named loss terms that the loop sums without knowing what they mean."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from raredistill.outputs import Outputs
 
 
 class Objective(Protocol):
-    """From a batch and the student's outputs to weighted terms, each a scalar mean over the batch."""
+    """Maps a batch and the student's outputs to weighted terms, each a scalar mean over the batch."""
 
     @property
     def maps(self) -> bool:
-        """Whether it looks at the student's feature maps."""
+        """Whether it needs the student's feature maps."""
 
     @property
     def trainable(self) -> nn.Module | None:
-        """Layers of its own, trained beside the student; a resumed training needs their state too."""
+        """Its own layers, trained beside the student; a resumed training needs their state too."""
 
     @property
     def apart(self) -> bool:
-        """Whether those are networks by themselves, with a gradient norm each, rather than a part of what the student learns."""
+        """Whether these layers are independent networks, each clipped to its own gradient norm, rather than part of the student."""
 
     def __call__(self, batch: Batch, student: Outputs) -> dict[str, Tensor]:
         """Return the terms whose sum is minimised."""
@@ -35,7 +35,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Deferred:
-    """Class weights ``(K,)`` that any loss gets from an epoch on.
+    """Class weights ``(K,)`` that multiply any loss from a given epoch on.
 
     References:
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019.
@@ -46,7 +46,7 @@ class Deferred:
 
 
 class OnLabels:
-    """A loss on labels, with deferred weights, and with two targets a sample where samples are mixed."""
+    """A loss on labels, with deferred weights and, for mixed samples, two targets per sample."""
 
     def __init__(self, loss: Loss, deferred: Deferred | None = None) -> None:
         self.loss, self.deferred = loss, deferred
@@ -55,7 +55,7 @@ class OnLabels:
         """Return the mean over the batch."""
         if batch.mixed is None:
             return self._rows(logits, batch.labels, batch.epoch).mean()
-        # Each sample has its own share: a mean first and a share after would pair samples with each other's partners.
+        # Shares differ between samples, so they must be applied before the mean.
         own, other = (self._rows(logits, labels, batch.epoch) for labels in (batch.labels, batch.mixed.labels))
         return (batch.mixed.share * own + (1 - batch.mixed.share) * other).mean()
 
@@ -77,12 +77,12 @@ class Supervised:
         self.loss = OnLabels(loss, deferred)
 
     def __call__(self, batch: Batch, student: Outputs) -> dict[str, Tensor]:
-        """Return one term."""
+        """Return a single term, the loss."""
         return {"ce": self.loss(student.logits, batch)}
 
 
 class Distilled:
-    """``ce_weight`` x the loss on labels + ``kd_weight`` x the method's terms, taught by frozen teachers on the same view."""
+    """``ce_weight`` x the loss on labels + ``kd_weight`` x the method's terms, with frozen teachers on the same view."""
 
     apart = False
 
@@ -102,7 +102,7 @@ class Distilled:
         self.trainable = method.trainable
 
     def __call__(self, batch: Batch, student: Outputs) -> dict[str, Tensor]:
-        """Return the weighted loss on labels (the method's own, if it brings one) and the weighted terms of the method."""
+        """Return the weighted loss on labels (the method's own, if it defines one) and the method's weighted terms."""
         terms = self.method.terms(batch, student, self.teacher(batch))
         if not self.method.own_loss:
             terms = {"ce": self.loss(student.logits, batch), **terms}

@@ -1,4 +1,4 @@
-"""Teachers that learn beside their student: one-way, or each from all the others."""
+"""Teachers trained together with their student: one-way, or each learning from all the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raredistill.training.objectives import Deferred, OnLabels
 
 @dataclass(frozen=True, eq=False)
 class Peer:
-    """A network that learns beside the student, what it sees of a batch, and its loss on labels."""
+    """A network trained together with the student, with its channels and its loss on labels."""
 
     network: Network
     channels: tuple[str, ...]
@@ -27,18 +27,18 @@ class Peer:
 
 
 class Together:
-    """The student's terms and those of its peers, added up: one forward pass a peer and step, and every target detached.
+    """The terms of the student and of its peers: one forward pass per peer and step, with all targets detached.
 
-    Peers are trained by the student's optimiser, at its learning rate, and thrown away with it.
+    Peers are trained by the student's optimiser, at its learning rate, and discarded after training.
 
     Args:
-        loss: the student's, on labels.
-        method: distiller of logits.
+        loss: the student's loss on labels.
+        method: a logit distiller.
         peers: at least one.
         fabric: the device.
-        mutual: peers learn from the student and from each other, too.
-        ce_weight: of the losses on labels, of those who also learn from others.
-        kd_weight: of the method's terms, a mean over those who are learnt from.
+        mutual: whether peers also learn from the student and from each other.
+        ce_weight: weight of the loss on labels, for networks that also learn from others.
+        kd_weight: weight of the method's terms, averaged over the networks learnt from.
         deferred: class weights of the student's loss.
 
     References:
@@ -68,7 +68,7 @@ class Together:
         fabric.to_device(self.trainable.train())
 
     def __call__(self, batch: Batch, student: Outputs) -> dict[str, Tensor]:
-        """Return the student's terms under their own names, the peers' with ``peer`` and a number before."""
+        """Return the student's terms under their own names, and the peers' prefixed with ``peer`` and a number."""
         outputs = [student, *(self._outputs(peer, batch) for peer in self.peers)]
         fixed = [each._replace(logits=each.logits.detach(), features=None) for each in outputs]
         terms = self._terms(0, batch, outputs, fixed)

@@ -1,4 +1,4 @@
-"""Optimisers with separate decay for biases, and the learning rate: a pure function of the epoch, but for the plateau's."""
+"""Optimisers with separate weight decay for biases, and learning-rate schedules: pure functions of the epoch, except plateau."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def make_optimizer(network: nn.Module, settings: Settings, beside: nn.Module | N
     """Build the optimiser over the trainable parameters; weights and biases form two groups with their own decay.
 
     Args:
-        network: what is trained.
-        settings: which optimiser.
-        beside: a method's own layers, trained along and thrown away.
+        network: network to train.
+        settings: choice of optimiser, rate and decay.
+        beside: the method's own layers, trained together and then discarded.
     """
     modules = [network] if beside is None else [network, beside]
     named = [each for module in modules for each in module.named_parameters() if each[1].requires_grad]
@@ -37,7 +37,7 @@ def make_optimizer(network: nn.Module, settings: Settings, beside: nn.Module | N
 
 @torch.no_grad()
 def climb(parameters: Iterable[nn.Parameter], radius: float) -> Callable[[], None]:
-    """Move weights by ``radius`` along their gradient, to the worst place near by; returns what moves them back.
+    """Move weights by ``radius`` along their gradient, to the worst point nearby; returns a function that moves them back.
 
     References:
         Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR 2021.
@@ -59,7 +59,7 @@ def climb(parameters: Iterable[nn.Parameter], radius: float) -> Callable[[], Non
 def learning_rate(settings: Settings, epoch: float) -> float:
     """Learning rate at a point of training, in epochs from the start (fractions are steps within an epoch).
 
-    A pure function, so that a resumed run needs no scheduler state.
+    It is a pure function, so a resumed run needs no scheduler state.
     """
     if epoch < settings.warmup_epochs:
         return settings.learning_rate * epoch / settings.warmup_epochs
@@ -80,14 +80,14 @@ def _decay(settings: Settings, epoch: float) -> float:
 class Plateau:
     """The rate after warm-up, lowered by torch's own ``ReduceLROnPlateau`` when validation no longer improves.
 
-    Its state is plain JSON, so a resumed run lowers the rate in the same epochs.
+    Its state is plain JSON, so that a resumed run lowers the rate in the same epochs.
 
     Args:
-        settings: the first rate, ``factor``, ``step_epochs`` (torch's patience), and ``select``, which is watched.
+        settings: the initial rate, ``factor``, ``step_epochs`` (torch's patience), and the monitored metric ``select``.
     """
 
     def __init__(self, settings: Settings) -> None:
-        # An optimiser of its own: the trained one's rate also warms up within epochs.
+        # A separate optimiser, because the rate of the trained one also changes within warm-up epochs.
         self._holder = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
         mode: Literal["min", "max"] = "min" if settings.select == "loss" else "max"
         self._torch = ReduceLROnPlateau(self._holder, mode, factor=settings.factor, patience=settings.step_epochs)
@@ -98,28 +98,28 @@ class Plateau:
         return float(self._holder.param_groups[0]["lr"])
 
     def look(self, value: float) -> None:
-        """Take in the watched metric at the end of an epoch."""
+        """Update with the monitored metric at the end of an epoch."""
         self._torch.step(value)
 
     def state(self) -> dict[str, Any]:
-        """All that the next rates depend on."""
+        """Everything that the next rates depend on."""
         return {"rate": self.rate, **self._torch.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Stand where :meth:`state` was taken."""
+        """Restore a state from :meth:`state`."""
         set_learning_rate(self._holder, state["rate"])
         self._torch.load_state_dict({key: value for key, value in state.items() if key != "rate"})
 
 
 def check_schedule(settings: Settings, *, validated: bool) -> None:
-    """Refuse a schedule that watches validation where there is nothing to watch.
+    """Refuse a schedule that monitors validation if no validation metric is available.
 
     Raises:
-        ConfigError: there is no validation part, or no metric of it is selected by.
+        ConfigError: there is no validation part, or ``select`` is not a metric.
     """
     if settings.schedule == "plateau" and (settings.select == "last" or not validated):
         lacking = "the split has no validation part" if not validated else "select is last; select by a metric"
-        raise ConfigError(f"schedule: plateau watches validation, but {lacking}, or use another schedule")
+        raise ConfigError(f"schedule: plateau monitors validation, but {lacking}, or use another schedule")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,4 +1,4 @@
-"""The state of a training that is not over: written now and then to two files that take turns, and found again by the next start."""
+"""The state of an unfinished training: saved periodically to two alternating files, and loaded by the next start."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from raredistill import checkpoint
 from raredistill.errors import CheckpointError
 
 SAVE_EVERY = 60.0
-"""Seconds of training that a crash can cost, where writing a state takes at most ``AFFORDED`` seconds; else more in proportion."""
+"""Seconds of training that a crash can lose if saving a state takes at most ``AFFORDED`` seconds; proportionally more otherwise."""
 AFFORDED = 1.0
 SLOTS = ("state-a.safetensors", "state-b.safetensors")
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a training stands, between two steps: named tensors on any device, and facts that JSON can hold."""
+    """The state of a training between two steps: named tensors on any device, and facts that fit in JSON."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one part, by their own names."""
+        """The tensors of one part, without its name as prefix."""
         return {key.removeprefix(f"{name}/"): tensor for key, tensor in self.tensors.items() if key.startswith(f"{name}/")}
 
 
 class Keeper:
-    """Keeps a run's state in its folder: the newer file may be damaged by a crash, the older is then still there.
+    """Saves a run's state in its folder, in two files: if a crash damages the newer one, the older is intact.
 
     Args:
-        folder: of the run; it must exist, and must not vanish.
+        folder: of the run; it must exist and keep existing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +50,7 @@ class Keeper:
         self._saved, self._cost = time.monotonic(), 0.0
 
     def load(self) -> State | None:
-        """The newest state that is whole; none when the training has to start from its seed. Damaged files are told in ``remarks``."""
+        """Load the newest intact state; None if training must start from scratch. Damaged files are reported in ``remarks``."""
         found = [state for slot in SLOTS if (state := self._read(self.folder / slot)) is not None]
         if not found:
             return None
@@ -64,21 +64,21 @@ class Keeper:
         try:
             return State(*checkpoint.load_state(path))
         except CheckpointError as error:
-            self.remarks.append(f"{error}; the training went on from an older state")
+            self.remarks.append(f"{error}; training resumed from an older state")
             return None
 
     def due(self) -> bool:
-        """Whether so much time has gone by since the last save that another is worth it."""
+        """Whether enough time has passed since the last save to justify another."""
         return time.monotonic() - self._saved >= SAVE_EVERY * max(1.0, self._cost / AFFORDED)
 
     def save(self, state: State) -> None:
-        """Write a state over the older of the two files.
+        """Overwrite the older of the two files with a state.
 
         Raises:
             OSError: the disk is full, or the folder has vanished or cannot be written; the newer state is intact.
         """
         if not self.folder.is_dir():
-            # Writing would make the folder anew, perhaps on a disk that only took the place of the one that went away.
+            # Writing would recreate the folder, perhaps on another disk mounted in place of the lost one.
             raise FileNotFoundError(errno.ENOENT, "the folder of the run has vanished", str(self.folder))
         start = time.monotonic()
         facts = {**state.facts, "number": self._number}
@@ -89,18 +89,18 @@ class Keeper:
 
 
 def has_state(folder: Path) -> bool:
-    """Whether there is something to go on with."""
+    """Whether there is a saved state to resume from."""
     return any((folder / slot).exists() for slot in SLOTS)
 
 
 def clear_state(folder: Path) -> None:
-    """Remove what only an unfinished run needs."""
+    """Remove files that only an unfinished run needs."""
     for slot in SLOTS:
         (folder / slot).unlink(missing_ok=True)
 
 
 def named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put the name of a part before the names of its tensors; the opposite of :meth:`State.part`."""
+    """Prefix the names of tensors with the name of their part; the inverse of :meth:`State.part`."""
     return {f"{part}/{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -114,14 +114,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Give an optimiser what :func:`optimizer_state` took from one like it."""
+    """Restore an optimiser from the result of :func:`optimizer_state`."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **facts["values"]}.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
     for parameter, own in optimizer.state.items():
-        # Files hold plain layouts; in another layout than the weight's, a sum would be rounded in another order.
+        # Files hold the default memory layout; sums in a layout other than the weight's would round in a different order.
         own.update({key: torch.empty_like(parameter).copy_(value) for key, value in own.items() if _is_like(value, parameter)})
 
 
@@ -130,7 +130,7 @@ def _is_like(value: Any, parameter: Tensor) -> bool:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Where torch's generators stand that dropout draws from; order, views and mixing are functions of (seed, epoch, sample) instead."""
+    """State of torch's generators, used by dropout; order, views and mixing are functions of (seed, epoch, sample) instead."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -140,7 +140,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def load_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put torch's generators where :func:`random_state` found them."""
+    """Restore torch's generators from :func:`random_state`."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -150,9 +150,9 @@ def load_random_state(state: Mapping[str, Tensor], device: torch.device) -> None
 
 @contextmanager
 def whole() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM take effect only when the block is over, so that no step is ever half-counted."""
+    """Delay Ctrl-C and SIGTERM until the block has finished, so that no step is ever half-counted."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # other threads get no signals
+        yield  # signals reach the main thread only
         return
     came: list[int] = []
     before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}

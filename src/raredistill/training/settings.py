@@ -1,4 +1,4 @@
-"""What a user may set about training, with the defaults that a careful practitioner would choose."""
+"""Training settings, with the defaults that a careful practitioner would choose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Metric = Literal["macro_f1", "balanced_accuracy", "accuracy", "loss", "last"]
 
 @dataclass(frozen=True)
 class TeacherCache(Declared):
-    """How many random views of each sample training cycles through, so that a teacher needs to look at each only once."""
+    """Number of random views per sample that training cycles through, so that a teacher runs only once on each."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
@@ -40,7 +40,7 @@ class Settings(Declared):
 
     Attributes:
         epochs: passes over the training part.
-        batch_size: samples a step, over all devices.
+        batch_size: samples per step, over all devices.
         optimizer: ``adam`` (coupled L2), ``adamw`` (decoupled) or ``sgd`` (with ``momentum``).
         learning_rate: the rate after warm-up.
         weight_decay: strength on weights; ``bias_weight_decay`` on biases (the same when not given).
@@ -48,27 +48,27 @@ class Settings(Declared):
             ``plateau`` (times ``factor`` when ``select`` has not improved on validation for more than ``step_epochs``).
         warmup_epochs: epochs over which the rate rises linearly from 0.
         clip_norm: largest gradient norm of each network in training; none when not given.
-        ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated; none when not given.
+        ema_decay: decay of an exponential moving average of the weights, which is then evaluated; none when not given.
         average_epochs: evaluate the mean of the weights at the ends of the last so many epochs; the weights as they are when not given.
         select: the validation metric that chooses the best checkpoint; ``last`` takes the last epoch, as does a split without validation.
-        patience: stop after so many epochs without improvement; never when not given.
+        patience: stop after this many epochs without improvement; never when not given.
         sampler: order of samples: ``natural``, ``sqrt``, ``balanced`` or ``progressive``.
         augmentation: a preset, ``none``, ``default``, ``thesis`` or ``cifar`` (crops after padding by 4, and flips), or strengths by
             name, ``{preset: default, rotation: 10, steps: [...]}``; see :class:`raredistill.views.Augmentation`.
-        mixing: of samples with partners: ``none``, ``mixup`` or ``remix``.
+        mixing: mixing of each sample with a partner: ``none``, ``mixup`` or ``remix``.
         loss: name of the supervised loss; ``loss_options`` are its hyper-parameters.
         deferred: class weights on any loss from ``deferred_epoch`` on: ``none``, ``inverse``, ``sqrt`` or ``effective``.
-        sam_rho: radius of sharpness-aware minimisation (two passes a step); plain steps when not given.
+        sam_rho: radius of sharpness-aware minimisation (two passes per step); plain steps when not given.
         stage: second stage of the trained classifier: ``none``, ``crt`` (re-training on balanced classes), ``lws`` (learnt scale of each
             class), ``tau_norm`` or ``logit_adjustment`` (tau of both chosen on validation by ``select``, or macro F1).
-        stage_epochs: of ``crt`` and ``lws``.
+        stage_epochs: epochs of ``crt`` and ``lws``.
         precision: ``32-true`` or ``bf16-mixed`` (Lightning Fabric's names).
         accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        compile: ``none``, ``default`` (torch.compile of the student's and the teachers' bodies: half a minute to two minutes a network,
-            then 0.75 to 1.05 of a step on a CPU) or ``reduce-overhead`` (with CUDA graphs, for small networks on a GPU).
+        compile: ``none``, ``default`` (torch.compile of the student's and the teachers' bodies: half a minute to two minutes per network,
+            then 0.75 to 1.05 times the time of a step on a CPU) or ``reduce-overhead`` (with CUDA graphs, for small networks on a GPU).
         devices: GPUs that train one network together, each a part of every batch; with ``accelerator: cpu``, processes.
         residence: whether pixels stay on the device: ``auto``, ``resident`` or ``streamed``.
-        teacher_cache: ``views=V``: cycle through V random views instead of a new one each epoch, and keep what teachers say of them; a run
+        teacher_cache: ``views=V``: cycle through V random views instead of a new one each epoch, and cache the teachers' outputs; a run
             without a teacher cycles too, so that it stays a fair control.
 
     Raises:
@@ -112,7 +112,7 @@ class Settings(Declared):
     teacher_cache: Annotated[TeacherCache | None, BeforeValidator(_cache)] = None
 
     def conflicts(self) -> list[str]:
-        """What the loss and its weights, the teacher cache, compiling and several devices cannot do together."""
+        """Messages on settings that contradict each other: loss and class weights, teacher cache, compiling, several devices."""
         held = {**_loss_conflicts(self), **_speed_conflicts(self)}
         return [message for message, wrong in held.items() if wrong]
 
@@ -123,14 +123,14 @@ class Settings(Declared):
 
     @property
     def views(self) -> int | None:
-        """How many views training cycles through: one where nothing is random; None for a new one each epoch."""
+        """Number of views that training cycles through: one if nothing is random, None for a new view each epoch."""
         if self.teacher_cache is None:
             return None
         return 1 if self.strengths is None else min(self.teacher_cache.views, self.epochs)
 
     @property
     def recipe(self) -> str:
-        """The loss with all that changes what it weighs, as reports call it: two baselines of one recipe differ by their network only."""
+        """The loss and all settings that reweight classes, as named in reports: baselines with the same recipe differ in network only."""
         options = ", ".join(f"{name}={value}" for name, value in sorted(self.loss_options.items()))
         begin = f" from epoch {self.deferred_epoch}" if self.deferred_epoch else ""
         extras = {
@@ -145,7 +145,7 @@ class Settings(Declared):
 
 
 def _loss_conflicts(settings: Settings) -> dict[str, bool]:
-    """What is wrong with the loss; each message with whether it holds."""
+    """Possible conflicts of the loss: each message, and whether it applies."""
     from raredistill.losses import named_loss
 
     try:
@@ -153,7 +153,7 @@ def _loss_conflicts(settings: Settings) -> dict[str, bool]:
     except ConfigError as error:
         return {str(error): True}
     return {
-        f"deferred: {settings.deferred} weighs classes that loss {settings.loss} weighs already; use cross_entropy or deferred: none": (
+        f"deferred: {settings.deferred} weights classes, but loss {settings.loss} already does; use cross_entropy or deferred: none": (
             settings.deferred != "none" and loss.weighs
         ),
     }
@@ -166,7 +166,7 @@ def _speed_conflicts(settings: Settings) -> dict[str, bool]:
         "ema_decay and average_epochs are two averages of the weights; set one of them": (
             settings.ema_decay is not None and settings.average_epochs is not None
         ),
-        f"teacher_cache keeps a teacher's outputs for each sample's views, but mixing: {settings.mixing} puts two samples into one": (
+        f"teacher_cache keeps a teacher's outputs for each sample's views, but mixing: {settings.mixing} combines two samples into one": (
             settings.teacher_cache is not None and settings.mixing != "none"
         ),
         f"compile: {settings.compile} is for one device, but devices: {settings.devices}; use compile: none": (
@@ -180,7 +180,7 @@ def _speed_conflicts(settings: Settings) -> dict[str, bool]:
 
 
 def choices_table() -> list[dict[str, str]]:
-    """What ``raredistill methods`` prints beside losses and distillers: every setting that is one of a few names."""
+    """Rows that ``raredistill methods`` prints besides losses and distillers: every setting with named choices."""
     hints = get_type_hints(Settings)
     chosen = ("sampler", "mixing", "deferred", "stage", "optimizer")
     rows = [{"setting": f"training.{name}", "one of": ", ".join(get_args(hints[name]))} for name in chosen]

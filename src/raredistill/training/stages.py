@@ -1,7 +1,7 @@
-"""Second stages: what is done to the classifier of a trained network, whose features stay what they are.
+"""Second stages: change the classifier of a trained network and leave its features as they are.
 
-Training stages learn from features of plain (not augmented) images, computed once; the publications pass augmented images through the
-frozen network in each epoch. Each stage ends as other weights of the same last layer, so a checkpoint needs nothing else.
+Stages that train use features of images without augmentation, computed once; the publications pass augmented images through the
+frozen network in each epoch. Each stage only replaces the weights of the last layer, so the format of checkpoints stays the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TAUS = {"tau_norm": np.linspace(0, 1, 21), "logit_adjustment": np.linspace(0, 2,
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the last layer sees: ``values (N, F)`` and ``labels (N,)``, on the CPU."""
+    """Inputs of the last layer: ``values (N, F)`` and ``labels (N,)``, on the CPU."""
 
     values: Tensor
     labels: Tensor
@@ -60,7 +60,7 @@ def classifier_of(network: Network) -> nn.Linear:
 
 @torch.no_grad()
 def inputs_of(network: Network, batches: Batches, *, channels: tuple[str, ...], fabric: Fabric) -> Inputs:
-    """Run everything but the last layer over unshuffled batches, in evaluation mode."""
+    """Run all but the last layer over unshuffled batches, in evaluation mode."""
     classifier_of(network)
     network.eval()
     body = network.head[:-1] if isinstance(network.head, nn.Sequential) else nn.Identity()
@@ -120,7 +120,7 @@ def normalised(layer: Linear, tau: float) -> Linear:
 
 
 def adjusted(layer: Linear, tau: float, counts: Tensor) -> Linear:
-    """Post-hoc logit adjustment as another bias: ``bias - tau * log prior``.
+    """Post-hoc logit adjustment as a change of bias: ``bias - tau * log prior``.
 
     References:
         Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021.
@@ -129,12 +129,12 @@ def adjusted(layer: Linear, tau: float, counts: Tensor) -> Linear:
 
 
 def best_tau(make: Callable[[float], Linear], taus: np.ndarray, validation: Inputs, *, metric: str) -> float:
-    """The tau whose layer is best on validation; the smallest of equals.
+    """Return the tau whose layer is best on validation; the smallest of ties.
 
     Args:
-        make: from tau to a layer.
-        taus: to try, ascending.
-        validation: of patients that are not tested.
+        make: returns the layer for a tau.
+        taus: candidates, ascending.
+        validation: inputs of validation patients.
         metric: ``macro_f1``, ``balanced_accuracy``, ``accuracy`` or ``loss``.
     """
     return float(max(taus, key=lambda tau: (_score(make(float(tau))(validation.values), validation.labels, metric), -tau)))
@@ -154,16 +154,16 @@ def refine(
 
     Args:
         stage: ``crt``, ``lws``, ``tau_norm`` or ``logit_adjustment``.
-        layer: of the trained network.
-        train: of the training part.
+        layer: last layer of the trained network.
+        train: inputs of the training part.
         validation: chooses tau; not needed by ``crt`` and ``lws``.
-        classes: K.
+        classes: number of classes, K.
         metric: by which tau is chosen.
         epochs: of ``crt`` and ``lws``.
-        seed: of the fresh layer and of the order of samples.
+        seed: for the fresh layer and the order of samples.
 
     Returns:
-        The new layer, and tau where one was chosen.
+        The new layer, and tau if one was chosen.
 
     Raises:
         ConfigError: there is no validation part to choose tau on.

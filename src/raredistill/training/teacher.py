@@ -1,4 +1,4 @@
-"""A teacher: frozen for good, with its own channels and normalisation, and refused where it does not fit."""
+"""Frozen teachers with their own channels and normalisation, and checks that they fit the student's data."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Teacher:
 
     Args:
         network: frozen from here on.
-        promise: what its checkpoint says.
+        promise: metadata of its checkpoint.
         fabric: the device.
-        maps: give the feature maps, too.
-        prior: that its logits carry, where the promise does not say it and it was estimated.
+        maps: whether to return the feature maps, too.
+        prior: estimated class prior of its logits, if the checkpoint does not state it.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Teacher:
         self.log_prior = None if known is None else torch.tensor(known, device=fabric.device).log()
 
     def widths(self) -> tuple[int, tuple[int, ...]]:
-        """Width of its features, and of its feature maps."""
+        """Widths of its features and of its feature maps."""
         return self._network.widths()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
         """Outputs of the teacher for the view that the student sees."""
-        # eval() at each call: whoever holds the network cannot put its batch statistics in motion.
+        # eval() at each call, so that no other code can switch its batch norms to training mode.
         self._network.eval()
         with self._fabric.autocast():
             seen = self._network.see(batch.select(self.promise.channels), maps=self._maps)
@@ -53,7 +53,7 @@ class Teacher:
 
 
 class Ensemble:
-    """Several teachers whose probabilities are averaged; they give logits only.
+    """Several teachers whose probabilities are averaged; returns logits only.
 
     Args:
         teachers: at least one.
@@ -65,24 +65,24 @@ class Ensemble:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
-        """Logarithm of the mean probability, as logits; softened afterwards like any logits."""
+        """Logarithm of the mean probability, used as logits; softened later like any logits."""
         logs = torch.stack([F.log_softmax(teacher(batch).logits.float(), dim=1) for teacher in self._teachers])
         return Outputs(torch.logsumexp(logs, dim=0) - math.log(len(self._teachers)), log_prior=self.log_prior)
 
 
 def _shared(log_priors: Sequence[Tensor | None]) -> Tensor | None:
-    # A mean of probabilities under different priors carries no one prior.
+    # A mean of probabilities with different priors has no single prior.
     first = log_priors[0]
     alike = first is not None and all(each is not None and torch.allclose(each, first, atol=1e-4) for each in log_priors)
     return first if alike else None
 
 
 class CrossFitted:
-    """Teachers of which each teaches only samples of patients that it has never seen, and runs on no others.
+    """Several teachers, each of which teaches (and runs on) only samples of patients it was not trained on.
 
     Args:
-        teachers: one a part of the training patients.
-        owner: ``(M,)`` for each row of the cohort the number of its teacher; what is read of rows without one is not defined.
+        teachers: one per part of the training patients.
+        owner: ``(M,)`` number of the teacher for each row of the cohort; undefined for rows without a teacher.
     """
 
     def __init__(self, teachers: Sequence[Teacher], owner: Tensor) -> None:
@@ -113,14 +113,14 @@ def check_teacher(promise: Promise, *, name: str, classes: Sequence[str], channe
     """Refuse a teacher that does not fit the student's data.
 
     Args:
-        promise: what the teacher's checkpoint says about itself.
-        name: how to call the teacher in a message.
+        promise: metadata of the teacher's checkpoint.
+        name: name of the teacher in messages.
         classes: the cohort's classes, in order.
-        channels: channels that the cohort has.
+        channels: channels of the cohort.
         held_out: the student's validation and test patients.
 
     Raises:
-        CheckpointError: other classes or another order, channels that are not there, or a teacher that has seen held-out patients.
+        CheckpointError: classes or their order differ, channels are missing, or the teacher was trained on held-out patients.
     """
     if promise.classes != tuple(classes):
         raise CheckpointError(
@@ -132,14 +132,14 @@ def check_teacher(promise: Promise, *, name: str, classes: Sequence[str], channe
 
 
 def check_patients(promise: Promise, name: str, held_out: Collection[str]) -> None:
-    """Refuse weights that have seen patients who are held out, or that do not say whom they have seen.
+    """Refuse weights that were trained on held-out patients, or that do not state their training patients.
 
     Raises:
-        CheckpointError: names one of them.
+        CheckpointError: names one such patient.
     """
     if not promise.training_patients:
         if not promise.external:
-            raise CheckpointError(f"{name} does not say which patients it was trained on; give training_patients, or external: true")
+            raise CheckpointError(f"{name} does not state which patients it was trained on; give training_patients, or external: true")
         return
     if seen := sorted(set(promise.training_patients) & set(held_out)):
         raise CheckpointError(

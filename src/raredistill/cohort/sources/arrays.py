@@ -64,7 +64,7 @@ class _Part:
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
     def chunk(self) -> int:
-        """Samples that a worker reads at a time, so that memory stays small."""
+        """Number of samples that a worker reads at a time, to limit memory."""
         return max(1, min(_CHUNK_SAMPLES, _CHUNK_BYTES // max(self.bytes_each(), 1)))
 
 
@@ -72,7 +72,7 @@ class Arrays:
     """Samples in an ``.npz``: ``train_images, train_labels, val_*, test_*``, ``x_train, y_train, x_test, y_test``, or ``images, labels``.
 
     Images are ``(N, H, W)`` or ``(N, H, W, C)``: grey, red-green-blue, or any number of channels that ``channels`` names. Beside
-    ``images`` and ``labels`` there may be ``patients``, ``slices`` and ``splits`` (one each a sample). Labels are class indices from any
+    ``images`` and ``labels`` there may be ``patients``, ``slices`` and ``splits`` (one value per sample). Labels are class indices from any
     number on, names, or one-hot rows; a sample called ``unlabelled`` has none. Without patients each sample is its own. A unit is a chunk
     of many samples, whose rows carry their own ``patient`` and ``patient_label``. The parts of the file become the given split.
 
@@ -239,7 +239,7 @@ class Arrays:
 
     @functools.cached_property
     def _hash(self) -> str:
-        return sha256(self._path)  # once a worker, not once a block of a file that may be large
+        return sha256(self._path)  # once per worker, not once per block of a possibly large file
 
     def _row(self, part: _Part, index: int) -> dict[str, Any]:
         # A unit holds many samples here, so each row brings its own patient; prepare takes row.get("patient", unit.patient).
@@ -297,7 +297,7 @@ def _layout(members: set[str], path: Path) -> list[tuple[str, str, str]]:
 
 
 def _labels(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
-    """Class indices (int64) or names, one a sample, of any of the forms that people save."""
+    """Class indices (int64) or names, one per sample, from any of the common forms."""
     labels = _small(archive, name, path)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -318,7 +318,7 @@ def _labels(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
 
 
 def _extra(archive: np.lib.npyio.NpzFile, name: str, members: set[str], path: Path) -> np.ndarray | None:
-    """One value a sample, if the file has them."""
+    """One value per sample, if the file has them."""
     member = next((member for member in sorted(members) if member.lower() in (name, name.rstrip("s"))), None)
     if member is None:
         return None
@@ -428,7 +428,7 @@ def _header(stream: IO[bytes], path: Path, name: str) -> tuple[tuple[int, ...], 
 
 
 class _Images:
-    """The images of one part: decompressed once for all blocks that are asked for in order, with no more than one in memory."""
+    """The images of one part, decompressed once if blocks are read in order, with at most one block in memory."""
 
     def __init__(self, path: Path, part: _Part) -> None:
         self._path, self._part = path, part
@@ -444,7 +444,7 @@ class _Images:
         with _told(self._path, part.images):
             if part.fortran:
                 return self._whole()[first:last]
-            # Not kept where reading fails: nothing would say how far it came.
+            # Dropped if reading fails, since the position in the stream is then unknown.
             stream, self._open = self._at(first), None
             rows = np.frombuffer(stream.read((last - first) * part.bytes_each()), part.dtype).reshape(last - first, *part.shape[1:])
             if last < part.shape[0]:

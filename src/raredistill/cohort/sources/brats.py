@@ -1,4 +1,4 @@
-"""What the two BraTS layouts share: grades, channels, the label rule, and the way from volumes to samples."""
+"""Code shared by the two BraTS layouts: grades, channels, the label rule, and the conversion of volumes to samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raredistill.errors import ConfigError, DataError
 CHANNELS = ("flair", "t1", "t1ce", "t2")
 CLASSES = ("healthy", *GRADES)
 PHANTOM = "PHANTOM.md"
-"""What ``raredistill phantom`` leaves beside its data; named here too, since to import the phantom costs every worker half a second."""
+"""Marker file of ``raredistill phantom``; repeated here, since importing the phantom would take every worker half a second."""
 
 
 def choose_channels(channels: Sequence[str]) -> tuple[str, ...]:
@@ -48,13 +48,13 @@ NO_TABLE = Problem(
 
 
 def generated(root: Path) -> dict[str, Any]:
-    """``{"generated": True}`` for data that ``raredistill phantom`` wrote, so that it says so wherever it appears."""
+    """``{"generated": True}`` for data of ``raredistill phantom``, so that they are marked wherever they appear."""
     places = (root, *root.resolve().parents[:3])
     return {"generated": True} if any((place / PHANTOM).is_file() for place in places) else {}
 
 
 def rule_settings(rule: LabelRule) -> dict[str, Any]:
-    """The label rule for provenance; thresholds only where the rule uses them."""
+    """The label rule for provenance; thresholds only if the rule uses them."""
     if rule.name == "thesis":
         return {"rule": "thesis"}
     return {"rule": rule.name, "min_tumour_voxels": rule.min_tumour_voxels, "min_brain_share": rule.min_brain_share}
@@ -100,9 +100,9 @@ def to_slices(
         rule: the label rule.
         size: ``(height, width)`` of the samples.
         hashes: of the files that were read.
-        convention: what the mask's numbers mean.
-        with_mask: give the mask as a channel, too.
-        problems: what decoding told.
+        convention: meaning of the mask's values.
+        with_mask: whether to include the mask as a channel.
+        problems: problems found by decoding.
 
     Raises:
         DataError: the segmentation holds an unknown label, or one modality is a copy of another.

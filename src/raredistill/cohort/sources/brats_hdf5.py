@@ -1,4 +1,4 @@
-"""BraTS2020 as a public archive spreads it: an HDF5 file a slice, four modalities and three label masks in each."""
+"""BraTS2020 as distributed in a public archive: one HDF5 file per slice, with four modalities and three label masks."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from raredistill.files import inside
 NAME = re.compile(r"volume_(\d{1,6})_slice_(\d{1,4})\.(h5|hdf5)$", re.ASCII)
 PATIENT = "BraTS20_Training_{:03d}"
 LABELS = (1, 2, 4)
-"""What the mask's three channels stand for."""
+"""Labels of the mask's three channels."""
 LARGEST = 2**24
 """Numbers of the largest slice that is read."""
 FLAT_TOPS = 0.9
-"""Share of a patient's slices with one and the same maximum from which on each slice was scaled by itself."""
+"""Share of a patient's slices with the same maximum above which slices count as scaled separately."""
 
 
 class BratsHdf5:
@@ -37,7 +37,7 @@ class BratsHdf5:
 
     The archive keeps a slice as ``image`` (first axis, second axis, modality) and ``mask`` (first axis, second axis, label). The first
     two are exchanged, so that samples look like those of the NIfTI files. Its intensity scale is not documented: the background is each
-    volume's commonest value, and an increasing affine scale of a volume changes nothing.
+    volume's most common value, and an increasing affine scale of a volume changes nothing.
 
     Args:
         path: the folder that holds the slices.
@@ -279,7 +279,7 @@ def _dataset(handle: h5py.File, name: str, depth: int, file: Path) -> np.ndarray
 
 
 def _merged(mask: np.ndarray) -> np.ndarray:
-    """One label a voxel; channels do not overlap in BraTS, and where they do the later one counts."""
+    """One label per voxel; channels do not overlap in BraTS; if they do, the later one counts."""
     merged = np.zeros(mask.shape[:2], np.uint8)
     for position, label in enumerate(LABELS):
         merged[mask[..., position] != 0] = label
@@ -296,7 +296,7 @@ def _add(rendered: Renderer, unit: Unit, channel: str, volume: np.ndarray, backg
 def _backgrounds(volume: np.ndarray) -> np.ndarray | None:
     """``(n, 1, 1)`` values where slices differ in their background, else None: the volume's commonest value will do."""
     if not np.isfinite(volume).all():
-        return None  # told where the volume is normalised
+        return None  # reported when the volume is normalised
     corners = volume[:, 0, 0]
     if np.ptp(corners) <= 1e-6 * np.ptp(volume):
         return None
@@ -304,7 +304,7 @@ def _backgrounds(volume: np.ndarray) -> np.ndarray | None:
 
 
 def _scaling(unit: Unit, scaled: list[str]) -> list[Problem]:
-    """A warning where the archive scaled each slice by itself: brightness then says nothing across slices, and no cure brings it back."""
+    """A warning if the archive scaled each slice separately: brightness can then not be compared across slices, and cannot be restored."""
     if not scaled:
         return []
     what = f"{', '.join(scaled)}: each slice seems to be scaled by itself (backgrounds differ, or all slices reach the same maximum)"

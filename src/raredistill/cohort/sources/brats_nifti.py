@@ -27,11 +27,11 @@ from raredistill.errors import ConfigError, DataError
 from raredistill.files import inside
 
 FAR = 0.5
-"""Millimetres between the corners of two modalities from which on they are not on one grid."""
+"""Distance in millimetres between the corners of two modalities above which their grids differ."""
 FEW = 0.75
-"""Share of the source's median number of slices under which a volume may have ended early."""
+"""Share of the source's median number of slices below which a volume may be truncated."""
 OBLIQUE = 3.0
-"""Degrees from which on a tilt is worth a note."""
+"""Tilt in degrees above which a note is given."""
 
 
 class BratsNifti:
@@ -244,7 +244,7 @@ class BratsNifti:
         return remarks
 
     def _short(self) -> list[Problem]:
-        """Volumes with far fewer axial slices than the others: perhaps they end early."""
+        """Volumes with far fewer axial slices than the others, which may be truncated."""
         depths: dict[str, int] = {}
         for scan in [scan for scans in self._usable.values() for scan in scans]:
             found = extent(scan.files[self._modalities[0]][0])
@@ -267,7 +267,7 @@ def _depth(shape: tuple[int, ...], affine: np.ndarray | None) -> int:
 
 
 def _table_folder(path: Path, scans: list[Scan]) -> Path:
-    """Where the table of grades lies: archives keep it beside the cases, a folder or two below their root."""
+    """Path of the table of grades: in archives, it is beside the cases, a folder or two below their root."""
     places = dict.fromkeys((path, *(place for scan in scans for place in (scan.folder.parent, scan.folder.parent.parent))))
     return next((folder for folder in places if folder.is_relative_to(path) and (folder / MAPPING).is_file()), path)
 
@@ -285,7 +285,7 @@ def _rivalry(scan: Scan, files: tuple[Path, ...]) -> Problem:
 
 @dataclass
 class _Reading:
-    """What is known of a scan while its files are read one after the other."""
+    """State of a scan while its files are read one after the other."""
 
     scan: Scan
     hashes: dict[Path, str] = field(default_factory=dict)
@@ -302,7 +302,7 @@ class _Reading:
         volume = self._volume(role, file)
         self.shapes[file.name] = volume.shape[::-1]
         if len(set(self.shapes.values())) > 1:
-            return  # told with all shapes once they are known
+            return  # reported with all shapes once they are known
         volume = _axes(self.places[file.name], file).turn(volume)
         if role == "seg":
             self.mask, rounded = whole_labels(volume, file)

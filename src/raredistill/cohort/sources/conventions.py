@@ -1,4 +1,4 @@
-"""What the numbers of segmentations mean, decided for a whole source: by the option, the naming, or the labels of all its files."""
+"""The meaning of segmentations' values, determined for a whole source by the option, the naming, or the labels of all its files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Meanings:
         self._treated = any(_TREATED.fullmatch(scan.name) for scan in scans)
 
     def of(self, scan: Scan) -> Convention:
-        """What the numbers of a scan's segmentation mean."""
+        """The meaning of a scan's segmentation values."""
         if self._chosen is not None:
             return CONVENTIONS[self._chosen]
         if scan.convention is not None:
@@ -45,11 +45,11 @@ class Meanings:
         return CONVENTIONS["brats2023" if 3 in self._found else "brats2020"]
 
     def names(self) -> str:
-        """All that occur, for provenance."""
+        """All conventions that occur, for provenance."""
         return "+".join(sorted({self.of(scan).name for scan in self._scans})) or (self._chosen or "brats2020")
 
     def problems(self) -> list[Problem]:
-        """The question that files of no known naming leave open."""
+        """The problem of files with unknown naming, whose meaning is ambiguous."""
         if not {3, 4} <= self._found:
             return []
         what = "segmentations hold both 3 and 4, and names do not say what they mean: 4 may be enhancing tumour or a resection cavity"
@@ -58,7 +58,7 @@ class Meanings:
 
     @cached_property
     def _found(self) -> frozenset[int]:
-        """Labels of all scans of which neither the naming nor the option says what they mean."""
+        """Labels of all scans whose meaning neither the naming nor the option determines."""
         named = [scan for scan in self._scans if scan.convention is not None or scan.newer or _OLDER.match(scan.name)]
         if self._chosen is not None or len(named) == len(self._scans):
             return frozenset()
@@ -70,5 +70,5 @@ def _labels(scan: Scan) -> set[int]:
     try:
         mask, _ = whole_labels(decode(read_bytes(file), file)[0], file)
     except DataError:
-        return set()  # told where the scan is read
+        return set()  # reported when the scan is read
     return set(np.unique(mask[mask != 0]).tolist())

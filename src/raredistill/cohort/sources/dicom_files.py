@@ -1,4 +1,4 @@
-"""DICOM files: which series they are, and one series as a volume with its place in the patient."""
+"""DICOM files: grouping into series, and reading a series as a volume with its position in the patient."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Series:
 def _quiet(file: Path) -> Iterator[Any]:
     """pydicom, without its warnings on values that the standard does not allow, and its exceptions as one.
 
-    Only the file's own name is told: hospitals' folders carry patients' names.
+    Messages contain only the file's own name: hospitals' folders may carry patients' names.
     """
     try:
         import pydicom
@@ -135,7 +135,7 @@ def read_series(series: Series, name: str) -> Volume:
     """Decode a series, slices sorted by their place in the patient.
 
     Raises:
-        DataError: a file cannot be decoded, or the slices are no stack.
+        DataError: a file cannot be decoded, or the slices do not form a stack.
     """
     pictures, step, gaps = _stacked(series.pictures, name)
     planes, hashes, windows = [], {}, []

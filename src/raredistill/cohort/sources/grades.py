@@ -17,7 +17,7 @@ from raredistill.files import sha256
 GRADES = ("HGG", "LGG")
 MAPPING = "name_mapping.csv"
 EMPTY = frozenset({"", "na", "n/a", "nan", "none", "null", "-", "?", "unknown"})
-"""What tables write where they know nothing, in lower case."""
+"""Entries that mean a missing value in tables, in lower case."""
 _WORDS = {
     **dict.fromkeys(("hgg", "high", "highgrade", "high grade", "high-grade", "4", "iv"), "HGG"),
     **dict.fromkeys(("lgg", "low", "lowgrade", "low grade", "low-grade", "1", "2", "i", "ii"), "LGG"),
@@ -29,10 +29,10 @@ _PATIENT_COLUMN = re.compile(r"(?:patient|subject|case|scan|study)?[ _-]*(?:id|n
 
 @dataclass(frozen=True)
 class Grades:
-    """Scan or patient -> grade as a table has it.
+    """Grades of scans or patients from a table.
 
     Attributes:
-        file: the table; None where there is none.
+        file: the table; None if there is none.
         values: name -> the grades that rows give it, in a set of more than one where they disagree.
         rows: the names of each row: of one person.
         grade_3: HGG or LGG, where WHO grade 3 was assigned to one.
@@ -81,7 +81,7 @@ class Grades:
         return Problem("error", scan, str(self.file), "the table has no row for the patient", "add its row")
 
     def grade(self, names: Iterable[str], person: str) -> str:
-        """The one grade of a scan without a problem."""
+        """The grade of a scan without problems."""
         [grade] = self.find(names, person)
         return self.grade_3 or "" if grade == "3" else grade
 

@@ -51,7 +51,7 @@ _FOLDER = "folder"
 
 
 def no_patients(cure: str) -> Problem:
-    """The warning that a split may leak, since nothing tells which images belong to one patient."""
+    """The warning that a split may leak, since it is unknown which images belong to one patient."""
     return Problem("warning", "", "", OWN_UNIT, f"name the patients with {cure}, if any are known")
 
 
@@ -63,7 +63,7 @@ class ImageFolder(ImageFiles):
 
     Args:
         path: the folder that holds the class folders.
-        patient: how a patient is told from an image's path relative to ``path`` (with forward slashes): a regular expression whose group
+        patient: how a patient is derived from an image's path relative to ``path`` (with forward slashes): a regular expression whose group
             ``patient``, or first group, is the patient; or ``"folder"``, the folder inside the class folder. None: each image is its own.
         classes: order of the classes; alphabetical by default.
         mode: ``grey``, ``rgb``, or ``auto`` (rgb as soon as a file is stored in colour).
@@ -143,14 +143,14 @@ class ImageFolder(ImageFiles):
         return unmatched + alone + bare + self.file_problems()
 
     def _bare(self) -> list[Path]:
-        """Class folders of which nothing is taken, unless all of it was left out on purpose."""
+        """Class folders without any used image, unless all were left out on purpose."""
         used = {sample.name.split("/", 1)[0] for samples in self._patients.values() for sample in samples}
         used |= {sample.name.split("/", 1)[0] for sample in self._unmatched}
         folders = [folder for folder in folders_in(self._path) if folder.name.lower() not in MASK_FOLDERS]
         return [folder for folder in folders if folder.name not in used and not self._patterns.reason(folder.name)]
 
     def settings(self) -> dict[str, Any]:
-        """Classes, how patients are told, and how pixels are made."""
+        """Classes, how patients are derived, and how pixels are computed."""
         chosen = {"kind": self.kind, "classes": list(self._classes), "patient": self._patient or OWN_UNIT, **self._patterns.settings()}
         chosen |= {"masks": self._masks} if self._masks != "skip" else {}
         return {**chosen, **self.decoding()}

@@ -39,7 +39,7 @@ SPLITS = {
 }
 OWN_UNIT = "each image is its own unit: no patient is known, so images of one patient may stand on both sides of a split"
 NONE = "none"
-"""What ``patient=`` is set to where each image is its own unit."""
+"""Value of ``patient=`` if each image is its own unit."""
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
 """Formats whose readers run no other program and no code of the file. Of an MPO, a JPEG with more pictures behind, the first is read."""
 _READ_AS = "PNG, JPEG, TIFF, BMP, WEBP, GIF, PNM, JPEG 2000 or AVIF"
@@ -283,7 +283,7 @@ def _refuse_spellings(found: Sequence[str], origin: Path) -> None:
 
 @dataclass(frozen=True)
 class ImageSample:
-    """One image file and what is known of it; ``patient`` is its own ``name`` when no patient is known, ``label`` "" when none is."""
+    """One image file with its metadata; ``patient`` is its own ``name`` when no patient is known, ``label`` "" when none is."""
 
     name: str
     file: Path
@@ -299,15 +299,15 @@ def shared_label(samples: Sequence[ImageSample]) -> str:
 
 
 class ImageFiles:
-    """What a folder of images and a table of images have in common: samples in files, gathered by patient.
+    """Common base of folders and tables of images: samples in files, grouped by patient.
 
     Args:
         samples: all usable samples.
         root: the folder that must hold them, links followed.
         mode: grey, rgb, or auto: rgb as soon as a file holds colour.
         window: values of 16-bit, 32-bit and float images that become 0 and 255.
-        patients_known: whether patients were told, or each image is its own unit.
-        skips: what was left out, by reason.
+        patients_known: whether patients are known, or each image is its own unit.
+        skips: files left out, by reason.
     """
 
     kind: str
@@ -423,7 +423,7 @@ class ImageFiles:
         return [Problem("warning", "", "", what, "splits.protocol: given does not use them; give them a part, or leave them out")]
 
     def decoding(self) -> dict[str, Any]:
-        """How pixels are made, for provenance."""
+        """How pixels are computed, for provenance."""
         return {"channels": list(self.channels), "window": list(self._decoder.window) if self._decoder.window else None}
 
 

@@ -1,4 +1,4 @@
-"""Which NIfTI files are one scan, and which modality each of them is, in the layouts in which glioma sets are handed out."""
+"""Grouping of NIfTI files into scans and modalities, in the layouts of public glioma data sets."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ class Scan:
         return [role for role in channels if role not in self.files]
 
     def rivals(self) -> list[tuple[Path, ...]]:
-        """Files that claim to be the same modality and are not one file, zipped and unzipped."""
+        """Files that claim to be the same modality, other than a file and its compressed copy."""
         return [found for found in self.files.values() if len({ENDING.sub("", file.name) for file in found}) > 1]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One file, and what its name says."""
+    """One file, and the information in its name."""
 
     file: Path
     holder: Path
@@ -226,7 +226,7 @@ def _first_channels(files: Sequence[Path]) -> set[str]:
 
 
 def numbered_without_names(files: Sequence[Path], order: Sequence[str]) -> Path | None:
-    """A file that is one channel of several, or all of them, and nothing says which is which."""
+    """A file that holds one or all of several channels without any information on their order."""
     first = _first_channels(files)
     for file in files:
         stem = ENDING.sub("", file.name)

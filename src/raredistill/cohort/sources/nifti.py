@@ -1,4 +1,4 @@
-"""NIfTI files, decoded from their bytes without a detour over float64."""
+"""Decoding of NIfTI files from their bytes, without conversion to float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADER = 352
 MOST_BEHIND = 2**24
 """Bytes that may follow the voxels."""
 FARTHEST = 1e9
-"""Millimetres; an affine with more than that is no place."""
+"""Largest plausible offset of an affine, in millimetres."""
 ROUNDED = 0.02
 """Farthest from a whole number that a label lies which was saved as a scaled byte (half a step of 4 / 255 and some)."""
 

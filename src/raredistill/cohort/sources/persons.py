@@ -1,4 +1,4 @@
-"""Which scans are one person's, with which grade, and what stands in the way."""
+"""Assignment of scans to persons, with their grades and problems."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Persons:
         return folder if place.folder.name == place.name else f"{folder}/{place.name}"
 
     def person(self, scan: str) -> str:
-        """Whose scan it is; "" where the pattern does not match."""
+        """The person of a scan; "" if the pattern does not match."""
         return self._persons[scan]
 
     def several(self) -> dict[str, list[str]]:
@@ -59,7 +59,7 @@ class Persons:
         return {person: scans for person, scans in groups.items() if person and len(scans) > 1}
 
     def has_grades(self) -> bool:
-        """Whether there is a table, or a folder that is named by a grade."""
+        """Whether there is a table, or a folder named after a grade."""
         return self._grades.file is not None or any(map(self._folder_grade, self._places))
 
     def _folder_grade(self, scan: str) -> str:
@@ -104,7 +104,7 @@ class Persons:
         return found
 
     def remark(self) -> list[Problem]:
-        """How many persons have several scans, so that joining is never silent."""
+        """Note on persons with several scans, so that joining is never silent."""
         several = self.several()
         if not several:
             return []

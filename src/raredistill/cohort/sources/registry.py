@@ -1,4 +1,4 @@
-"""One name -> one source: the only table that knows all of them."""
+"""The registry of sources by name."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def open_source(kind: str, path: Path, /, **options: Any) -> Source:
     Args:
         kind: one of ``KINDS``.
         path: the folder or file.
-        **options: what the source's class takes; see there. Every source takes ``duplicates``: what becomes of equal pictures.
+        **options: options of the source's class; see there. Every source has ``duplicates``, the treatment of equal images.
 
     Raises:
         ConfigError: the kind, an option or its value is unknown.
@@ -81,7 +81,7 @@ def open_source(kind: str, path: Path, /, **options: Any) -> Source:
 
 
 def _value(name: str, hint: Any, value: Any) -> Any:
-    """The value as the option's annotation wants it; ``a,b`` will do for a list."""
+    """Convert a value to the type of the option's annotation; ``a,b`` is accepted for a list."""
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))  # classes may be called 0 and 1
     try:
         return adapter.validate_python(value)

@@ -113,7 +113,7 @@ class Table(ImageFiles):
         return samples
 
     def _sample(self, row: dict[Hashable, Any], line: int, taken: dict[Path, str]) -> ImageSample | None:
-        """The sample of a row, or None and a problem noted."""
+        """The sample of a row, or None with a recorded problem."""
         wrong = _fault(row, patients=self._columns["patient"] is not None)
         name, file = ("", self._folder) if wrong else _located(row["image"], self._folder)
         if not wrong:
@@ -142,7 +142,7 @@ class Table(ImageFiles):
         return self._problems + alone + unsure + self.file_problems()
 
     def settings(self) -> dict[str, Any]:
-        """The table's own hash, the columns, how patients are told, and how pixels are made."""
+        """The table's hash, the columns, how patients are derived, and how pixels are computed."""
         patient = f"column {self._columns['patient']!r}" if self._columns["patient"] else OWN_UNIT
         patient = f"pattern {self._pattern.pattern!r}" if self._pattern is not None else patient
         chosen = {"kind": self.kind, "classes": list(self._classes), "patient": patient, "columns": self._columns}
@@ -150,7 +150,7 @@ class Table(ImageFiles):
 
 
 def _repeated(file: Path, name: str, taken: dict[Path, str]) -> str:
-    """What is wrong with a file that another row names as well, or ""."""
+    """Message on a file that another row also names, or ""."""
     if file not in taken:
         taken[file] = name
         return ""
@@ -172,7 +172,7 @@ def _located(name: str, folder: Path) -> tuple[str, Path]:
 
 
 def _fault(row: dict[Hashable, Any], *, patients: bool) -> str:
-    """What is wrong with a row, or ""."""
+    """Message on what is wrong with a row, or ""."""
     if "\0" in row["image"]:
         return "names an image with a zero byte"
     if not row["image"]:

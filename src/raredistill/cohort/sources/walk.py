@@ -1,4 +1,4 @@
-"""Which files of a folder a source takes: never hidden or system files, and only what the user's patterns leave."""
+"""Selection of a source's files: no hidden or system files, and only those that the user's patterns allow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOT_INCLUDED, EXCLUDED = "not matched by include", "matched by exclude"
 
 @dataclass
 class Skips:
-    """Counts what is not used, by reason, with the first few names."""
+    """Counts unused files by reason, with the first few names."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Patterns:
         return EXCLUDED if any(_matches(name, pattern) for pattern in self.exclude) else ""
 
     def settings(self) -> dict[str, list[str]]:
-        """For provenance: only what was given."""
+        """The given options only, for provenance."""
         given = {"include": list(self.include), "exclude": list(self.exclude)}
         return {key: value for key, value in given.items() if value}
 
@@ -72,13 +72,13 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def files_below(root: Path, skips: Skips, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Path]:
-    """Every file below a folder that is neither hidden, nor a system's, nor ruled out by a pattern, in the order of their paths.
+    """All files below a folder that are not hidden, system files, or ruled out by a pattern, in the order of their paths.
 
     Args:
         root: the folder; links to folders inside it are not followed.
-        skips: counts what is left out.
-        include: glob patterns; with any, only what matches one is taken.
-        exclude: glob patterns of what is not taken.
+        skips: counts the files left out.
+        include: glob patterns; if given, only matching files are used.
+        exclude: glob patterns of files to leave out.
 
     Raises:
         DataError: a folder cannot be read, so that its content is unknown.
@@ -100,7 +100,7 @@ def files_below(root: Path, skips: Skips, *, include: Sequence[str] = (), exclud
 
 
 def take(files: Sequence[Path], root: Path, skips: Skips, wanted: Callable[[Path], bool], reason: str) -> list[Path]:
-    """The files that are wanted; the others are counted under ``reason``."""
+    """Select the wanted files; the others are counted under ``reason``."""
     chosen = []
     for file in files:
         if wanted(file):
