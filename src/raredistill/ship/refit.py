@@ -85,7 +85,7 @@ def everyone(study: Study) -> Split:
 
 
 def refit(planned: Study, folder: StudyFolder, entry: str, watcher: Watcher) -> Refitted:
-    """Train what :func:`plan_refit` gave; an interrupted training resumes.
+    """Train the plan of :func:`plan_refit`; an interrupted training resumes.
 
     Raises:
         DataError: training failed.
