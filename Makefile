@@ -7,7 +7,7 @@ TORCH ?=
 TORCH_INDEX ?=
 LOCK := $(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra dev pyproject.toml
 
-.PHONY: help install demo test coverage fuzz lint bench lock locked sbom
+.PHONY: help install demo test coverage fuzz lint docs release bench lock locked sbom
 help:           ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -18,7 +18,7 @@ help:           ## this list
 ifeq ($(TORCH),cpu)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --index-url '$(TORCH_INDEX)' torch torchvision
 endif
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $@
 
 install: .venv/.installed  ## the package and its tools in .venv
@@ -57,6 +57,13 @@ lint: install   ## style, types and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+docs: install   ## the documentation as a site in out/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+release: install  ## source distribution and wheel in dist, checked
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 bench: install  ## every benchmark, one after the other
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done

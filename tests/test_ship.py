@@ -50,7 +50,7 @@ def study(images, tmp_path_factory):
     out = tmp_path_factory.mktemp("ship") / "study"
     config = {
         "name": "ship", "cohort": {"source": "table", "path": str(images / "labels.csv"), "size": SIZE},
-        "splits": {"folds": 2, "validation_share": 0.4}, "training": {"epochs": 3, "batch_size": 8, "accelerator": "cpu"},
+        "splits": {"folds": 2, "repeats": 1, "validation_share": 0.4}, "training": {"epochs": 3, "batch_size": 8, "accelerator": "cpu"},
         "runs": [
             {"name": "large", "model": "cifar_resnet8"}, {"name": "small", "model": "small_cnn"},
             {"name": "taught", "model": "small_cnn", "teacher": "large"},
@@ -260,7 +260,7 @@ def test_the_cards_onnxruntime_script_gives_the_same_probabilities(images, expor
 def test_a_timm_students_weights_have_timms_keys_and_the_cards_script_reads_them(images, tmp_path):
     config = {
         "name": "timm", "cohort": {"source": "table", "path": str(images / "labels.csv"), "size": 32},
-        "splits": {"folds": 2, "validation_share": 0.4}, "training": {"epochs": 1, "batch_size": 8, "accelerator": "cpu"},
+        "splits": {"folds": 2, "repeats": 1, "validation_share": 0.4}, "training": {"epochs": 1, "batch_size": 8, "accelerator": "cpu"},
         "runs": [{"name": "student", "model": "test_resnet"}],
     }  # fmt: skip
     api.study(config, tmp_path / "study")
@@ -389,7 +389,8 @@ def test_a_brats_case_without_segmentation_and_grade_is_prepared_as_in_training(
     raw = write_phantom(tmp_path / "raw", patients=12, size=(40, 40, 16), rare_share=0.5, seed=3, workers=1)
     config = {
         "name": "brats", "cohort": {"source": "brats_nifti", "path": str(raw), "size": 16, "options": {"min_tumour_voxels": 3}},
-        "channels": ["t1ce"], "splits": {"folds": 2, "validation_share": 0.4}, "training": {"epochs": 1, "accelerator": "cpu"},
+        "channels": ["t1ce"], "splits": {"folds": 2, "repeats": 1, "validation_share": 0.4},
+        "training": {"epochs": 1, "accelerator": "cpu"},
         "runs": [{"name": "student", "model": "small_cnn"}],
     }  # fmt: skip
     api.study(config, tmp_path / "study")

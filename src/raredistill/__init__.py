@@ -37,6 +37,8 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("raredistill")
     if name not in _HOMES:
         raise AttributeError(f"module raredistill has no attribute {name}")
     module, attribute = _HOMES[name]

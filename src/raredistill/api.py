@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from raredistill.cohort.store import Cohort
     from raredistill.config import StudyConfig
     from raredistill.evaluation.looks import Looks
+    from raredistill.reports.paper import VerdictFile
     from raredistill.reports.results import Results
     from raredistill.reports.versus import Versus
     from raredistill.runs.entry import External
@@ -432,6 +433,18 @@ def report(folder: Path | str, *, sweep: Sequence[Path] = (), across: Sequence[P
         results = read_results(folder)
         _map_hardest(folder, results)
         return write_report(folder, results, sweep=sweep, across=across, progress=progress)
+
+
+def answer(folder: Path | str) -> VerdictFile:
+    """The answer that a study's report gives, for other programs: what ``report/verdicts.json`` holds.
+
+    Raises:
+        DataError: no report was written yet.
+    """
+    from raredistill.reports.paper import read_verdicts
+    from raredistill.runs.layout import StudyFolder
+
+    return read_verdicts(StudyFolder(Path(folder)).report)
 
 
 def _map_hardest(folder: Path, results: Results) -> None:

@@ -425,13 +425,18 @@ def report(
     across: Annotated[
         list[Path] | None, typer.Option(help="a study with the same entries on another data set (for Wilcoxon's test); repeatable")
     ] = None,
+    show: Annotated[bool, typer.Option("--open", help="open the page in the browser")] = False,
 ) -> None:
     """Write a study's report: one self-contained HTML file, tables and figures."""
     from raredistill import api
-    from raredistill.terminal import Terminal
+    from raredistill.terminal import Terminal, show_answer
 
     page = api.report(study, sweep=sweep or [], across=across or [], observer=Terminal())
-    _next(f"open {page}")
+    show_answer(page)
+    if not show:
+        _next(f"open {page}")
+    elif typer.launch(page.resolve().as_uri()):
+        print("no browser could be started here; open the page yourself", file=sys.stderr)
 
 
 @app.command()
@@ -532,6 +537,45 @@ def export(
     rows = [{"file": each.file, "bytes": each.bytes, "difference": each.difference, "ms": each.milliseconds} for each in made.formats]
     show_table(rows, f"{made.said}; compared on {made.samples} validation samples")
     _next(f"raredistill predict {shlex.quote(str(out))} IMAGES --out predictions.csv")
+
+
+@app.command()
+def init(
+    cohort: Annotated[Path, typer.Argument(help="a prepared cohort")],
+    out: Annotated[Path, typer.Option("--out", help="YAML file to write")] = Path("study.yaml"),
+) -> None:
+    """Write a commented first study with networks, folds and epochs for a cohort and this machine."""
+    from raredistill.cohort.store import Cohort
+    from raredistill.ship.start import RECALL, write_start
+
+    made = write_start(Cohort.load(cohort), out)
+    print(
+        f"{out}: the rare class is {made.rare} with {made.patients} patients: a recall of {RECALL} is then known to about "
+        f"+/- {made.precision:.2f} (95 %), so much smaller differences will not be seen"
+    )
+    _next(f"raredistill plan {shlex.quote(str(out))}")
+
+
+@app.command()
+def settings(
+    key: Annotated[str, typer.Argument(help="one key, such as training.epochs or epochs; all by default")] = "", plugin: Plugins = None
+) -> None:
+    """List the settings of a study: key, type, default and meaning."""
+    from raredistill.reference import all_keys, find_keys
+
+    for found in find_keys(key) if key else all_keys():
+        print(f"{found.key}: {found.type}{f' = {found.default}' if found.default else ''}\n    {found.meaning}")
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="print the version", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"raredistill {installed('raredistill')}")
+        raise typer.Exit
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

@@ -79,19 +79,46 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def show_table(rows: list[dict[str, Any]], title: str = "") -> None:
-    """Print records as a table: numbers to the right, floats to three decimals."""
+    """Print records as a table: numbers to the right, floats to three decimals, no name broken.
+
+    On a terminal the last columns, which matter least, are left out where they do not fit, and named below; elsewhere every column is
+    printed as plain text.
+    """
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     if not rows:
         return
-    table = Table()
-    for name, value in rows[0].items():
-        table.add_column(escape(shown(name)), justify="right" if isinstance(value, (int, float)) else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(f"{value:.3f}" if isinstance(value, float) else shown(str(value))) for value in row.values()))
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    names = [shown(name) for name in rows[0]]
+    console = Console()
+    wide = console.width if console.is_terminal else None
+    kept = len(names) if wide is None else _fitting([max(map(len, column)) for column in zip(names, *cells, strict=True)], wide)
+    table = Table(box=box.SIMPLE_HEAD if wide else None, pad_edge=False)
+    for name, value in list(rows[0].items())[:kept]:
+        table.add_column(
+            escape(shown(name)), justify="right" if isinstance(value, (int, float)) else "left", no_wrap=wide is None, overflow="fold"
+        )
+    for row in cells:
+        table.add_row(*map(escape, row[:kept]))
     if title:
         print(shown(title))  # not as the table's own title, which is cut to the table's width
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=160).print(table)
+    (console if wide else Console(width=10_000)).print(table)
+    if kept < len(names):
+        print(f"not shown here: {', '.join(names[kept:])}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else shown(str(value))
+
+
+def _fitting(widths: list[int], limit: int) -> int:
+    """How many of the first columns fit beside each other, with two spaces between; the first one always does."""
+    used = 0
+    for place, width in enumerate(widths):
+        used += width + 2
+        if used > limit and place:
+            return place
+    return len(widths)

@@ -137,8 +137,23 @@ def show_finished(found: Finished) -> None:
     _show_remarks(found.runs)
     for record in found.failed:
         print(f"failed: {record.id}: {record.error}", file=sys.stderr)
-    if not found.waiting:
-        print("\n".join(found.verdicts()))
+    if found.page is not None:
+        show_answer(found.page)
+
+
+def show_answer(page: Path) -> None:
+    """Print the answer of a report in words: warnings, verdicts, what to do next, and where the page is."""
+    from raredistill.api import answer
+    from raredistill.names import shown
+
+    found = answer(page.parents[1])
+    for warning in found.warnings:
+        print(f"warning: {shown(warning)}", file=sys.stderr)
+    print(shown(f"{found.question} {found.answer}"))
+    for record in found.verdicts:
+        print(shown(f"  {record.sentence}"))
+    print(shown(f"To do: {found.next_step}{' ' + found.command if found.command else ''}"))
+    print(shown(f"report: {page}"))
 
 
 def _show_remarks(runs: Sequence[RunRecord]) -> None:

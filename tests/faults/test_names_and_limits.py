@@ -25,7 +25,7 @@ from raredistill.console import said, show_table
 from raredistill.errors import ConfigError, DataError, SplitError
 from raredistill.files import parse_yaml
 from raredistill.reports import write_report
-from raredistill.reports.tables import latex
+from raredistill.reports.paper import latex
 from raredistill.splits import make_splits
 from raredistill.studies.study import run_study
 from test_study import study

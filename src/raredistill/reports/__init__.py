@@ -15,10 +15,13 @@ from raredistill.reports import analyses, datasets, figures, tables
 from raredistill.reports.controls import controls, missing
 from raredistill.reports.costs import costs
 from raredistill.reports.decision import rare_kept
+from raredistill.reports.headline import headline
 from raredistill.reports.html import Page, render
+from raredistill.reports.interactive import page_data
 from raredistill.reports.looks import rows_of_looks, spared, states_of
 from raredistill.reports.maps import map_figures, map_rows
 from raredistill.reports.pairs import Pair, comparisons, fold_differences, make_pairs
+from raredistill.reports.paper import methods_paragraph, write_paper
 from raredistill.reports.results import Results, read_results
 from raredistill.reports.verdicts import cautions, family, notes_on_tests, rare_power, size_verdict, verdicts
 from raredistill.runs.layout import StudyFolder
@@ -39,7 +42,7 @@ def write_report(
     across: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write ``STUDY/report``: report.html (self-contained), tables as CSV and LaTeX, figures as SVG and PNG.
+    """Write ``STUDY/report``: report.html (self-contained), verdicts.json, methods.md, tables (CSV, LaTeX), figures (SVG, PDF, PNG).
 
     Args:
         study: folder of a study, finished or not.
@@ -72,12 +75,14 @@ def write_report(
     made["maps"] = map_rows(maps)
     answer["missing"] = missing(made["controls"])
     made = {name: table for name, table in made.items() if len(table.columns)}
+    first = headline(results, pairs, answer["verdicts"], spared(states, results))
     tables.write_tables(made, folder.report / "tables")
+    write_paper(results, first, answer["verdicts"], made, folder.report)
     tell(3, STEPS)
     with figures.plain_texts():
         drawn = figures.write_figures({**_figures(results, made), **map_figures(results, maps)}, folder.report / "figures")
     tell(4, STEPS)
-    write_text(folder.page, render(Page(results, answer, made, drawn)))
+    write_text(folder.page, render(Page(results, first, answer, made, drawn, page_data(results, made), methods_paragraph(results))))
     tell(STEPS, STEPS)
     return folder.page
 

@@ -319,18 +319,24 @@ def _hardest(columns: dict[str, pd.Series]) -> pd.DataFrame:
 def sizes(results: Results, summary: pd.DataFrame) -> pd.DataFrame:
     """Parameters, FLOPs, bytes and measured latency against scores, and whether an entry is on the Pareto front of each.
 
-    Latency is the median over an entry's runs, undefined for runs of versions that did not measure it. It has a front only if all entries
-    were measured on the same device.
+    Latency is the median over the runs of an entry's network, undefined for runs made before it was measured. It has a front only where
+    all entries were measured on one device.
     """
     rare = f"{results.study.rare} f1"
     facts = pd.DataFrame([{key: getattr(results.first(entry), key) for key in ("model", "flops", "bytes")} for entry in results.entries])
-    latency = pd.DataFrame([_latency(results.of(entry)) for entry in results.entries])
+    latency = pd.DataFrame([_latency(_same_network(results, entry)) for entry in results.entries])
     table = pd.concat([summary[["entry", "parameters"]], facts, latency, summary[[rare, "macro_f1"]]], axis=1)
     comparable = (
         table["latency_ms"].notna().all() and table["latency_on"].nunique() == 1 and not table["latency_on"].str.contains(";").any()
     )
     fronts = {f"front_{name}": _front(table[column], table[rare]) for name, column in COSTS.items()}
     return table.assign(**fronts if comparable else {**fronts, "front_latency": "unknown"})
+
+
+def _same_network(results: Results, entry: str) -> list[RunRecord]:
+    """Finished runs of an entry's network, by whatever it was taught: one network has one latency."""
+    first = results.first(entry)
+    return [run for run in results.runs if all(getattr(run, key) == getattr(first, key) for key in ("model", "channels", "parameters"))]
 
 
 def _latency(runs: list[RunRecord]) -> dict[str, Any]:

@@ -113,10 +113,9 @@ def epoch_rows(results: Results) -> pd.DataFrame:
 
 
 def write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:
-    """Write each table as CSV and as LaTeX."""
+    """Write each table as CSV."""
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", safe(table).to_csv(index=False))
-        write_text(folder / f"{name}.tex", latex(table))
 
 
 def safe(table: pd.DataFrame) -> pd.DataFrame:
@@ -126,32 +125,3 @@ def safe(table: pd.DataFrame) -> pd.DataFrame:
 
 def _quoted(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
-
-
-ESCAPES = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$", "{": r"\{", "}": r"\}",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
-}  # fmt: skip
-
-
-def latex(table: pd.DataFrame) -> str:
-    """A plain ``tabular`` with rules from booktabs."""
-    header = " & ".join(_tex(name) for name in table.columns)
-    body = [" & ".join(_tex(cell) for cell in row) + r" \\" for row in table.itertuples(index=False)]
-    return "\n".join(
-        [
-            rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}",
-            r"\toprule",
-            header + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )
-
-
-def _tex(cell: object) -> str:
-    text = f"{cell:.3f}" if isinstance(cell, float) else str(cell)
-    return "".join(ESCAPES.get(letter, letter) for letter in text)

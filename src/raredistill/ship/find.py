@@ -81,7 +81,7 @@ def _entry(study: Path, name: str) -> Found:
     if (refitted := StudyFolder(study).refit(name)).description.is_file():
         runs = _finished(read_study(refitted.description), refitted, name)
         if runs:
-            return Found("refit", name, study, runs[:1], f"{name}, refitted on all patients ({runs[0].path})")
+            return Found("refit", name, study, runs[:1], f"{name}, refitted on all patients")
     if name in _entries(study):
         return _ensemble(description, study, name)
     matching = [run.id for run in description.runs if run.id.startswith(name) and run.status == "done"]

@@ -1,0 +1,5 @@
+"""``python -m raredistill``: the command line."""
+
+from raredistill.cli import main
+
+main()
