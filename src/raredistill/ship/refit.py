@@ -39,7 +39,7 @@ class Refitted:
 
 
 def plan_refit(study: Study, folder: StudyFolder, entry: str) -> Study:
-    """An entry and its teachers as a study of one split: all patients train, none validate or test.
+    """An entry and its teachers as a study with one split, in which all patients are training patients.
 
     Args:
         study: the finished study.
