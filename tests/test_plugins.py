@@ -178,6 +178,21 @@ def test_an_edited_plugin_names_other_runs_and_what_is_built_in_keeps_its_names(
     assert digests[0] != digests[1]
 
 
+def test_a_method_that_stands_in_a_module_beside_the_plugin_is_hashed_too(tmp_path, loaded, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "mine.py").write_text("import raredistill_test_beside\n")
+    digests = []
+    for body in ("return F.mse_loss(student.logits, teacher.logits)", "return 2 * F.mse_loss(student.logits, teacher.logits)"):
+        (tmp_path / "raredistill_test_beside.py").write_text(f"{HEAD}@raredistill.distiller\ndef beside(student, teacher):\n    {body}\n")
+        sys.modules.pop("raredistill_test_beside", None)
+        loaded(tmp_path / "mine.py")
+        digests.append(plugins.sources_of([("distiller", "beside")])["distiller beside"])
+        plugins.forget(str(tmp_path / "mine.py"))
+    sys.modules.pop("raredistill_test_beside", None)
+    assert digests[0] != digests[1]
+
+
 def test_a_process_loads_again_what_its_parent_had_loaded_and_notices_an_edit(tmp_path, loaded):
     (tmp_path / "mine.py").write_text(f"{HEAD}@raredistill.loss\ndef mine(logits, target): return F.cross_entropy(logits, target)")
     loaded(tmp_path / "mine.py")

@@ -218,7 +218,8 @@ def register(kind: Kind, thing: Callable[..., Any], facts: Mapping[str, Any]) ->
     if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z][\w-]*", name)):
         raise ConfigError(f"a {kind} is registered as {name!r}: a name has letters, digits, _ and -, and begins with a letter")
     spec = _STATE.spec or ("" if thing.__module__ in _SESSIONS else thing.__module__)
-    digest = _STATE.digest or source_digest(thing)
+    in_file = _STATE.digest and thing.__module__ == module_name(Path(spec))  # else it stands in a module that the file imports
+    digest = _STATE.digest if in_file else source_digest(thing)
     _REGISTRIES[kind].add(Plugin(kind, name, thing, given, spec, digest, _STATE.package))
     if spec and not _STATE.spec:
         _LOADED[spec] = digest

@@ -132,7 +132,8 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (MERGES, "'<<' cannot be a key"), ("a: 1\na: 2", "the key 'a' is given twice"), ("a: {b: {c: 1, c: 1}}", "'c' is given twice"),
+        (MERGES, "'<<' cannot be a key"), ("a: 1\na: 2", "the key 'a' is given twice"),
+        ("a: {b: {c: 1, c: 1}}", "the key 'c' is given twice"),
         ("[" * 400_000, "nested more than 100 deep"), ("- a\n" * 200_000, "more than 100000 values"), ("#" * 2**21, "at most 1048576"),
         ("!!int 1:30", "tags such as"), ("!!set {a}", "tags such as"), ("9" * 5000, "4300 digits"), ("{[1]: 2}", "cannot be a key"),
     ],

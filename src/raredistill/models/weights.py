@@ -94,8 +94,10 @@ def load_own(body: nn.Module, weights: Weights, channels: int) -> None:
         CheckpointError: names or shapes do not fit.
     """
     check_names(weights, body, ())
-    stem, tensors = f"{body.first_conv}.weight", dict(weights.tensors)
-    tensors[stem] = adapt_input_conv(channels, tensors[stem], base_chans=tensors[stem].shape[1])
+    tensors = dict(weights.tensors)
+    if hasattr(body, "first_conv"):  # a plug-in's network need not name its stem
+        stem = f"{body.first_conv}.weight"
+        tensors[stem] = adapt_input_conv(channels, tensors[stem], base_chans=tensors[stem].shape[1])
     try:
         body.load_state_dict(tensors)
     except RuntimeError as error:
