@@ -174,9 +174,9 @@ def test_a_finished_cohort_is_returned_and_other_settings_are_refused(tmp_path):
     stamp = (out / "cohort.json").stat().st_mtime_ns
     assert prepare(source, out, size=SIZE).hash == first.hash
     assert (out / "cohort.json").stat().st_mtime_ns == stamp
-    with pytest.raises(DataError, match=r"made otherwise \(what differs: size"):
+    with pytest.raises(DataError, match=r"prepared differently \(in size"):
         prepare(source, out, size=(8, 8))
-    with pytest.raises(DataError, match="what differs: settings"):
+    with pytest.raises(DataError, match=r"prepared differently \(in settings"):
         prepare(make_source(tmp_path / "raw", rule="thesis"), out, size=SIZE)
 
 

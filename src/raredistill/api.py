@@ -267,7 +267,7 @@ def plan(
     hours: float | None = None,
     observer: Observer = QUIET,
 ) -> Plan:
-    """What a study could show: the gain that its repeats find, the repeats that a gain needs, or what a time pays for.
+    """The power of a study: the gain that its repeats can detect, the repeats that a gain needs, or those that a time allows.
 
     Args:
         config: a YAML file, or its content.
@@ -339,7 +339,7 @@ def distil(
         out: folder of the study.
         channels: of all networks; all of the cohort's by default.
         folds: of the outer cross-validation.
-        repeats: of it, with other folds; the verdict needs at least 2.
+        repeats: repetitions of it with different folds; the verdict needs at least 2.
         seeds: one run per seed.
         pretrained: timm's weights, or those of a file, for all networks that are trained.
         size: side in pixels that images given by path are resized to.
@@ -380,7 +380,7 @@ def teacher_from(
     external: bool = False,
     prior: Sequence[float] = (),
 ) -> External:
-    """A teacher from a classifier that was trained elsewhere, given as a module; nothing about it is guessed.
+    """A teacher from a classifier trained elsewhere, given as a module; all its metadata must be stated.
 
     Args:
         module: from normalised images ``(N, C, H, W)`` to logits ``(N, K)``.
@@ -391,7 +391,7 @@ def teacher_from(
         std: likewise.
         image_size: side in pixels.
         training_patients: everyone whose images gave it gradients.
-        external: it has seen none of the cohort's patients; the report states that this is your word.
+        external: whether it was trained on none of the cohort's patients; the report notes that this is your statement.
         prior: class shares that its logits carry, where they are known.
 
     Raises:
@@ -476,7 +476,7 @@ def compare(
         control: first side.
         other: second side.
         metric: one metric only.
-        background: class that no patient carries, in files made elsewhere.
+        background: class that is not a patient's label, in files of other programs.
         groups: a CSV file with the column ``patient``, and the column by which gains are also reported, such as sex.
 
     Raises:

@@ -83,7 +83,7 @@ def _command() -> str:
 
 
 def _hindrance(error: OSError | ImportError | MemoryError) -> str:
-    """What the machine refused, and what to look for."""
+    """Message on what the machine refused, and what to check."""
     if isinstance(error, OSError):
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
         return f"{what}; what was written before is intact; check the place, its rights and the space left"

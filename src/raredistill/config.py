@@ -55,7 +55,7 @@ class SplitConfig(_Strict):
 
 
 class EvidenceConfig(_Strict):
-    """What decides a pair, fixed before the first run; see ``raredistill.evaluation.looks.Looks``. Without looks all repeats are run."""
+    """Rules that decide pairs, fixed before the first run; see ``raredistill.evaluation.looks.Looks``. Without looks, all repeats run."""
 
     margin: Annotated[float, Gt(0)] | None = None
     wanted: Annotated[float, Gt(0)] | None = None

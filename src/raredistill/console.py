@@ -18,7 +18,7 @@ SETTLED = 5.0
 
 
 TOLD_FROM = 0.01
-"""Share of the steps after which the time left is told: one of thousands says nothing of the rest."""
+"""Share of the steps after which the time left is shown: a single step of thousands does not predict the rest."""
 
 
 class Progress:

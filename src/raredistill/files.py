@@ -58,7 +58,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give the name of a file to what goes wrong while it is written: of a full disk the system says only that it is full."""
+    """Add the file's name to errors while it is written: for a full disk, the system does not report it."""
     try:
         yield
     except OSError as error:
@@ -164,7 +164,7 @@ def _plain_loader() -> Any:
 
 
 def _resolvers(known: Mapping[str, list[tuple[str, Any]]]) -> dict[str, list[tuple[str, Any]]]:
-    """What a word without quotes can be beside a text: YAML 1.1's numbers without a colon, ``true`` and ``false``, and nothing.
+    """Types of unquoted words other than strings: YAML 1.1's numbers without a colon, ``true`` and ``false``, and null.
 
     ``yes`` and ``no`` are texts, as in YAML 1.2: they are names of classes.
     """

@@ -17,7 +17,7 @@ from raredistill import plugins
 from raredistill.errors import ConfigError
 
 SESSION = "object"
-"""What stands for the module in the name of an object that has no import path."""
+"""Placeholder for the module in the name of an object without an import path."""
 
 
 def name_of(kind: plugins.Kind) -> Callable[[Any], Any]:

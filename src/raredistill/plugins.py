@@ -437,12 +437,12 @@ def sources_of(names: Iterable[tuple[Kind, str]]) -> dict[str, str]:
 
 
 def keep_object(name: str, thing: Callable[..., Any], digest: str) -> None:
-    """Keep an object of this session under a name, for as long as the session lasts."""
+    """Store an object under a name for the duration of this session."""
     _OBJECTS[name] = thing, digest
 
 
 def kept_object(name: str) -> Callable[..., Any] | None:
-    """What :func:`keep_object` kept under a name."""
+    """The object that :func:`keep_object` stored under a name."""
     return _OBJECTS[name][0] if name in _OBJECTS else None
 
 

@@ -148,7 +148,7 @@ def _is_colour(cohort: Cohort, channel: str | None) -> bool:
 
 
 def _planes(cohort: Cohort, channel: str | None) -> list[np.ndarray]:
-    """What is shown as red, green and blue: ``(N, h, w)`` each; one grey channel three times, as a colour map would round its values."""
+    """Red, green and blue planes ``(N, h, w)``; a grey channel is repeated, since a colour map would round its values."""
     names = _COLOUR if _is_colour(cohort, channel) else (channel or cohort.channels[0],) * 3
     return [cohort.pixels(name) for name in names]
 

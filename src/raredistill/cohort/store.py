@@ -219,7 +219,7 @@ def save(
 class Writer:
     """Writes a cohort block by block, while its other blocks are still being made.
 
-    Pixels gather in the folder ``.parts`` and take their place at the end; until then there is no cohort, and the next writer begins anew.
+    Pixels are collected in the folder ``.parts`` and moved at the end; until then there is no cohort, and the next writer starts again.
 
     Args:
         root: a new or empty folder, or one whose preparation was interrupted.
@@ -245,7 +245,7 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the files, whatever became of them."""
+        """Close the files in any case."""
         self._threads.shutdown()
         for handle in self._handles.values():
             handle.close()
@@ -287,7 +287,7 @@ class Writer:
             classes: as :func:`save` takes them.
             size: ``(height, width)``.
             provenance: JSON-like facts to carry.
-            patients_known: whether patients are told; by default whether any sample is not its own patient.
+            patients_known: whether patients are known; by default, whether any sample is not its own patient.
 
         Raises:
             DataError: a channel holds more or less than the table and size ask for.
@@ -338,7 +338,7 @@ def background_of(samples: pd.DataFrame, classes: tuple[str, ...]) -> str | None
 
 
 def pixel_file(root: Path, channel: str) -> Path:
-    """Where a channel's pixels lie: N x height x width bytes without a header."""
+    """File of a channel's pixels: N x height x width bytes without a header."""
     return root / "pixels" / f"{channel}.u8"
 
 

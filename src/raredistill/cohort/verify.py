@@ -26,7 +26,7 @@ NARROW = 26
 
 @dataclass(frozen=True)
 class Findings:
-    """What ``verify`` found.
+    """The result of ``verify``.
 
     Attributes:
         problems: errors first, then by patient; empty when all is well.
@@ -100,12 +100,12 @@ def examine(source: Source, *, workers: int | None = None, progress: Callable[[i
 
 
 def listed_problems(source: Source) -> list[Problem]:
-    """What can be told of a source without decoding pixels: its own problems, and every name that breaks the one rule of names."""
+    """Problems found without decoding pixels: the source's own, and every name that breaks the rule for names."""
     return list(source.problems()) + name_problems(source)
 
 
 def name_problems(source: Source) -> list[Problem]:
-    """Names of classes, channels, patients and files that no cohort can hold. Such a name is mended, not left out."""
+    """Names of classes, channels, patients and files that a cohort cannot contain; such names must be fixed, not left out."""
     cure = "rename it, in plain UTF-8 (convmv -f utf8 -t utf8 --nfc -r --notest FOLDER composes names from macOS)"
     named = [("the class", name, "") for name in source.classes()] + [("the channel", name, "") for name in source.channels]
     for unit in source.units():
@@ -146,7 +146,7 @@ def gathered(rows: list[list[tuple[str, ...]]], prints: list[Prints]) -> tuple[p
 
 
 def compared(copies: Copies, prints: Prints, source: Source) -> list[Problem]:
-    """What comparing all samples shows: copies, patients that the pictures contradict, and classes of hardly any contrast."""
+    """Problems found by comparing all samples: copies, patients that the images contradict, and classes with little contrast."""
     samples = copies.samples
     found = problems_of(copies, treatment_of(source)) + implausible_patients(samples, prints.looks)
     for name in sorted(set(samples["label"]) - {""}):
@@ -159,12 +159,12 @@ def compared(copies: Copies, prints: Prints, source: Source) -> list[Problem]:
 
 
 def treatment_of(source: Source) -> Treatment:
-    """What becomes of equal pictures; sources that are made without ``open_source`` refuse them."""
+    """Treatment of equal images; sources created without ``open_source`` refuse them."""
     return getattr(source, "duplicates", "refuse")
 
 
 def rows_of(unit: Unit, rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """What is compared of samples: the columns ``COMPARED``."""
+    """Columns of samples for comparison: ``COMPARED``."""
     own = {"patient": unit.patient, "patient_label": unit.label}
     return [tuple(str({**own, **row}[column]) for column in COMPARED) for row in rows]
 

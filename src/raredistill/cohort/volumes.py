@@ -37,7 +37,7 @@ TOGETHER = 4
 
 @dataclass(frozen=True)
 class Window:
-    """How one modality of one patient becomes bytes, and what its slices hold.
+    """Conversion of one patient's modality to bytes, and the content of its slices.
 
     Attributes:
         low: value that becomes 0; below ``high`` also where all of the brain has one value.
@@ -268,7 +268,7 @@ class Renderer:
         return pictures
 
     def _part(self, axis: int, size: int) -> tuple[slice, slice]:
-        """What to resize of an axis, and where its outcome belongs: all modalities' brain, with a margin of background."""
+        """Part of an axis to resize, and position of the result: all modalities' brain, with a margin of background."""
         boxes = [limits.box[axis + 1] for limits in self._windows.values()]
         return aligned(min(box.start for box in boxes), max(box.stop for box in boxes), self._native[axis], size)
 

@@ -89,7 +89,7 @@ class Entry(Declared):
         std: see ``mean``.
         head: ``linear``, ``thesis`` or ``cosine``.
         dropout: dropout rate before the classifier.
-        teacher: another entry's name, several names (their probabilities are averaged), a teacher from elsewhere, or none.
+        teacher: another entry's name, several names (their probabilities are averaged), an external teacher, or none.
         cross_fit: train this many copies of the teacher, each without one part of the training patients, which it then teaches; 0 for
             one teacher trained on all of them.
         online: the teacher learns beside the student, ``one_way`` or ``mutual`` (from the student, too); ``no`` for a trained teacher.

@@ -103,7 +103,7 @@ def _with_prior(promise: Promise, teacher: External) -> Promise:
 
 
 def save_module(module: nn.Module, file: Path, *, classes: tuple[str, ...], image_size: int, **stated: Any) -> None:
-    """Write a classifier from elsewhere as a checkpoint: its logits become the features of a network whose head changes nothing.
+    """Write an external classifier as a checkpoint: its logits become the features of a network with an identity head.
 
     Args:
         module: from normalised images ``(N, C, H, W)`` to logits ``(N, K)``.

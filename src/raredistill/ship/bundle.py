@@ -20,13 +20,13 @@ FORMAT = "raredistill.export.1"
 CONFIG, ONNX, WEIGHTS, CARD, PROBE = "config.json", "model.onnx", "model.safetensors", "README.md", "check.npz"
 FP16, INT8 = "model.fp16.onnx", "model.int8.onnx"
 TOLERANCE = 1e-4
-"""By how much logits in single precision may differ."""
+"""Largest allowed difference of logits in single precision."""
 Answer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check of an export found: samples, and the largest difference in a logit."""
+    """Result of checking an export: number of samples, and the largest difference in a logit."""
 
     samples: int
     difference: float
@@ -79,7 +79,7 @@ def write_config(folder: Path, terms: Terms, network: dict[str, Any]) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The description of an export, after its own hash and those of its files were compared.
+    """Read the description of an export, after checking its own hash and those of its files.
 
     Raises:
         CheckpointError: another version's, or something was changed or is missing.
@@ -115,7 +115,7 @@ def read_terms(record: dict[str, Any], folder: Path) -> Terms:
 
 
 def open_bundle(folder: Path) -> tuple[Terms, Answer]:
-    """An export, ready to answer.
+    """An export, ready for predictions.
 
     Raises:
         CheckpointError: it was changed, or is another version's.
@@ -126,7 +126,7 @@ def open_bundle(folder: Path) -> tuple[Terms, Answer]:
 
 
 def check(folder: Path) -> Checked:
-    """Run an export on the images that lie in it and compare with the logits that the network gave where it was trained.
+    """Run an export on its stored images and compare with the logits of the original network.
 
     Raises:
         CheckpointError: it was changed, or this machine gives other logits.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is written from.
+    """The input of a model card.
 
     Attributes:
         found: the model.
@@ -79,7 +79,7 @@ def _facts(card: Card) -> dict[str, Any]:
 
 
 def _weights(network: str, name: str) -> str:
-    """Where the first weights came from, and their licence as timm records it."""
+    """Source of the initial weights, and their licence as recorded by timm."""
     if ", from scratch" in network:
         return "trained from scratch on the cohort below; whoever owns the cohort decides on a licence"
     config = timm.get_pretrained_cfg(name) if name else None

@@ -1,4 +1,4 @@
-"""What a study found about one entry, as tables for its model card: held-out patients only."""
+"""A study's results on one entry, as tables for its model card: held-out patients only."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ RESAMPLES = 1000
 
 
 def held_out(found: Found, study: StudyRecord, checkpoint: str) -> Predictions | None:
-    """Test predictions of the runs that a model comes from; None without a test part."""
+    """Test predictions of the runs behind a model; None without a test part."""
     tables = part_of(found, study, "test", checkpoint)
     return concatenate(tables) if tables else None
 
 
 def levels(table: Predictions) -> list[tuple[str, Predictions]]:
-    """The table by sample and, where patients have a level of their own, by patient."""
+    """The table by sample and, if there is a separate patient level, by patient."""
     return [("sample", table), *([("patient", by_patient(table))] if has_patients(table) else [])]
 
 
@@ -51,7 +51,7 @@ def calibration(table: Predictions, rule: Rule) -> dict[str, float]:
 
 
 def operating_points(table: Predictions, rule: Rule) -> list[dict[str, Any]]:
-    """What each kept threshold gives on held-out patients."""
+    """Performance of each stored threshold on held-out patients."""
     calibrated, rows = table.with_logits(table.logits() / rule.temperatures[0]), []
     for level, part in levels(calibrated):
         for wanted, threshold in (rule.samples if level == "sample" else rule.patients).items():
@@ -68,7 +68,7 @@ def by_class(labels: np.ndarray, logits: np.ndarray, classes: tuple[str, ...]) -
 
 
 def verdict(study: StudyRecord, found: Found) -> str:
-    """The study's sentence on the entry; says so where it has none."""
+    """The study's sentence on the entry, or a note that there is none."""
     from raredistill.reports.pairs import make_pairs
     from raredistill.reports.results import read_results
     from raredistill.reports.verdicts import verdicts

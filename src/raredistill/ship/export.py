@@ -55,7 +55,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and where."""
+    """The written files and their folder."""
 
     folder: Path
     said: str
@@ -102,7 +102,7 @@ def export(found: Found, cohort: Cohort, out: Path, *, checkpoint: str, sensitiv
 
 
 class _Export:
-    """The steps of one export, and what they have found so far."""
+    """The steps of one export, with their results so far."""
 
     def __init__(self, found: Found, cohort: Cohort, folder: Path, checkpoint: str, sensitivity: float) -> None:
         self.found, self.cohort, self.folder, self.checkpoint = found, cohort, folder, checkpoint

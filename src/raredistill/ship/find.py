@@ -1,4 +1,4 @@
-"""What a person means by a model: a run, an entry of a study, or an export; never a name with a hash to be copied."""
+"""Find a model by a short name: a run, an entry of a study, or an export, without copying hashes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Found:
 
 
 def find(model: Path | str) -> Found:
-    """Find a model by what a person writes.
+    """Find a model by the name that a user gives.
 
     Args:
         model: the folder of a run or of an export, ``STUDY:ENTRY``, or ``STUDY/runs/NAME`` with the beginning of a name.

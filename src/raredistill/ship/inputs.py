@@ -44,11 +44,11 @@ class Block:
 
 
 def open_input(path: Path, terms: Terms) -> Iterator[Block]:
-    """Read what is to be predicted: an image, a folder, a CSV, an ``.npz``, raw data of the training cohort's kind, or a cohort.
+    """Read the input of a prediction: an image, a folder, a CSV, an ``.npz``, raw data of the training cohort's kind, or a cohort.
 
     Args:
-        path: of it.
-        terms: of the model, which say how pixels are made.
+        path: path of the input.
+        terms: terms of the model, with the preparation of pixels.
 
     Raises:
         DataError: it cannot be read; names the file.

@@ -22,7 +22,7 @@ SUFFIXES = (".csv", ".parquet", ".json")
 
 @dataclass(frozen=True)
 class Predicted:
-    """What was predicted.
+    """The result of a prediction.
 
     Attributes:
         samples: one row per sample: ``sample, patient, patient_label, split, label, slice``, then ``predicted``, ``decision`` and
@@ -38,7 +38,7 @@ class Predicted:
     said: str
 
     def sentences(self) -> list[str]:
-        """What the reader has to know of the numbers."""
+        """Notes for interpreting the numbers."""
         rule, seen = self.terms.rule, self.samples[self.samples["split"] != "test"]
         threshold = rule.threshold(patients=False)
         point = "decision: the most probable class" if threshold is None else (
@@ -118,7 +118,7 @@ def _write(found: Predicted, out: Path) -> None:
 
 
 def beside(out: Path) -> Path:
-    """Where the patients' table goes."""
+    """Path of the patients' table."""
     return out.with_name(f"{out.stem}.patients{out.suffix}")
 
 

@@ -39,7 +39,7 @@ class Refitted:
 
 
 def plan_refit(study: Study, folder: StudyFolder, entry: str) -> Study:
-    """An entry and its teachers as a study of one split: all patients train, none validate or test.
+    """An entry and its teachers as a study with one split, in which all patients are training patients.
 
     Args:
         study: the finished study.
@@ -85,7 +85,7 @@ def everyone(study: Study) -> Split:
 
 
 def refit(planned: Study, folder: StudyFolder, entry: str, watcher: Watcher) -> Refitted:
-    """Train what :func:`plan_refit` gave; an interrupted training resumes.
+    """Train the plan of :func:`plan_refit`; an interrupted training resumes.
 
     Raises:
         DataError: training failed.

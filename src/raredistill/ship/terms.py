@@ -1,4 +1,4 @@
-"""What using a network needs beside its weights: how pixels are prepared, how it decides, and whom it has seen."""
+"""Metadata for using a network besides its weights: preparation of pixels, decision rule, and training patients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Preparation:
-    """How the pixels of the training cohort were made.
+    """Preparation of the training cohort's pixels.
 
     Attributes:
         kind: of the source.
@@ -72,7 +72,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Rule:
-    """How probabilities become a decision on one class.
+    """Rule for decisions on one class from probabilities.
 
     Attributes:
         positive: the class.
@@ -155,7 +155,7 @@ def _thresholds(table: Predictions, positive: str, wanted: Iterable[float]) -> d
 
 
 def digest(patient: str) -> str:
-    """What stands for a patient in files that leave the study."""
+    """Pseudonym of a patient in files that leave the study."""
     return hashlib.sha256(patient.encode()).hexdigest()[:16]
 
 
@@ -186,7 +186,7 @@ class Terms:
     files: Mapping[str, str] = field(default_factory=dict)
 
     def side(self, patient: str) -> str:
-        """``train`` or ``validation`` for patients whom the model has seen, else ``test``."""
+        """``train`` or ``validation`` for patients used in training, else ``test``."""
         name = digest(patient)
         return "train" if name in self.train else "validation" if name in self.validation else "test"
 

@@ -1,4 +1,4 @@
-"""A study that stops when it is settled: the rule is written down before the first run, and each look after it."""
+"""Studies that stop early: the stopping rule is recorded before the first run, and each look after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study could show, before its first epoch: from a pilot of its own cohort, or from stated assumptions."""
+"""The power of a study before its first epoch: from a pilot on its own cohort, or from stated assumptions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ one network: simulated, benchmarks/sim_gain.py, where a single network's F1 has 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a design could show.
+    """The power of a design.
 
     Attributes:
-        forecast: at Holm's level.
-        alone: for one comparison at 5 %.
-        repeats: of the design.
-        folds: of the design.
-        trainings: networks to train in all.
-        basis: where the variances come from.
+        forecast: forecast at Holm's level.
+        alone: forecast for one comparison at 5 %.
+        repeats: repeats of the design.
+        folds: folds of the design.
+        trainings: total number of networks to train.
+        basis: source of the variances.
         table: power by repeats (rows) and true gain (columns), at Holm's level.
         designs: cheapest number of repeats for each number of folds that shows the wanted gain; without rows where none was asked for.
         sentences: the answer in words.
@@ -112,7 +112,7 @@ def _designs(pilot: Pilot, gain: float | None, entries: int, kept: float, level:
 
 
 def repeats_within(seconds_of_repeat: float, hours: float) -> int:
-    """How many repeats a time pays for, at least one."""
+    """Number of repeats possible in a given time, at least one."""
     return max(int(hours * 3600 // seconds_of_repeat), 1) if seconds_of_repeat > 0 else 1
 
 

@@ -358,7 +358,7 @@ class Trainer:
 
 
 def _average(network: Network, settings: Settings) -> torch.optim.swa_utils.AveragedModel | None:
-    """What the weights are averaged in: exponentially over steps, or evenly over the ends of the last epochs."""
+    """The averaged copy of the weights: exponentially over steps, or evenly over the ends of the last epochs."""
     if settings.ema_decay is None and settings.average_epochs is None:
         return None
     decay = settings.ema_decay

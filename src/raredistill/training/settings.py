@@ -36,7 +36,7 @@ def _cache(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Settings(Declared):
-    """How a network is trained.
+    """Training settings of a network.
 
     Attributes:
         epochs: passes over the training part.
@@ -118,7 +118,7 @@ class Settings(Declared):
 
     @property
     def strengths(self) -> Augmentation | None:
-        """How strongly views differ; None where nothing is random."""
+        """Strengths of augmentation; None if nothing is random."""
         return self.augmentation if isinstance(self.augmentation, Augmentation) else PRESETS[self.augmentation]
 
     @property
@@ -160,7 +160,7 @@ def _loss_conflicts(settings: Settings) -> dict[str, bool]:
 
 
 def _speed_conflicts(settings: Settings) -> dict[str, bool]:
-    """What averages, a teacher cache, compiling and several devices cannot do; each message with whether it holds."""
+    """Possible conflicts of averages, teacher cache, compiling and several devices: each message, and whether it applies."""
     several = settings.devices > 1
     return {
         "ema_decay and average_epochs are two averages of the weights; set one of them": (

@@ -371,7 +371,7 @@ def _names(archive: np.lib.npyio.NpzFile, member: str, members: set[str], path: 
 
 
 def _named_labels(labels: list[np.ndarray], names: Sequence[str] | None, path: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Class names in order, and each part's labels by name; "" where a sample has none."""
+    """Class names in order, and each part's labels by name; "" for samples without one."""
     found = np.unique(np.concatenate(labels))
     if found.dtype.kind == "U":
         held = [name for name in found.tolist() if name.lower() not in UNLABELLED]

@@ -223,7 +223,7 @@ class Dicom:
         return self._skips.listed()
 
     def settings(self) -> dict[str, Any]:
-        """Channels, how they and patients are told, and how slices are called."""
+        """Channels, how they and patients are identified, and how slices are labelled."""
         chosen = {"kind": self.kind, "channels": list(self.channels), "grades": self._grades.table(), "window": self._window}
         given: dict[str, Any] = {"series": [f"{channel}:{pattern}" for channel, pattern in self._named], "patient": self._pattern}
         given |= {"unlabelled": self._unlabelled, "slice_labels": self._slice_labels is not None, **self._patterns.settings()}

@@ -78,7 +78,7 @@ def _quiet(file: Path) -> Iterator[Any]:
 
 
 def find_series(files: Sequence[Path], root: Path, skips: Skips) -> list[Series]:
-    """Group the files of a folder into series by their headers; what is no picture plane of a patient is counted as skipped."""
+    """Group the files of a folder into series by their headers; files that are not image planes of a patient are counted as skipped."""
     groups: dict[tuple[str, str, str], list[Picture]] = {}
     descriptions: dict[tuple[str, str, str], str] = {}
     for file in files:
@@ -154,7 +154,7 @@ def read_series(series: Series, name: str) -> Volume:
 
 
 def _stacked(pictures: Sequence[Picture], name: str) -> tuple[list[Picture], np.ndarray, int]:
-    """Slices in order, the way from one to the next in DICOM's millimetres, and how many are missing."""
+    """Slices in order, the step between slices in DICOM's millimetres, and the number of missing slices."""
     directions = np.array([picture.orientation for picture in pictures])
     if np.ptp(directions, axis=0).max() > 0.01:
         raise DataError(f"{name}: its slices lie in different planes (a localiser?); choose another series with series=CHANNEL:DESCRIPTION")

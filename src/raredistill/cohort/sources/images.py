@@ -207,7 +207,7 @@ def checked_mode(mode: str) -> None:
 
 @dataclass(frozen=True)
 class Header:
-    """What the head of an image file says: Pillow's mode, whether it may be transparent, or what is wrong; and when that was read."""
+    """The header of an image file: Pillow's mode, possible transparency, or an error; and the time of reading."""
 
     mode: str = ""
     transparent: bool = False
@@ -388,7 +388,7 @@ class ImageFiles:
         }
 
     def file_problems(self) -> list[Problem]:
-        """Every missing file, file that is no image, and patient whose images differ in class or in split; and how values are read."""
+        """Missing files, files that are not images, patients whose images differ in class or split; and notes on how values are read."""
         found = [problem for samples in self._patients.values() for problem in map(self._bad_file, samples) if problem]
         found += [problem for name, samples in self._patients.items() for problem in _mixed(name, samples)]
         found += self._range_notes() + self._split_notes()

@@ -96,7 +96,7 @@ def find_scans(files: Sequence[Path], root: Path, order: Sequence[str], skips: S
 
 
 def role_of(stem: str) -> tuple[str, str]:
-    """What stands before the modality in a file's name without its ending, and the modality; "" where there is none."""
+    """Prefix before the modality in a file's name without its ending, and the modality; "" if there is none."""
     match = _ROLE.search(stem)
     return (stem[: match.start()], match.lastgroup or "") if match else (stem, "")
 
@@ -221,7 +221,7 @@ def _by_case(files: list[Path], roles: list[str]) -> dict[str, dict[str, Path]]:
 
 
 def _first_channels(files: Sequence[Path]) -> set[str]:
-    """What stands before ``_0000``: with it, four digits at the end are a channel, and else the number of a case."""
+    """Prefix before ``_0000``: if it exists, four final digits are a channel, otherwise the number of a case."""
     return {stem[:-5] for file in files if (stem := ENDING.sub("", file.name)).endswith("_0000")}
 
 
