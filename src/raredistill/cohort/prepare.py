@@ -19,7 +19,7 @@ from isal import isal_zlib
 
 from raredistill import files
 from raredistill.cohort import store
-from raredistill.cohort.duplicates import Prints, dropped, find_copies, joined, prints_of
+from raredistill.cohort.duplicates import Copies, Prints, dropped, find_copies, joined, prints_of
 from raredistill.cohort.parallel import over_units
 from raredistill.cohort.sources import Problem, Source, Unit
 from raredistill.cohort.store import WORK, Cohort
@@ -88,14 +88,12 @@ def prepare(
             copies = find_copies(samples, prints)
             found = compared(copies, prints, source)
             _refuse(source, found, leave_out_bad)
-            treatment = treatment_of(source)
-            if treatment == "drop":
-                _append_without(writer, parts, set(copies.samples["sample"].iloc[dropped(copies)]))
-            names = joined(copies, near=treatment == "near") if treatment in ("join", "near") else {}
-            table = store.checked(_renamed(_samples(parts), names), source.classes())
+            names = _treated(source, writer, parts, copies)
             provenance = _provenance(job, parts, [*problems, *unreadable, *found], source, names)
-            known = getattr(source, "patients_known", True)
-            cohort = writer.finish(table, classes=source.classes(), size=size, provenance=provenance, patients_known=known)
+            cohort = writer.finish(
+                store.checked(_renamed(_samples(parts), names), source.classes()), classes=source.classes(), size=size,
+                provenance=provenance, patients_known=getattr(source, "patients_known", True),
+            )  # fmt: skip
     if len(copies.near):
         # Drawing is slow to import and rarely needed.
         from raredistill.cohort.inspect import pair_sheet
@@ -113,6 +111,14 @@ def _job(source: Source, size: tuple[int, int]) -> dict[str, Any]:
 def _prints(parts: list[dict[str, Any]]) -> tuple[pd.DataFrame, Prints]:
     rows = [rows_of(Unit(part["patient"], part["label"], ()), part["rows"]) for part in parts]
     return gathered(rows, [Prints.of_record(part["prints"]) for part in parts])
+
+
+def _treated(source: Source, writer: store.Writer, parts: list[dict[str, Any]], copies: Copies) -> dict[str, str]:
+    """Leave out or join what is equal or nearly so, as the source's ``duplicates`` asks; returns patient -> name of its unit."""
+    treatment = treatment_of(source)
+    if treatment == "drop":
+        _append_without(writer, parts, set(copies.samples["sample"].iloc[dropped(copies)]))
+    return joined(copies, near=treatment == "near") if treatment in ("join", "near") else {}
 
 
 def _append_without(writer: store.Writer, parts: list[dict[str, Any]], gone: set[str]) -> None:
