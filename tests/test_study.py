@@ -11,7 +11,7 @@ import timm
 import torch
 
 from conftest import Silent, write_tiny
-from raredistill import predictions
+from raredistill import api, predictions
 from raredistill.checkpoint import load
 from raredistill.cohort.prepare import prepare
 from raredistill.cohort.sources.registry import open_source
@@ -25,7 +25,6 @@ from raredistill.reports.results import read_results
 from raredistill.runs.assemble import pixels_of
 from raredistill.runs.curves import Curves
 from raredistill.runs.layout import RunFolder, StudyFolder
-from raredistill.runs.predict import predict
 from raredistill.runs.record import read_study
 from raredistill.runs.teachers import teach
 from raredistill.studies.study import rare_class, run_study
@@ -49,6 +48,11 @@ def study(cohort: Cohort, runs=RUNS, **changes):
         "training": {"epochs": 1, "batch_size": 16, "accelerator": "cpu"}, "runs": runs,
     }  # fmt: skip
     return make_study(StudyConfig.model_validate({**raw, **changes}), cohort, "test")
+
+
+def predict(folder, cohort, path):
+    api.predict(folder, cohort.root, path)
+    return pd.read_parquet(path)
 
 
 @pytest.fixture(scope="module")
@@ -235,23 +239,22 @@ def test_weights_that_do_not_fit_are_refused_before_training(tiny_cohort, tmp_pa
         study(tiny_cohort, [{"name": "s", "model": "test_resnet", "pretrained": str(weights)}])
 
 
-def test_predict_writes_the_same_logits_for_the_same_samples(finished, tiny_cohort, tmp_path):
+def test_predict_gives_the_runs_own_answers_at_one_temperature(finished, tiny_cohort, tmp_path):
     out, records = finished
     folder = out / "runs" / records[0].id
-    again = predict(folder, tiny_cohort, tmp_path / "p.parquet", accelerator="cpu").set_index("sample")["logits"]
-    known = (
-        predictions.read(folder / "predictions.parquet")
-        .table.query("checkpoint == 'best' and split == 'test'")
-        .set_index("sample")["logits"]
-    )
-    for sample, logits in known.items():
-        np.testing.assert_allclose(again[sample], logits, atol=1e-5)
+    again = predict(folder, tiny_cohort, tmp_path / "p.parquet").set_index("sample")
+    tested = predictions.read(folder / "predictions.parquet").table.query("checkpoint == 'best' and split == 'test'")
+    logits = np.stack(tested["logits"].to_list())
+    named = again.loc[tested["sample"], [f"p_{name}" for name in tiny_cohort.classes]].to_numpy()
+    ours, theirs = (values[:, 1:] - values[:, :1] for values in (np.log(named), logits))
+    temperature = float((theirs * ours).sum() / (ours**2).sum())
+    np.testing.assert_allclose(temperature * ours, theirs, atol=1e-3)
 
 
 def test_predict_refuses_a_cohort_of_another_size(finished, tmp_path):
     other = write_tiny(tmp_path / "other", patients={"HGG": 2, "LGG": 2}, size=24)
-    with pytest.raises(CheckpointError, match="--size 16"):
-        predict(finished[0] / "runs" / finished[1][0].id, other, tmp_path / "p.parquet", accelerator="cpu")
+    with pytest.raises(CheckpointError, match="not prepared as the model's"):
+        predict(finished[0] / "runs" / finished[1][0].id, other, tmp_path / "p.parquet")
 
 
 def test_a_folder_with_other_things_is_refused(tiny_cohort, tmp_path):
@@ -344,7 +347,7 @@ def test_a_teacher_from_elsewhere_may_state_the_prior_that_its_file_does_not(tin
         entry = {"name": "s", "model": "small_cnn", "teacher": {**elsewhere, **options}, "method": method}
         return study(tiny_cohort, [entry])
 
-    with pytest.raises(ConfigError, match=r"prior off elsewhere, which is unknown; .* from elsewhere, state it"):
+    with pytest.raises(ConfigError, match=r"prior of elsewhere, which is unknown; .* state it"):
         taught("xerm")
     made = taught("xerm", prior=[0.7, 0.2, 0.1])
     run = made.plan()[0]
@@ -436,6 +439,6 @@ def test_a_teacher_may_see_the_mask_and_its_student_is_applied_without_one(with_
     assert records["student"].status == "done"
     folders = {name: tmp_path / "runs" / record.id for name, record in records.items()}
     here, there = (predict(folders["student"], each, tmp_path / f"{each.root.parent.name}.parquet") for each in (cohort, without))
-    assert np.array_equal(*(np.stack(table["logits"].to_list()) for table in (here, there)))
-    with pytest.raises(CheckpointError, match=r"needs the channels \['mask'\]"):
+    assert np.array_equal(*(table[[f"p_{name}" for name in cohort.classes]].to_numpy() for table in (here, there)))
+    with pytest.raises(CheckpointError, match=r"needs the channels mask"):
         predict(folders["informed"], without, tmp_path / "no.parquet")
