@@ -110,7 +110,7 @@ def test_aliases_lead_to_weights_that_timm_publishes(alias: str) -> None:
         ("cifar_resnet18", "did you mean cifar_resnet"),
         ("resnet18.a1", "has no weights .*or resnet18.a1_in1k"),
         ("hf-hub:someone/something", "unknown model"),
-        ("local-dir:/tmp", "unknown model"),
+        ("local-dir:/tmp", "code of your own: import local-dir before"),
         ("", "unknown model"),
     ],
 )

@@ -102,7 +102,7 @@ def test_the_examples_keep_every_promise(loaded, name):
 HEAD = "import torch, raredistill\nfrom torch.nn import functional as F\n"
 WRONG = {
     "lets gradients reach the teacher": ("a gradient reaches the teacher", "return ((student.logits - teacher.logits) ** 2).mean()"),
-    "sums over the batch": ("no mean over the batch", "return ((student.logits - teacher.logits.detach()) ** 2).sum()"),
+    "sums over the batch": ("not a mean over the batch", "return ((student.logits - teacher.logits.detach()) ** 2).sum()"),
     "overflows": ("not finite", "return student.logits.exp().pow(9).mean() + 0 * teacher.logits.detach().sum()"),
 }  # fmt: skip
 

@@ -180,7 +180,7 @@ def test_a_resection_cavity_is_no_tumour(tmp_path, options, expected):
 def test_labels_that_names_do_not_explain_are_a_question_for_the_whole_source(tmp_path):
     mask = make_case(0)[1]
     for name, found in (("mine1", mask), ("mine2", np.where(mask == 4, 3, mask).astype(np.uint8))):
-        write_nifti(tmp_path, name, len(name), segmentation=None)
+        write_nifti(tmp_path, name, int(name[-1]), segmentation=None)
         put(tmp_path / name / f"{name}_seg.nii.gz", found)
     rows = {"mine1": "HGG", "mine2": "HGG"}
     assert any("both 3 and 4" in error for error in told(opened(tmp_path, rows)))
