@@ -119,7 +119,7 @@ def test_latex_shows_what_it_would_obey():
     import pandas as pd
 
     text = latex(pd.DataFrame({"a^b": ["~x^2"]}))
-    assert r"a\textasciicircum{}b" in text
+    assert r"\textasciicircum{}b" in text
     assert r"\textasciitilde{}x\textasciicircum{}2" in text
 
 

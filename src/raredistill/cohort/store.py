@@ -437,7 +437,7 @@ def _check_names(root: Path, description: dict[str, Any]) -> None:
     if faulty:
         raise DataError(f"{root / DESCRIPTION}: the name {shown(faulty[0][0])!r:.80} {faulty[0][1]}; prepare the cohort again")
     if description["background"] not in (None, *description["classes"]):
-        raise DataError(f"{root / DESCRIPTION}: the background is none of the classes; prepare the cohort again")
+        raise DataError(f"{root / DESCRIPTION}: the background is not among the classes; prepare the cohort again")
     if linked := [name for name in description["channels"] if not files.inside(pixel_file(root, name), root)]:
         raise DataError(f"{pixel_file(root, linked[0])} is a link out of the cohort; put the file itself in its place")
 

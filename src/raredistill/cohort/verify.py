@@ -166,7 +166,7 @@ def treatment_of(source: Source) -> Treatment:
 def rows_of(unit: Unit, rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Columns of samples for comparison: ``COMPARED``."""
     own = {"patient": unit.patient, "patient_label": unit.label}
-    return [tuple(str({**own, **row}[column]) for column in COMPARED) for row in rows]
+    return [tuple(shown(str({**own, **row}[column])) for column in COMPARED) for row in rows]
 
 
 def check(unit: Unit, source: Source) -> Trial:
