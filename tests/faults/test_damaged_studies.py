@@ -116,7 +116,7 @@ def test_a_promise_of_wrong_types_is_one_message(copied, key, value):
     path = run_of(copied) / "best.safetensors"
     tensors, promise = load(path)
     checkpoint._write(path, tensors, checkpoint._NETWORK, {**promise.__dict__, key: value})
-    with pytest.raises(CheckpointError, match="its promise is not one of this version"):
+    with pytest.raises(CheckpointError, match="its metadata does not match this version"):
         load(path)
 
 

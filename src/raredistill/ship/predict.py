@@ -58,9 +58,11 @@ def predict(predictor: Predictor, source: Path, out: Path) -> Predicted:
     """Predict everything in ``source`` and write ``out``; by patient, too, in ``NAME.patients.SUFFIX`` beside it (JSON holds both).
 
     Raises:
-        ConfigError: ``out`` has another suffix than ``.csv``, ``.parquet`` or ``.json``.
+        ConfigError: ``out`` is a folder, or has another suffix than ``.csv``, ``.parquet`` or ``.json``.
         RareDistillError: as :func:`raredistill.ship.inputs.open_input`.
     """
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; name a file")
     if out.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{out}: the suffix decides what is written; use {', '.join(SUFFIXES)}")
     found = tabulate(predictor, open_input(source, predictor.terms))
