@@ -73,7 +73,7 @@ class Promise:
 
 
 def fault_of_prior(prior: Sequence[float], classes: int) -> str:
-    """Message on why numbers are not the shares of this many classes; empty if they are."""
+    """Why the numbers are not a valid prior over this many classes; empty if they are."""
     if len(prior) != classes:
         return f"the prior has {len(prior)} values for {classes} classes"
     if not all(isinstance(share, int | float) and math.isfinite(share) and share >= 0 for share in prior):

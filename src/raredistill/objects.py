@@ -82,7 +82,7 @@ def _import_path(thing: Any) -> str | None:
 
 
 def is_object(name: str) -> bool:
-    """Whether a network's name stands for an object: an import path, or an object of this session."""
+    """Whether a network's name refers to an object, by import path or kept in this session."""
     return ":" in name and not name.startswith("hf-hub:")
 
 

@@ -429,7 +429,7 @@ def load_again(known: Mapping[str, str]) -> None:
 
 
 def sources_of(names: Iterable[tuple[Kind, str]]) -> dict[str, str]:
-    """Hashes of the source of the plug-ins among some names, such as ``distiller mine``; built-in names are left out."""
+    """Source hashes of the plug-ins among the given names, by ``distiller mine`` and so on; built-ins are skipped."""
     listed = list(names)
     found = {f"{kind} {name}": _REGISTRIES[kind].plugin(name) for kind, name in listed if kind in _REGISTRIES and ":" not in name}
     digests = {name: plugin.digest for name, plugin in found.items() if plugin is not None}

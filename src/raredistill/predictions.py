@@ -102,7 +102,7 @@ class Predictions:
         return self.rows(np.flatnonzero(kept))
 
     def checkpoint(self, name: str) -> Predictions:
-        """Keep all parts of one checkpoint."""
+        """Keep only the rows of one checkpoint, from all parts."""
         return self.rows(np.flatnonzero(self.table["checkpoint"] == name))
 
     def rows(self, places: NDArray[np.int64]) -> Predictions:

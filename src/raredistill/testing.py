@@ -195,7 +195,7 @@ def means_over_the_batch(name: str) -> str:
 
 
 def class_order_does_not_matter(name: str) -> str:
-    """Permuted classes change nothing."""
+    """Permuting the classes changes nothing."""
     for classes in _sound(name):
         student, teacher, labels = problem(classes)
         order = torch.tensor(np.random.default_rng(5).permutation(classes))

@@ -178,7 +178,7 @@ def _unit(looks: np.ndarray) -> np.ndarray:
 
 
 def _keys(units: np.ndarray) -> np.ndarray:
-    """The lowest frequencies of unit looks, such that flips and quarter turns change nothing, and no distance grows.
+    """Low-frequency components of normalised thumbnails, invariant to flips and quarter turns; they never increase a distance.
 
     A flip changes signs of the coefficients of the cosine transform, a transposition exchanges two of them: sizes, and the sum and the
     size of the difference of two that are exchanged, stay.

@@ -53,7 +53,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Contrasts:
-    """Several metrics' contrasts of one pair.
+    """Contrasts of one pair on several metrics.
 
     Attributes:
         found: contrasts by metric.

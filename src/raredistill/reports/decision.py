@@ -147,7 +147,7 @@ def decide(
 
 
 def swap_p(control: Tally, other: Tally, contrast: Contrast, rare: str) -> float:
-    """P of the swap test within cells, over the runs of a contrast."""
+    """p-value of the swap test within cells, over the runs of a contrast."""
     layout, place, classes = contrast.layout, control.classes.index(rare), len(control.classes)
     cells = [(run, np.flatnonzero(layout.fold[run] == fold)) for run in range(len(layout.runs)) for fold in np.unique(layout.fold[run])]
     counts = []

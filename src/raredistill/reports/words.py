@@ -89,6 +89,6 @@ def score(value: float | None) -> str:
 
 
 def change(value: float) -> str:
-    """A difference to two decimals with its sign; to three where two would be nothing."""
+    """Signed difference to two decimals, or three if it would otherwise round to zero."""
     digits = 2 if abs(value) >= 0.005 else 3
     return f"{value:+.{digits}f}".replace("-", "−")

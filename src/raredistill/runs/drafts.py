@@ -127,7 +127,7 @@ def abandon(folder: RunFolder) -> None:
 
 
 def discard(folder: RunFolder) -> None:
-    """Remove the draft of a run with everything kept of it: it must not be resumed."""
+    """Delete a run's draft and all its saved state, so that the run cannot be resumed."""
     shutil.rmtree(folder.draft.path, ignore_errors=True)
 
 

@@ -67,7 +67,7 @@ def _given(channels: Any) -> Any:
 
 
 def _switch(value: Any) -> Any:
-    """YAML's yes and no come as texts, since they are names of classes."""
+    """Parse a boolean option: YAML's yes and no arrive as strings, because they may be class names."""
     return {"yes": True, "no": False, "on": True, "off": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 

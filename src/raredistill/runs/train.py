@@ -170,7 +170,7 @@ def _halved(run: Run, fitted: Fitted) -> list[str]:
 
 
 def _message(error: DivergedError, run: Run, cohort: Cohort, network: Network, draft: RunFolder, *, write: bool) -> str:
-    """Message of a diverged run; its best epoch so far is saved as a checkpoint."""
+    """Message for a run that diverged; its best epoch so far is saved as a checkpoint."""
     samples = ", ".join(cohort.samples["sample"].to_numpy()[error.rows])
     if not error.fitted.best:
         return f"{error}. The batch's samples: {samples}. No epoch had finished before"

@@ -1,1 +1,1 @@
-"""From a study to a network that is used: predict, refit, export."""
+"""From a study to a network in use: predict, refit, export."""

@@ -78,7 +78,7 @@ def _for_all(entry: Entry, epochs: int) -> Entry:
 
 
 def everyone(study: Study) -> Split:
-    """The split in which every patient trains; the rows are those that any side of the study's splits uses."""
+    """A split with every patient in the training part; its rows are all rows used in any part of the study's splits."""
     rows = np.unique(np.concatenate([getattr(split, side) for split in study.splits for side in SIDES]))
     none, patients = np.array([], dtype=np.int64), study.cohort.samples["patient"].to_numpy()[rows]
     return Split(0, 0, rows, none, none, {"train": tuple(sorted(set(patients))), "validation": (), "test": ()})

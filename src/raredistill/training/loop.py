@@ -379,7 +379,7 @@ class Tally:
         self._bad = torch.full((), -1, device=device)
 
     def load(self, confusion: Tensor, terms: dict[str, Tensor], batches: int) -> None:
-        """Continue from the sums of an epoch's first batches, whose losses were all finite."""
+        """Restore the running sums of a partly finished epoch; every loss in them was finite."""
         self.confusion, self.samples, self.batches = confusion, int(confusion.sum()), batches
         self.terms = {name: term.to(confusion.device) for name, term in terms.items()}
 

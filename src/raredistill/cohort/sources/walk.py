@@ -34,7 +34,7 @@ class Skips:
             self.examples.setdefault(reason, []).append(name)
 
     def listed(self) -> list[Skipped]:
-        """By reason, the most frequent first."""
+        """The skipped files by reason, the most frequent reason first."""
         order = sorted(self.counts, key=lambda reason: (-self.counts[reason], reason))
         return [Skipped(reason, self.counts[reason], tuple(self.examples[reason])) for reason in order]
 
