@@ -1,7 +1,7 @@
 """A Ray cluster of two nodes on this machine, one of which is killed half-way; a driver that is interrupted; a node that does not share.
 
 ``main(FOLDER)`` leaves in FOLDER what each scenario wrote, and in ``outcome.json`` how it ended; ``test_on_ray.py`` looks at both.
-``command(FOLDER, OUT, ADDRESS)`` is the command line with slow steps, so that things can happen half-way, and without a report.
+``command(FOLDER, OUT, ADDRESS)`` is the command line with slow steps, so that things can happen half-way.
 Each is called by ``python -c``: what Python starts beside such a process does not import all this again.
 """
 
@@ -20,7 +20,7 @@ from driver import CONFIG
 from ray.cluster_utils import Cluster
 
 from conftest import Silent, write_tiny
-from raredistill import api, cli
+from raredistill import cli
 from raredistill.cohort.store import Cohort
 from raredistill.config import StudyConfig, make_study
 from raredistill.errors import ConfigError
@@ -54,7 +54,7 @@ def slowly(job, run, records, threads, work=on_ray.work):
 def command(folder: str, out: str, address: str) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     torch.set_num_threads(1)
-    on_ray.work, api.report = slowly, lambda folder, **asked: folder
+    on_ray.work = slowly
     sys.argv = ["raredistill", "study", f"{folder}/study.yaml", "--out", out, "--on", "ray", "--address", address]
     cli.main()
 
