@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from raredistill.console import said  # at once: when memory has run out it is too late to import
 from raredistill.errors import RareDistillError
 
 if TYPE_CHECKING:
@@ -104,8 +105,6 @@ def _usage(error: Any) -> None:
 
 
 def _stop(message: str, code: int) -> None:
-    from raredistill.console import said
-
     print(f"raredistill: {said(message)}", file=sys.stderr)
     sys.exit(code)
 
